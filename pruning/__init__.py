@@ -1,0 +1,1 @@
+"""The science of pruning: plain PyTorch and transformers, usable without Lightning."""

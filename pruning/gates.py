@@ -1,0 +1,190 @@
+"""From logits to gates in [0, 1]: noise, relaxation, and the probability that an entry stays.
+
+Sources: binary Concrete gates, "The Concrete Distribution" (arXiv 1611.00712, appendix B);
+DISP-LLM (arXiv 2410.11988, eq. 5); ReinMax, "Bridging Discrete and Backpropagation"
+(arXiv 2304.08612, algorithm 2, worked out for two categories below).
+
+Differs from the paper: DISP-LLM adds one Gumbel sample to the logit, which keeps a gate of logit 0
+with probability 0.632. `Logistic` adds the difference of two, so that P(keep) = sigmoid(logit);
+`ReferenceGumbel` is there for comparison runs.
+
+Legend: N = all gates of a model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_TINY = 1e-7  # keeps log(u) and log(1 - u) finite for u drawn from [0, 1)
+
+
+class Noise(ABC):
+    """The random variable that is added to a logit; the entry is kept where the sum is positive."""
+
+    @abstractmethod
+    def from_uniform(self, uniform_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Samples, by the inverse of the distribution function at uniform numbers in [0, 1)."""
+
+    @abstractmethod
+    def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """P(logit + noise > 0)."""
+
+
+class Logistic(Noise):
+    """Logistic noise, the difference of two Gumbel variables: P(keep) = sigmoid(logit)."""
+
+    def from_uniform(self, uniform_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        u_N = uniform_N.clamp(_TINY, 1 - _TINY)
+        return u_N.log() - (1 - u_N).log()
+
+    def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return logits_N.sigmoid()
+
+
+class ReferenceGumbel(Noise):
+    """One Gumbel variable, as in the released DISP-LLM code: P(keep) = 1 - exp(-exp(logit))."""
+
+    def from_uniform(self, uniform_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return -(-uniform_N.clamp(_TINY, 1 - _TINY).log()).log()
+
+    def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return -torch.expm1(-logits_N.exp())
+
+
+class Relaxation(ABC):
+    """What a noisy logit becomes: a gate with a gradient."""
+
+    @abstractmethod
+    def __call__(
+        self, logits_N: Float[Tensor, " N"], noise_N: Float[Tensor, " N"], temperature: float
+    ) -> Float[Tensor, " N"]:
+        """Gates in [0, 1].
+
+        Args:
+            logits_N: Logits, offset included.
+            noise_N: Noise of the same draw.
+            temperature: Softness of the relaxation, above 0; smaller is harder.
+        """
+
+
+class Soft(Relaxation):
+    """sigmoid((logit + noise) / temperature): gates between 0 and 1, exact gradient."""
+
+    def __call__(
+        self, logits_N: Float[Tensor, " N"], noise_N: Float[Tensor, " N"], temperature: float
+    ) -> Float[Tensor, " N"]:
+        return ((logits_N + noise_N) / temperature).sigmoid()
+
+
+class StraightThrough(Relaxation):
+    """Gates of exactly 0 or 1 forward, the gradient of `Soft` backward."""
+
+    def __call__(
+        self, logits_N: Float[Tensor, " N"], noise_N: Float[Tensor, " N"], temperature: float
+    ) -> Float[Tensor, " N"]:
+        soft_N = ((logits_N + noise_N) / temperature).sigmoid()
+        return soft_N.round().detach() + (soft_N - soft_N.detach())
+
+
+class ReinMax(Relaxation):
+    """Gates of exactly 0 or 1 forward, a second-order accurate gradient backward.
+
+    With p = P(keep), D the sample, and p_t = sigmoid(logit / temperature), the general estimator
+    pi_1 = (pi_t + D) / 2, gradient 2 grad(pi_1) - grad(pi) / 2, becomes for a binary gate the factor
+
+        2 m (1 - m) - p (1 - p) / 2,   m = (p_t + D) / 2.
+
+    At temperature 1 its mean over D is p (1 - p) / 2 + p (1 - p) / 2 = p (1 - p), the exact
+    derivative of the mean gate: p = 0.5 gives 2 * 0.25 * 0.75 - 0.125 = 0.25 for either sample.
+
+    Use it with `Logistic` noise: the derivation takes P(keep) = sigmoid(logit).
+    """
+
+    def __call__(
+        self, logits_N: Float[Tensor, " N"], noise_N: Float[Tensor, " N"], temperature: float
+    ) -> Float[Tensor, " N"]:
+        with torch.no_grad():
+            hard_N = (logits_N + noise_N > 0).to(logits_N.dtype)
+            p_N, mean_N = logits_N.sigmoid(), ((logits_N / temperature).sigmoid() + hard_N) / 2
+            slope_N = 2 * mean_N * (1 - mean_N) - p_N * (1 - p_N) / 2
+        return hard_N + slope_N * (logits_N - logits_N.detach())
+
+
+class GateSampler:
+    """Draws the gates of a step: a pure function of (logits, seed, step, rank).
+
+    Nothing is remembered between draws, so resuming at a step replays its noise exactly, on any
+    number of ranks.
+
+    Args:
+        noise: Distribution that is added to the logits.
+        relaxation: How a noisy logit becomes a gate with a gradient.
+        offset: Added to every logit; 3.0 starts training almost dense (mean gate 0.95 to 0.997,
+            depending on the noise). Any finite number.
+        temperature: Softness of the relaxation, above 0.
+        seed: Seed of the noise, 0 or more.
+        per_rank: Draw different noise on every rank, which averages over more masks per step;
+            False gives every rank the same masks.
+
+    Raises:
+        ValueError: `temperature` is not above 0 or `seed` is negative.
+    """
+
+    def __init__(
+        self,
+        noise: Noise | None = None,
+        relaxation: Relaxation | None = None,
+        offset: float = 3.0,
+        temperature: float = 0.4,
+        seed: int = 0,
+        per_rank: bool = False,
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+        if seed < 0:
+            raise ValueError(f"`seed` must be 0 or more, got {seed}.")
+        self.noise = noise or Logistic()
+        self.relaxation = relaxation or Soft()
+        self.offset, self.temperature = offset, temperature
+        self.seed, self.per_rank = seed, per_rank
+
+    def __call__(
+        self, logits_N: Float[Tensor, " N"], step: int, rank: int = 0
+    ) -> Float[Tensor, " N"]:
+        """Gates in [0, 1] for one training step, differentiable in the logits.
+
+        Args:
+            logits_N: Output of the hypernetwork.
+            step: Optimiser step, 0 or more.
+            rank: Rank of this process, 0 or more; ignored unless `per_rank`.
+        """
+        uniform_N = self._uniform(len(logits_N), step, rank if self.per_rank else 0)
+        noise_N = self.noise.from_uniform(uniform_N).to(logits_N)
+        return self.relaxation(logits_N + self.offset, noise_N, self.temperature)
+
+    def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """P(keep) of every gate; deterministic."""
+        return self.noise.keep_probability(logits_N + self.offset)
+
+    def _uniform(self, count: int, step: int, rank: int) -> Tensor:
+        # One stream per (seed, step, rank): the three are packed into the 63 bits of a seed, and
+        # the generator lives on the CPU, whose stream is the same on every machine.
+        generator = torch.Generator().manual_seed(
+            (self.seed * 1_000_003 + step) * 8191 + rank & 0x7FFF_FFFF_FFFF_FFFF
+        )
+        return torch.rand(count, generator=generator)
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that decide the draws, for telling two configurations apart."""
+        return {
+            "noise": type(self.noise).__name__,
+            "relaxation": type(self.relaxation).__name__,
+            "offset": self.offset,
+            "seed": self.seed,
+            "per_rank": self.per_rank,
+        }

@@ -1,0 +1,194 @@
+"""The plan: which entries of every site stay. Small, exact, reproducible.
+
+On disk a plan is a folder entry of two files: `plan.safetensors` holds the kept indices, one int32
+vector per site named `<block>.<site>`, and `plan.json` says in words and numbers what they mean.
+Neither can run code. Equal plans are equal files, byte for byte.
+
+Legend: S = sites, I = entries of a site, W = kept entries of a site.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pruning.families import family_of, skeleton
+from pruning.sites import Site, find_sites
+
+TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
+_FORMAT = "secateur-plan-1"
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What stays of a model.
+
+    Args:
+        model_type: Family of the base model.
+        base: Fingerprint of the base model, see `pruning.fingerprint`.
+        sites: The sites of the base model, in order.
+        kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
+        provenance: How the plan was made: JSON values only, shown in the model card.
+
+    Raises:
+        ValueError: Indices are unsorted, repeated, out of range or empty.
+    """
+
+    model_type: str
+    base: str
+    sites: tuple[Site, ...]
+    kept: tuple[Tensor, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.sites) != len(self.kept):
+            raise ValueError(f"{len(self.kept)} index sets were given for {len(self.sites)} sites.")
+        for site, index_W in zip(self.sites, self.kept, strict=True):
+            if len(index_W) == 0:
+                raise ValueError(f"Site {site.key} keeps nothing; every site keeps at least one.")
+            if bool((index_W[1:] <= index_W[:-1]).any()):
+                raise ValueError(f"Kept indices of site {site.key} must be sorted and unique.")
+            if int(index_W[0]) < 0 or int(index_W[-1]) >= site.size:
+                raise ValueError(f"Kept indices of site {site.key} must be in [0, {site.size}).")
+
+    @property
+    def widths(self) -> list[int]:
+        """Number of kept entries of every site."""
+        return [len(index_W) for index_W in self.kept]
+
+    def widths_by_block(self) -> list[dict[str, int]]:
+        """Site name to kept width, one entry per block."""
+        by_block: dict[int, dict[str, int]] = {}
+        for site, width in zip(self.sites, self.widths, strict=True):
+            by_block.setdefault(site.block, {})[site.name] = width
+        return [by_block[block] for block in sorted(by_block)]
+
+    def index(self, block: int, name: str) -> Tensor:
+        """Kept indices (int64) of one site.
+
+        Raises:
+            KeyError: There is no such site.
+        """
+        for site, index_W in zip(self.sites, self.kept, strict=True):
+            if (site.block, site.name) == (block, name):
+                return index_W
+        raise KeyError(f"{block}.{name}")
+
+    def gates(self) -> tuple[Tensor, ...]:
+        """Hard gates of 0 and 1 (float32), one vector of shape (I,) per site."""
+        return tuple(
+            torch.zeros(site.size).index_fill(0, index_W, 1.0)
+            for site, index_W in zip(self.sites, self.kept, strict=True)
+        )
+
+    def verify(self, config: PreTrainedConfig) -> None:
+        """Check that the plan fits a model.
+
+        Raises:
+            ValueError: The plan was made for another family or other sizes.
+        """
+        expected = find_sites(skeleton(config), family_of(config))
+        if config.model_type != self.model_type:
+            raise ValueError(
+                f"The plan was made for a {self.model_type!r} model and cannot prune a "
+                f"{config.model_type!r} model."
+            )
+        for ours, theirs in zip(self.sites, expected, strict=False):
+            if ours != theirs:
+                raise ValueError(
+                    f"The plan does not fit: site {ours.key} has {ours.size} entries in the plan, "
+                    f"the model has {theirs.key} with {theirs.size}."
+                )
+        if len(self.sites) != len(expected):
+            raise ValueError(
+                f"The plan does not fit: it has {len(self.sites)} sites, the model {len(expected)}."
+            )
+
+    def describe(self) -> str:
+        """The kept widths as a table for people, one row per block."""
+        names = list(dict.fromkeys(site.name for site in self.sites))
+        sizes = {site.name: site.size for site in self.sites}
+        rows = [["block", *(f"{name}/{sizes[name]}" for name in names)]]
+        for block, widths in enumerate(self.widths_by_block()):
+            rows.append([str(block), *(str(widths.get(name, "")) for name in names)])
+        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True))
+            for row in rows
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `plan.safetensors` and `plan.json` into a folder, which is made if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "format": _FORMAT,
+            "model_type": self.model_type,
+            "base": self.base,
+            "sites": [[site.block, site.name, site.size] for site in self.sites],
+            "widths": self.widths_by_block(),
+            "provenance": dict(self.provenance),
+        }
+        tensors = {
+            site.key: index_W.to(torch.int32)
+            for site, index_W in zip(self.sites, self.kept, strict=True)
+        }
+        save_file(tensors, folder / TENSORS)
+        text = json.dumps(description, indent=1, sort_keys=True)
+        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PruningPlan:
+        """Read a plan.
+
+        Raises:
+            ValueError: The folder holds no plan, or a damaged one.
+        """
+        folder = Path(folder)
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
+        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no readable plan: {error}") from error
+        if description.get("format") != _FORMAT:
+            raise ValueError(
+                f"{folder / DESCRIPTION} has format {description.get('format')!r}, "
+                f"expected {_FORMAT!r}."
+            )
+        sites = tuple(Site(block, name, size) for block, name, size in description["sites"])
+        if missing := [site.key for site in sites if site.key not in tensors]:
+            raise ValueError(f"{folder / TENSORS} lacks the sites {', '.join(missing)}.")
+        return cls(
+            model_type=description["model_type"],
+            base=description["base"],
+            sites=sites,
+            kept=tuple(tensors[site.key].long() for site in sites),
+            provenance=description["provenance"],
+        )
+
+
+def full_plan(model: PreTrainedModel, base: str) -> PruningPlan:
+    """The plan that keeps everything."""
+    sites = find_sites(model, family_of(model.config))
+    return PruningPlan(
+        model.config.model_type, base, tuple(sites), tuple(torch.arange(s.size) for s in sites)
+    )
+
+
+def plan_from_indices(
+    model: PreTrainedModel, base: str, kept: Sequence[Tensor], provenance: Mapping[str, Any]
+) -> PruningPlan:
+    """The plan of a live model from one index vector (int64, sorted) per site, in order."""
+    sites = find_sites(model, family_of(model.config))
+    return PruningPlan(
+        model.config.model_type, base, tuple(sites), tuple(i.cpu() for i in kept), provenance
+    )

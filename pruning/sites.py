@@ -1,0 +1,66 @@
+"""The prunable dimensions of a model, in the order that everything else follows.
+
+Block 0 comes first, and within a block the sites come in the order of the family's row. A vector
+over all gates of a model is the concatenation of its sites in this order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.families import Family, blocks_of
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One prunable dimension of one block.
+
+    Args:
+        block: Index of the block in the original model.
+        name: Name of the site in the family's row, such as `mlp_mid`.
+        size: Number of entries before pruning.
+    """
+
+    block: int
+    name: str
+    size: int
+
+    @property
+    def key(self) -> str:
+        """Name used in files: `<block>.<name>`."""
+        return f"{self.block}.{self.name}"
+
+
+def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
+    """All sites of a model, in order; the model may live on the meta device.
+
+    Raises:
+        ValueError: A projection of the family's row is missing in the model.
+    """
+    sites = []
+    for index, block in enumerate(blocks_of(model, family)):
+        sizes: dict[str, int] = {}
+        for projection in family.projections:
+            try:
+                linear = block.get_submodule(projection.path)
+            except AttributeError as error:
+                raise ValueError(
+                    f"Block {index} has no {projection.path!r}, which the family "
+                    f"{family.model_type!r} names; is this an already pruned or patched model?"
+                ) from error
+            for site, size in (
+                (projection.input, linear.in_features),
+                (projection.output, linear.out_features),
+            ):
+                if site is not None:
+                    sizes[site] = int(size)  # type: ignore[arg-type]
+        sites += [Site(index, name, sizes[name]) for name in family.gates]
+    return sites
+
+
+def split(vector_N: Tensor, sites: list[Site]) -> tuple[Tensor, ...]:
+    """Cut a vector over all N gates of a model into one vector per site."""
+    return vector_N.split([site.size for site in sites])
