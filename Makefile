@@ -1,0 +1,50 @@
+# setup, demo, test and check do what they need first; `make` alone lists them.
+#
+#   PYTHON  the interpreter that makes the environment, 3.11 or newer
+#   TORCH   what pip installs as torch; choose the build for your GPU here, for example
+#           make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+RUN := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-fast check clean
+
+help:
+	@echo "make setup      the environment, in .venv"
+	@echo "make demo       pretrain a tiny model, learn its masks, export and compare"
+	@echo "make test       the whole test suite"
+	@echo "make test-fast  without the slow tests"
+	@echo "make check      format, lint, types, direction of imports"
+	@echo "make clean      remove caches and runs; .venv stays"
+
+setup: $(READY)
+
+# The stamp makes this run again only when what it installs has changed.
+$(READY): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[cluster,lora,eval,test,dev]"
+	touch $@
+
+demo: setup
+	$(RUN) train.py fit --config configs/demo/pretrain.yaml
+	$(RUN) train.py fit --config configs/demo/disp.yaml
+
+test: setup
+	$(RUN) -m pytest
+
+test-fast: setup
+	$(RUN) -m pytest -m "not slow"
+
+check: setup
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	.venv/bin/lint-imports --no-cache
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
