@@ -67,9 +67,11 @@ class CostTable:
 
     def marginal(self, widths_S: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Cost of one more entry at every site; no site multiplies itself, so this is exact."""
-        widths_S = widths_S.double().requires_grad_()
-        (marginal_S,) = torch.autograd.grad(self(widths_S), widths_S)
-        return marginal_S
+        axes = torch.cat([widths_S.double(), self.fixed_F])
+        marginal = torch.zeros_like(axes)
+        marginal.index_add_(0, self.left_K, self.unit_K * axes[self.right_K])
+        marginal.index_add_(0, self.right_K, self.unit_K * axes[self.left_K])
+        return marginal[: len(widths_S)]
 
 
 class Cost(ABC):
@@ -123,7 +125,7 @@ class Flops(Cost):
             return CostTable(sites, products)
         head = model.get_output_embeddings()
         assert head is not None
-        constant = 2 * head.in_features * head.out_features  # type: ignore[operator]
+        constant = 2 * head.in_features * head.out_features
         attention_output = next(p.path for p in family.projections if p.output == "attn_out")
         for block in blocks_of(model, family):
             # q k^T and the weighted sum of v: 2 products of context_tokens x query width.
@@ -164,7 +166,7 @@ def _norm_products(family: Family, sites: list[Site]) -> list[tuple[int, int | f
 def log_ratio_penalty(
     fraction: Float[Tensor, ""], target: float, strength: float
 ) -> Float[Tensor, ""]:
-    """strength * |ln(fraction / target)|: eq. 7 of DISP-LLM; pulls from both sides.
+    """Eq. 7 of DISP-LLM, strength * |ln(fraction / target)|: pulls from both sides.
 
     Args:
         fraction: Soft cost over dense cost.
@@ -311,7 +313,8 @@ class Budget:
             if whole < len(above):  # the site stays whole only with its last, shorter chunk
                 key_C = torch.cat([key_C, above[whole:].mean().unsqueeze(0)])
                 size_C = torch.cat([size_C, torch.tensor([len(above) - whole])])
-            keys.append(key_C)
+            # Rounding must not let a chunk overtake an earlier one of its site.
+            keys.append(key_C.cummin(0).values)
             sizes.append(size_C)
             places.append(torch.full_like(size_C, place))
         best_first = torch.cat(keys).argsort(descending=True, stable=True)

@@ -21,9 +21,10 @@ def fingerprint(folder: str | Path) -> str:
         ValueError: The folder holds no config.json or no safetensors file.
     """
     folder = Path(folder)
-    files = sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")])
-    if len(files) < 2 or files[0].name != "config.json":
+    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    if not config.is_file() or not weights:
         raise ValueError(f"{folder} is not a model folder: no config.json with *.safetensors.")
+    files = [config, *weights]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_hash_file, files))
     lines = (f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))

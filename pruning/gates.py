@@ -94,12 +94,12 @@ class StraightThrough(Relaxation):
 class ReinMax(Relaxation):
     """Gates of exactly 0 or 1 forward, a second-order accurate gradient backward.
 
-    With p = P(keep), D the sample, and p_t = sigmoid(logit / temperature), the general estimator
-    pi_1 = (pi_t + D) / 2, gradient 2 grad(pi_1) - grad(pi) / 2, becomes for a binary gate the factor
+    With p = P(keep), D the sample, and p_t = sigmoid(logit / temperature), the general estimator,
+    pi_1 = (pi_t + D) / 2 and gradient 2 grad(pi_1) - grad(pi) / 2, is for a binary gate the factor
 
         2 m (1 - m) - p (1 - p) / 2,   m = (p_t + D) / 2.
 
-    At temperature 1 its mean over D is p (1 - p) / 2 + p (1 - p) / 2 = p (1 - p), the exact
+    At temperature 1 its mean over D is 3 p (1 - p) / 2 - p (1 - p) / 2 = p (1 - p), the exact
     derivative of the mean gate: p = 0.5 gives 2 * 0.25 * 0.75 - 0.125 = 0.25 for either sample.
 
     Use it with `Logistic` noise: the derivation takes P(keep) = sigmoid(logit).
@@ -172,8 +172,9 @@ class GateSampler:
         return self.noise.keep_probability(logits_N + self.offset)
 
     def _uniform(self, count: int, step: int, rank: int) -> Tensor:
-        # One stream per (seed, step, rank): the three are packed into the 63 bits of a seed, and
-        # the generator lives on the CPU, whose stream is the same on every machine.
+        # One stream per (seed, step, rank). The generator reads the low 32 bits of its seed, in
+        # which the numbers of a run stay apart for 8191 ranks and half a million steps. It lives
+        # on the CPU, whose stream is the same on every machine.
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + step) * 8191 + rank & 0x7FFF_FFFF_FFFF_FFFF
         )

@@ -73,7 +73,7 @@ class GRUHypernetwork(Hypernetwork):
         super().__init__()
         self.input: Tensor
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
             self.register_buffer("input", torch.randn(len(sizes), 1, input_size))
             self.gru = nn.GRU(input_size, hidden_size, bidirectional=True)
             self.norm = nn.LayerNorm(2 * hidden_size)
@@ -98,7 +98,7 @@ class NoRecurrence(Hypernetwork):
         super().__init__()
         self.input: Tensor
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
             self.register_buffer("input", torch.randn(len(sizes), features))
             self.norm = nn.LayerNorm(features)
             self.heads = _Heads(sizes, features)

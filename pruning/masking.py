@@ -8,9 +8,9 @@ Legend: S = sites, I = entries of a site.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from transformers import PreTrainedModel
 
 from pruning.families import blocks_of, family_of
 from pruning.sites import find_sites
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class GateHooks:

@@ -159,11 +159,11 @@ class PruningPlan:
             tensors = load_file(folder / TENSORS)
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no readable plan: {error}") from error
-        if description.get("format") != _FORMAT:
-            raise ValueError(
-                f"{folder / DESCRIPTION} has format {description.get('format')!r}, "
-                f"expected {_FORMAT!r}."
-            )
+        found = description.get("format") if isinstance(description, dict) else None
+        if found != _FORMAT:
+            raise ValueError(f"{folder / DESCRIPTION} has format {found!r}, expected {_FORMAT!r}.")
+        if lost := {"model_type", "base", "sites", "provenance"} - description.keys():
+            raise ValueError(f"{folder / DESCRIPTION} lacks {', '.join(sorted(lost))}.")
         sites = tuple(Site(block, name, size) for block, name, size in description["sites"])
         if missing := [site.key for site in sites if site.key not in tensors]:
             raise ValueError(f"{folder / TENSORS} lacks the sites {', '.join(missing)}.")

@@ -38,19 +38,22 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
     """All sites of a model, in order; the model may live on the meta device.
 
     Raises:
-        ValueError: A projection of the family's row is missing in the model.
+        ValueError: A projection or norm of the family's row is missing in the model.
     """
     sites = []
     for index, block in enumerate(blocks_of(model, family)):
         sizes: dict[str, int] = {}
-        for projection in family.projections:
+        paths = [*(p.path for p in family.projections), *(norm.path for norm in family.norms)]
+        for path in paths:
             try:
-                linear = block.get_submodule(projection.path)
+                block.get_submodule(path)
             except AttributeError as error:
                 raise ValueError(
-                    f"Block {index} has no {projection.path!r}, which the family "
+                    f"Block {index} has no {path!r}, which the family "
                     f"{family.model_type!r} names; is this an already pruned or patched model?"
                 ) from error
+        for projection in family.projections:
+            linear = block.get_submodule(projection.path)
             for site, size in (
                 (projection.input, linear.in_features),
                 (projection.output, linear.out_features),
@@ -63,4 +66,5 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
 
 def split(vector_N: Tensor, sites: list[Site]) -> tuple[Tensor, ...]:
     """Cut a vector over all N gates of a model into one vector per site."""
-    return vector_N.split([site.size for site in sites])
+    parts: tuple[Tensor, ...] = vector_N.split([site.size for site in sites])
+    return parts
