@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -54,18 +54,18 @@ class CostTable:
         self.full_S = torch.tensor([float(site.size) for site in sites], dtype=torch.float64)
         self.dense = float(self(self.full_S))
 
-    def __call__(self, widths_S: Float[Tensor, " S"]) -> Float[Tensor, ""]:
+    def __call__(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, ""]:
         """Cost at the given widths, float64; exact for whole widths, differentiable."""
         axes = torch.cat([widths_S.double(), self.fixed_F.to(widths_S.device)])
         device = widths_S.device
         left_K, right_K = axes[self.left_K.to(device)], axes[self.right_K.to(device)]
         return (self.unit_K.to(device) * left_K * right_K).sum() + self.constant
 
-    def fraction(self, widths_S: Float[Tensor, " S"]) -> Float[Tensor, ""]:
+    def fraction(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, ""]:
         """Cost at the given widths divided by the dense cost, in (0, 1]."""
         return self(widths_S) / self.dense
 
-    def marginal(self, widths_S: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+    def marginal(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Cost of one more entry at every site; no site multiplies itself, so this is exact."""
         axes = torch.cat([widths_S.double(), self.fixed_F])
         marginal = torch.zeros_like(axes)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from torch import nn
+from transformers import GPT2Config, PreTrainedConfig
+
+from pruning import families
+from pruning.families import FAMILIES, blocks_of, family_of, skeleton
+from pruning.sites import find_sites
+from tests.tiny import tiny_llama_config
+
+# One row per family: configurations that differ in what its blocks hold.
+CONFIGS: Mapping[str, tuple[PreTrainedConfig, ...]] = {
+    "llama": (
+        tiny_llama_config(),
+        tiny_llama_config(attention_bias=True, mlp_bias=True),
+        tiny_llama_config(num_key_value_heads=6, tie_word_embeddings=True, head_dim=10),
+    ),
+}
+
+CASES = [(name, config) for name, configs in CONFIGS.items() for config in configs]
+
+
+def test_every_family_is_tested() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+def test_an_unknown_family_says_what_is_known_and_what_to_do() -> None:
+    with pytest.raises(ValueError, match="'gpt2' is not a known family; known are") as error:
+        family_of(GPT2Config())
+    for part in (*FAMILIES, "pruning/families.py", "CONTRIBUTING.md"):
+        assert part in str(error.value)
+
+
+def test_a_refused_member_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(FAMILIES["llama"], refuse=lambda config: "it is too small")
+    monkeypatch.setattr(families, "FAMILIES", {"llama": row})
+    with pytest.raises(ValueError, match="llama model cannot be pruned: it is too small"):
+        family_of(tiny_llama_config())
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_a_row_agrees_with_its_model(name: str, config: PreTrainedConfig) -> None:
+    family = family_of(config)
+    assert family.model_type == name == config.model_type
+    model = skeleton(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    blocks = blocks_of(model, family)
+    assert len(blocks) == config.num_hidden_layers
+    for block in blocks:
+        for point in family.gates.values():
+            assert isinstance(block.get_submodule(point.path), nn.Module)
+        for norm in family.norms:
+            assert block.get_submodule(norm.path).weight is not None
+        linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        assert linears == {projection.path for projection in family.projections}
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_every_tensor_of_a_site_has_the_size_of_the_site(
+    name: str, config: PreTrainedConfig
+) -> None:
+    family = family_of(config)
+    model = skeleton(config)
+    sizes = {(site.block, site.name): site.size for site in find_sites(model, family)}
+    for number, block in enumerate(blocks_of(model, family)):
+        found: set[str] = set()
+        for path, tensor in block.named_parameters():
+            axes = family.axes(path)
+            assert len(axes) in (0, tensor.dim()), path
+            for length, site in zip(tensor.shape, axes, strict=False):
+                if site is not None:
+                    assert length == sizes[number, site], (path, site)
+                    found.add(site)
+        assert found == set(family.gates)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_a_gate_multiplies_where_its_site_is_sliced(name: str, config: PreTrainedConfig) -> None:
+    # At the input of a projection that reads the site, at the output of one that writes it, or at
+    # the output of a norm that it selects.
+    family = family_of(config)
+    for site, point in family.gates.items():
+        if point.side == "input":
+            places = {p.path for p in family.projections if p.input == site}
+        else:
+            places = {p.path for p in family.projections if p.output == site}
+            places |= {norm.path for norm in family.norms if norm.output == site}
+        assert point.path in places, site
+
+
+def test_axes_of_llama_by_hand() -> None:
+    axes = FAMILIES["llama"].axes
+    assert axes("self_attn.k_proj.weight") == (None, "attn_in")
+    assert axes("self_attn.k_proj.bias") == (None,)
+    assert axes("self_attn.o_proj.weight") == ("attn_out", None)
+    assert axes("self_attn.o_proj.bias") == ("attn_out",)
+    assert axes("mlp.up_proj.weight") == ("mlp_mid", "mlp_in")
+    assert axes("mlp.down_proj.weight") == ("mlp_out", "mlp_mid")
+    assert axes("post_attention_layernorm.weight") == ("mlp_in",)
+    assert axes("self_attn.rotary_emb.inv_freq") == ()

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from pruning.families import FAMILIES
+from pruning.plan import DESCRIPTION, TENSORS, PruningPlan, full_plan, plan_from_indices
+from pruning.sites import Site, find_sites
+from tests.tiny import tiny_llama, tiny_llama_config
+
+SITES = (Site(0, "a", 4), Site(0, "b", 3), Site(1, "a", 4), Site(1, "b", 3))
+KEPT = ([0, 2], [1], [0, 1, 2, 3], [0, 2])
+
+
+def _plan(**changes: Any) -> PruningPlan:
+    settings: dict[str, Any] = {
+        "model_type": "llama",
+        "base": "0" * 64,
+        "sites": SITES,
+        "kept": tuple(torch.tensor(index) for index in KEPT),
+        "provenance": {"seed": 3, "command": "fit"},
+    }
+    return PruningPlan(**settings | changes)
+
+
+def test_widths_indices_and_gates() -> None:
+    plan = _plan()
+    assert plan.widths == [2, 1, 4, 2]
+    assert plan.widths_by_block() == [{"a": 2, "b": 1}, {"a": 4, "b": 2}]
+    assert plan.index(1, "b").tolist() == [0, 2]
+    assert [gate.tolist() for gate in plan.gates()][:2] == [[1, 0, 1, 0], [0, 1, 0]]
+    with pytest.raises(KeyError, match=r"2\.a"):
+        plan.index(2, "a")
+
+
+def test_description_is_a_table() -> None:
+    assert _plan().describe() == "block  a/4  b/3\n    0    2    1\n    1    4    2"
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    plan = _plan()
+    plan.save(tmp_path / "new" / "folder")
+    loaded = PruningPlan.load(tmp_path / "new" / "folder")
+    assert (loaded.model_type, loaded.base, loaded.sites) == (plan.model_type, plan.base, SITES)
+    assert loaded.provenance == plan.provenance
+    assert all(torch.equal(a, b) for a, b in zip(loaded.kept, plan.kept, strict=True))
+    assert all(index.dtype == torch.int64 for index in loaded.kept)
+
+
+def test_equal_plans_are_equal_files(tmp_path: Path) -> None:
+    _plan().save(tmp_path / "1")
+    _plan(provenance={"command": "fit", "seed": 3}).save(tmp_path / "2")
+    PruningPlan.load(tmp_path / "1").save(tmp_path / "3")
+    for name in (TENSORS, DESCRIPTION):
+        first = (tmp_path / "1" / name).read_bytes()
+        assert first == (tmp_path / "2" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (([0, 2], [1], [0]), "3 index sets were given for 4 sites"),
+        (([], [1], [0], [0]), r"Site 0\.a keeps nothing"),
+        (([2, 0], [1], [0], [0]), r"site 0\.a must be sorted and unique"),
+        (([0], [1, 1], [0], [0]), r"site 0\.b must be sorted and unique"),
+        (([0], [1], [-1, 0], [0]), r"site 1\.a must be in \[0, 4\)"),
+        (([0], [1], [0], [3]), r"site 1\.b must be in \[0, 3\)"),
+    ],
+)
+def test_index_sets_that_are_not(kept: tuple[list[int], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _plan(kept=tuple(torch.tensor(index, dtype=torch.int64) for index in kept))
+
+
+def test_a_plan_fits_its_own_model_only() -> None:
+    plan = full_plan(tiny_llama(), base="x")
+    plan.verify(tiny_llama_config())
+    with pytest.raises(ValueError, match=r"site 0\.mlp_mid has 37 entries .* 0\.mlp_mid with 38"):
+        plan.verify(tiny_llama_config(intermediate_size=38))
+    with pytest.raises(ValueError, match="it has 15 sites, the model 20"):
+        plan.verify(tiny_llama_config(num_hidden_layers=4))
+    with pytest.raises(ValueError, match="it has 15 sites, the model 10"):
+        plan.verify(tiny_llama_config(num_hidden_layers=2))
+    with pytest.raises(ValueError, match="'gpt2' is not a known family"):
+        plan.verify(GPT2Config())
+    with pytest.raises(ValueError, match=r"made for a 'mistral' model .* prune a 'llama' model"):
+        PruningPlan("mistral", "x", plan.sites, plan.kept).verify(tiny_llama_config())
+
+
+def test_plans_of_a_live_model() -> None:
+    model = tiny_llama()
+    sites = find_sites(model, FAMILIES["llama"])
+    assert full_plan(model, "x").widths == [site.size for site in sites]
+    kept = [torch.tensor([0, site.size - 1]) for site in sites]
+    plan = plan_from_indices(model, "x", kept, {"step": 4})
+    assert (plan.model_type, plan.sites, plan.provenance) == ("llama", tuple(sites), {"step": 4})
+    assert plan.index(2, "mlp_mid").tolist() == [0, 36]
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / DESCRIPTION
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / DESCRIPTION).unlink(), "holds no readable plan"),
+        (lambda folder: (folder / TENSORS).unlink(), "holds no readable plan"),
+        (lambda folder: (folder / DESCRIPTION).write_text("{"), "holds no readable plan"),
+        (
+            lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-1]),
+            "holds no readable plan",
+        ),
+        (lambda folder: _rewrite(folder, lambda plan: [1]), "has format None"),
+        (lambda folder: _rewrite(folder, lambda plan: plan | {"format": "2"}), "has format '2'"),
+        (
+            lambda folder: _rewrite(
+                folder, lambda plan: {k: v for k, v in plan.items() if k not in ("base", "sites")}
+            ),
+            "lacks base, sites",
+        ),
+        (
+            lambda folder: _rewrite(
+                folder, lambda plan: plan | {"sites": [*plan["sites"], [7, "a", 3]]}
+            ),
+            r"lacks the sites 7\.a",
+        ),
+    ],
+)
+def test_damaged_plans_are_refused(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    _plan().save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PruningPlan.load(tmp_path)
