@@ -25,8 +25,8 @@ setup: $(READY)
 # The stamp makes this run again only when what it installs has changed.
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet $(TORCH)
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[cluster,lora,eval,test,dev]"
+	$(RUN) -m pip install $(TORCH)
+	$(RUN) -m pip install -c constraints.txt -e ".[cluster,lora,eval,test,dev]"
 	touch $@
 
 demo: setup
