@@ -1,0 +1,1 @@
+"""Pruned models as folders that load anywhere: modelling file, verification, model card."""

@@ -1,0 +1,118 @@
+"""The README.md of a pruned model: where it comes from, what it costs, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pruning.plan import PruningPlan
+
+Table = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model card says beside the plan.
+
+    Equal cards of equal plans are equal texts: no time of day is added.
+
+    Args:
+        title: Heading, usually the name of the model.
+        base_model: Name on the hub, or path, of the model that was pruned.
+        budget: Table of what was asked for and what stays; the first row is the heading.
+        quality: Table of quality of dense and pruned; the first row is the heading.
+        speed: Table of speed and memory of dense and pruned; the first row is the heading.
+        command: The command that made the model.
+        versions: Package to version.
+        licence: Identifier of the licence of the base model, such as `apache-2.0`, or None.
+        date: Date as text, or None.
+        tags: Tags for the hub, beside `secateur` and `pruned`.
+    """
+
+    title: str
+    base_model: str
+    budget: Table = ()
+    quality: Table = ()
+    speed: Table = ()
+    command: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    licence: str | None = None
+    date: str | None = None
+    tags: Sequence[str] = ()
+
+    def render(self, plan: PruningPlan) -> str:
+        """The text of README.md, YAML header included.
+
+        Raises:
+            ValueError: The rows of a table differ in length.
+        """
+        sections = [
+            self._header(),
+            f"# {self.title}",
+            _SUMMARY.format(base_model=self.base_model),
+            _LOADING,
+        ]
+        for name, rows in (
+            ("Budget", self.budget),
+            ("Quality", self.quality),
+            ("Speed and memory", self.speed),
+        ):
+            if rows:
+                sections += [f"## {name}", _markdown(name, rows)]
+        sections += ["## Widths", f"```\n{plan.describe()}\n```", "## Origin"]
+        origin = [("base model", self.base_model), ("fingerprint of the base model", plan.base)]
+        origin += [("date", self.date)] if self.date else []
+        origin += sorted(self.versions.items())
+        origin += [(name, json.dumps(value)) for name, value in sorted(plan.provenance.items())]
+        sections.append("\n".join(f"- {name}: {value}" for name, value in origin))
+        if self.command:
+            sections.append(f"```\n{self.command}\n```")
+        return "\n\n".join(sections) + "\n"
+
+    def _header(self) -> str:
+        # JSON strings are YAML strings, whatever they contain.
+        lines = [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            f"base_model: {json.dumps(self.base_model)}",
+            *([f"license: {json.dumps(self.licence)}"] if self.licence else []),
+            "tags:",
+            *(f"- {json.dumps(tag)}" for tag in ("secateur", "pruned", *self.tags)),
+            "---",
+        ]
+        return "\n".join(lines)
+
+
+_SUMMARY = """\
+`{base_model}`, pruned by Secateur to the widths below. Which entries of the residual stream a block
+reads and writes differs from block to block: `config.json` has the widths, the weights have the
+indices. Before this folder was put in its place, its logits were compared with those of the masked
+base model, on whole windows and in a cached decode."""
+
+_LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+`trust_remote_code` runs `modeling_secateur.py` from the folder, which needs nothing but torch and
+transformers."""
+
+
+def _markdown(name: str, rows: Table) -> str:
+    """A table in Markdown.
+
+    Raises:
+        ValueError: The rows differ in length.
+    """
+    heading, *body = rows
+    if any(len(row) != len(heading) for row in body):
+        raise ValueError(f"The rows of the table {name!r} of the model card differ in length.")
+    lines = [heading, ["---"] * len(heading), *body]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,167 @@
+"""Prove that an exported model computes what the masked dense model computes.
+
+Compared are the logits of whole windows, and those of a cached greedy decode, token by token. Up to
+`FLOAT32_PARAMETERS` parameters both models are compared in float32, on a float32 copy of the dense
+model if it has another type: there the two differ only in the order of sums. Larger models are
+compared in the type that they have, where every rounding differs, with a tolerance to match.
+
+Legend: B = windows, T = tokens, V = vocabulary, D = width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from pruning.budget import Parameters
+from pruning.families import skeleton
+from pruning.masking import GateHooks
+from pruning.plan import PruningPlan
+
+FLOAT32_PARAMETERS = 2_000_000_000  # two float32 copies of this size take 16 GB
+DECODED_TOKENS = 8
+ROUNDINGS = 16  # of the largest logit, that models in a type narrower than float32 may differ
+
+
+class ExportError(ValueError):
+    """An exported model is not the model that the plan describes."""
+
+
+def verify_export(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    folder: str | Path,
+    windows_BT: Int[Tensor, "B T"],
+    tolerance: float = 1e-4,
+) -> float:
+    """Compare an exported folder with the masked dense model.
+
+    Args:
+        model: The dense base model. Gates that are hooked into it already must be open.
+        plan: The plan that was exported.
+        folder: The exported model.
+        windows_BT: Token ids, at least 2 per window.
+        tolerance: Largest difference of two logits in float32, above 0. Models that are too large
+            for float32 may differ by `ROUNDINGS` units of rounding of the largest logit.
+
+    Returns:
+        The largest absolute difference of two logits.
+
+    Raises:
+        ExportError: The folder cannot be loaded, has another number of parameters than the plan
+            promises, or computes something else; the message says from which block on.
+    """
+    small = model.num_parameters() <= FLOAT32_PARAMETERS
+    dense = _in_float32(model) if small else model
+    exported = _load(folder, dense)
+    _check_parameters(model, plan, exported)
+    windows_BT = windows_BT.to(dense.device)
+    with _gated(dense, plan), torch.no_grad():
+        largest = 0.0
+        for place, ours_BTV, theirs_BTV in _logits(dense, exported, windows_BT):
+            limit = tolerance
+            if not small:
+                limit = ROUNDINGS * torch.finfo(dense.dtype).eps * float(ours_BTV.abs().max())
+            difference = float((ours_BTV.float() - theirs_BTV.float()).abs().max())
+            if not difference <= limit:  # so that a NaN fails
+                raise ExportError(
+                    f"The exported model differs from the masked one in {place}: a logit is off by "
+                    f"{difference:.3g}, allowed is {limit:.3g}. "
+                    f"{_first_difference(dense, exported, windows_BT, limit)}"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model
+    copy: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    copy.load_state_dict(model.state_dict())
+    copy.to(model.device)  # type: ignore[arg-type]
+    return copy
+
+
+def _load(folder: str | Path, dense: PreTrainedModel) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=dense.dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"{folder} cannot be loaded: {error}") from error
+    exported, report = loaded
+    assert isinstance(exported, PreTrainedModel)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ExportError(f"{folder} has {kind.replace('_', ' ')}: {sorted(report[kind])}.")
+    exported.to(dense.device)  # type: ignore[arg-type]
+    exported.eval()
+    return exported
+
+
+def _check_parameters(model: PreTrainedModel, plan: PruningPlan, exported: PreTrainedModel) -> None:
+    table = Parameters(whole_model=True).table(skeleton(model.config))
+    promised = int(table(torch.tensor(plan.widths, dtype=torch.float64)))
+    if (found := exported.num_parameters()) != promised:
+        raise ExportError(
+            f"The exported model has {found} parameters and the plan promises {promised}."
+        )
+
+
+@contextmanager
+def _gated(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
+    """The dense model with the gates of the plan, in evaluation mode, and all put back after."""
+    training = model.training
+    hooks = GateHooks(model.eval())
+    gates = [gate_I.to(model.device) for gate_I in plan.gates()]
+    try:
+        with hooks.applied(gates):
+            yield
+    finally:
+        hooks.remove()
+        model.train(training)
+
+
+def _logits(
+    dense: PreTrainedModel, exported: PreTrainedModel, windows_BT: Int[Tensor, "B T"]
+) -> Iterator[tuple[str, Float[Tensor, "B t V"], Float[Tensor, "B t V"]]]:
+    """Where, and the logits of both models there."""
+    yield "whole windows", dense(windows_BT).logits, exported(windows_BT).logits
+    # Half a window is read into the caches at once; both models then get the dense model's tokens.
+    models, caches = (dense, exported), (DynamicCache(), DynamicCache())
+    tokens_Bt = windows_BT[:, : (windows_BT.shape[1] + 1) // 2]
+    steps = min(DECODED_TOKENS, windows_BT.shape[1] // 2)
+    for step in range(steps + 1):
+        ours_BtV, theirs_BtV = (
+            model(tokens_Bt, past_key_values=cache, use_cache=True).logits
+            for model, cache in zip(models, caches, strict=True)
+        )
+        yield f"step {step} of a cached decode", ours_BtV, theirs_BtV
+        tokens_Bt = ours_BtV[:, -1:].argmax(-1)
+
+
+def _first_difference(
+    dense: PreTrainedModel,
+    exported: PreTrainedModel,
+    windows_BT: Int[Tensor, "B T"],
+    limit: float,
+) -> str:
+    """A sentence that names the first block whose output differs on whole windows."""
+    streams = zip(
+        dense(windows_BT, output_hidden_states=True).hidden_states,
+        exported(windows_BT, output_hidden_states=True).hidden_states,
+        strict=True,
+    )
+    for place, (ours_BTD, theirs_BTD) in enumerate(streams):
+        scale = max(1.0, float(ours_BTD.float().abs().max()))
+        if not float((ours_BTD.float() - theirs_BTD.float()).abs().max()) <= limit * scale:
+            where = f"The first difference is in block {place - 1}."
+            return where if place else "The embeddings differ already."
+    return "The residual stream agrees after every block: the head or the cache differs."

@@ -1,0 +1,338 @@
+"""Cut a checkpoint down to a plan without loading the model: tensors are streamed and sliced.
+
+What comes out is a model folder with widths per block: safetensors, configuration, tokenizer, the
+plan, and the modelling file that loads it. Equal inputs give equal folders, byte for byte.
+
+Memory: one shard of the output and one tensor of the input. Time: that of reading and writing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from pruning.families import FAMILIES, Family, skeleton
+from pruning.fingerprint import fingerprint
+from pruning.plan import PruningPlan
+
+MODELLING_FILE = Path(__file__).parent / "export" / "modeling_secateur.py"
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# What a model folder holds beside weights and configuration, its licence included.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def prune_checkpoint(
+    base_folder: str | Path,
+    plan: PruningPlan,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the smaller model that a plan leaves of a checkpoint.
+
+    The folder appears when everything is written; on any failure nothing of it remains. An earlier
+    pruned model in its place is replaced then and not before.
+
+    Args:
+        base_folder: Model folder with config.json and safetensors, in one file or several.
+        plan: What stays; made for exactly this base model.
+        folder: Where the smaller model goes.
+        max_shard_bytes: Largest file of weights, in bytes, 1 or more; a tensor that is larger has
+            a file of its own.
+        progress: Called with the bytes written so far and the bytes in all, per tensor.
+
+    Raises:
+        ValueError: The plan does not fit the base model, the base model is damaged or quantised,
+            or something else lies at `folder`.
+        OSError: Reading or writing failed, as when the disk is full.
+    """
+    with replaced_folder(folder) as partial:
+        write_pruned(base_folder, plan, partial, max_shard_bytes, progress)
+
+
+@contextmanager
+def replaced_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place at `folder` when the block ends without error.
+
+    On an error it is removed and `folder` is as it was. What a killed run left is removed first.
+
+    Raises:
+        ValueError: `folder` exists and is no pruned model of ours.
+    """
+    folder = Path(folder).absolute()
+    _refuse_foreign(folder)
+    partial = folder.with_name(f".{folder.name}.secateur-partial")
+    replaced = folder.with_name(f".{folder.name}.secateur-replaced")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _refuse_foreign(folder)
+        # POSIX cannot swap two folders: the old one steps aside, and comes back on failure.
+        _remove(replaced)
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+        _remove(replaced)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        PruningPlan.load(folder)
+        # A run folder may hold a plan as well, beside logs and checkpoints: that is not ours.
+        ours = (folder / MODELLING_FILE.name).is_file() and (folder / CONFIG).is_file()
+    except ValueError:
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"`folder` {folder} exists and is not a pruned model written by Secateur; it is left "
+            "as it is. Choose another folder or remove it yourself."
+        )
+
+
+def write_pruned(
+    base_folder: str | Path,
+    plan: PruningPlan,
+    folder: Path,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the smaller model straight into an empty folder; see `prune_checkpoint`.
+
+    Raises:
+        ValueError: As for `prune_checkpoint`.
+    """
+    base_folder = Path(base_folder)
+    if max_shard_bytes < 1:
+        raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes}.")
+    if (found := fingerprint(base_folder)) != plan.base:
+        raise ValueError(
+            f"The plan was made for the base model with fingerprint {plan.base[:16]}..., and "
+            f"{base_folder} has {found[:16]}...; give the base model that the plan was made for."
+        )
+    plan.verify(AutoConfig.from_pretrained(base_folder))
+    cuts = _find_cuts(base_folder, plan)
+    _write_weights(cuts, folder, max_shard_bytes, progress)
+    _write_json(folder / CONFIG, exported_config(base_folder, plan))
+    for pattern in COMPANIONS:
+        for path in sorted(base_folder.glob(pattern)):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+    shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+    plan.save(folder)
+
+
+def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any]:
+    """The configuration of the smaller model: that of the base model and the widths per block."""
+    config: dict[str, Any] = json.loads((Path(base_folder) / CONFIG).read_text(encoding="utf-8"))
+    prefix = FAMILIES[plan.model_type].exported_as
+    module = MODELLING_FILE.stem
+    return config | {
+        "model_type": f"secateur_{plan.model_type}",
+        "architectures": [f"{prefix}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{prefix}Config",
+            "AutoModel": f"{module}.{prefix}Model",
+            "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
+        },
+        "block_widths": plan.widths_by_block(),
+    }
+
+
+def index_buffers(family: Family) -> dict[str, str]:
+    """Name of every index buffer of an exported block, relative to it, to the site that it holds.
+
+    A site behind a norm is selected by the norm; a site that a projection adds to the residual
+    stream by the addition, which has the name of the site. Sites inside the MLP need no index.
+    """
+    norms = {norm.output: norm.path for norm in family.norms}
+    return {
+        f"{norms.get(site, site)}.index": site
+        for site, point in family.gates.items()
+        if point.side == "output"
+    }
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tensor of the smaller model, before it is read.
+
+    Args:
+        name: Name of the tensor.
+        file: File that holds the whole tensor; None for an index buffer.
+        indices: What stays along each axis, None for everything; for a buffer, its content.
+        num_bytes: Size of what stays.
+    """
+
+    name: str
+    file: Path | None
+    indices: tuple[Tensor | None, ...]
+    num_bytes: int
+
+    def make(self) -> Tensor:
+        if self.file is None:
+            (content_W,) = self.indices
+            assert content_W is not None
+            return content_W.clone()
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        for axis, index_W in enumerate(self.indices):
+            if index_W is not None:
+                tensor = tensor.index_select(axis, index_W)
+        return tensor
+
+
+def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
+    """All tensors of the smaller model: those of the base model, then the index buffers."""
+    family = FAMILIES[plan.model_type]
+    sizes = {(site.block, site.name): site.size for site in plan.sites}
+    kept = {
+        (site.block, site.name): index_W if len(index_W) < site.size else None
+        for site, index_W in zip(plan.sites, plan.kept, strict=True)
+    }
+    cuts = []
+    for path in _weight_files(base_folder):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                header = file.get_slice(name)
+                shape = header.get_shape()
+                block, sites = _axes(family, name)
+                indices, entries = [], prod(shape)
+                for axis, site in enumerate(sites):
+                    index_W = None if site is None else kept[block, site]
+                    if site is not None and shape[axis : axis + 1] != [sizes[block, site]]:
+                        raise ValueError(
+                            f"{path} has {name!r} of shape {shape}, which does not fit site "
+                            f"{block}.{site} of {sizes[block, site]} entries; is it quantised? "
+                            "Prune the original checkpoint."
+                        )
+                    if index_W is not None:
+                        entries = entries // shape[axis] * len(index_W)
+                    indices.append(index_W)
+                num_bytes = entries * _bytes_of(header.get_dtype())
+                cuts.append(_Cut(name, path, tuple(indices), num_bytes))
+    _refuse_missing(base_folder, {cut.name for cut in cuts}, family)
+    for block in range(len(plan.widths_by_block())):
+        for buffer, site in index_buffers(family).items():
+            if (index_W := kept[block, site]) is not None:
+                name = f"{family.blocks}.{block}.{buffer}"
+                cuts.append(_Cut(name, None, (index_W,), 8 * len(index_W)))
+    return cuts
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those of the index if there is one, which loading uses."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = sorted(set(index["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names.")
+    return [folder / name for name in names]
+
+
+def _axes(family: Family, name: str) -> tuple[int, tuple[str | None, ...]]:
+    """Block and the sites of the axes of a tensor; no axes where nothing is sliced."""
+    prefix = f"{family.blocks}."
+    if not name.startswith(prefix):
+        return -1, ()
+    block, _, relative = name.removeprefix(prefix).partition(".")
+    return int(block), family.axes(relative)
+
+
+def _refuse_missing(base_folder: Path, names: set[str], family: Family) -> None:
+    """Every prunable tensor must be there under its own name, or it would be left out silently."""
+    model = skeleton(AutoConfig.from_pretrained(base_folder))
+    wanted = [name for name in model.state_dict() if any(_axes(family, name)[1])]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(
+            f"{base_folder} lacks {len(missing)} tensors of a {family.model_type!r} causal "
+            f"language model, {missing[0]!r} first. Save it as a causal language model."
+        )
+
+
+def _write_weights(
+    cuts: Sequence[_Cut],
+    folder: Path,
+    max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    shards: list[list[_Cut]] = [[]]
+    filled = 0
+    for cut in cuts:
+        if shards[-1] and filled + cut.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(cut)
+        filled += cut.num_bytes
+    total = sum(cut.num_bytes for cut in cuts)
+    done = iter(accumulate(cut.num_bytes for cut in cuts))
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for cut in shard:
+            tensors[cut.name] = cut.make()
+            weight_map[cut.name] = name
+            if progress is not None:
+                progress(next(done), total)
+        # One key only: with more, their order in the file is random.
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _bytes_of(dtype: str) -> int:
+    """Bytes per entry of a safetensors type such as `BF16`, `F32`, `F8_E4M3` or `BOOL`."""
+    return 1 if dtype == "BOOL" else int("".join(filter(str.isdigit, dtype.split("_")[0]))) // 8

@@ -1,0 +1,30 @@
+"""Plans for the models of `tests.tiny`, with the widths where exports go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from pruning.families import family_of, skeleton
+from pruning.fingerprint import fingerprint
+from pruning.plan import PruningPlan
+from pruning.sites import find_sites
+
+
+def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
+    """Every site of block 0 keeps one entry, every site of block 1 all, later ones odd numbers.
+
+    Which entries stay is drawn at random.
+    """
+    model = skeleton(AutoConfig.from_pretrained(folder))
+    sites = find_sites(model, family_of(model.config))
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for site in sites:
+        odd = 1 + 2 * int(torch.randint((site.size - 1) // 2, (), generator=generator))
+        width = {0: 1, 1: site.size}.get(site.block, odd)
+        order = torch.randperm(site.size, generator=generator)
+        kept.append(order[:width].sort().values)
+    return PruningPlan("llama", fingerprint(folder), tuple(sites), tuple(kept), {"seed": seed})
