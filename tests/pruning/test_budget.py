@@ -240,6 +240,30 @@ def test_the_budget_is_met_and_nothing_more_would_fit(seed: int) -> None:
 
 
 @SEEDS
+def test_finalise_equals_buying_one_entry_after_the_other(seed: int) -> None:
+    budget, scores, sites, table = _draw(seed)
+    budget = Budget(budget.keep, budget.cost)
+    entries = [(place, entry) for place, site in enumerate(sites) for entry in range(site.size)]
+    kept: list[list[int]] = [[] for _ in sites]
+    values = dict(zip(entries, scores.tolist(), strict=True))
+    best_first = sorted(entries, key=lambda entry: -values[entry])
+    for place in range(len(sites)):  # at least one of each site, whatever it costs
+        first = next(entry for entry in best_first if entry[0] == place)
+        best_first.remove(first)
+        kept[place].append(first[1])
+    closed: set[int] = set()
+    for place, entry in best_first:
+        wider = [len(index) + (site == place) for site, index in enumerate(kept)]
+        if place in closed or float(table(torch.tensor(wider))) > budget.keep * table.dense:
+            closed.add(place)
+        else:
+            kept[place].append(entry)
+    assert [index.tolist() for index in budget.finalise(scores, sites, table)] == [
+        sorted(index) for index in kept
+    ]
+
+
+@SEEDS
 def test_every_site_keeps_its_best_entries_in_order(seed: int) -> None:
     budget, scores, sites, table = _draw(seed)
     kept = budget.finalise(scores, sites, table)
