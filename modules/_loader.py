@@ -1,0 +1,167 @@
+"""Windows of tokens in an order that survives interruption and another number of ranks.
+
+The samples of a run form one endless sequence: permutation 0 of all windows, then permutation 1,
+and so on, where a permutation is a pure function of (seed, number). A global batch takes the next
+batch_size x ranks samples, rank r the r-th slice of it. So one number, the samples taken by all
+ranks together, says where a run is, and what a batch holds does not depend on who asks.
+
+Legend: B = windows of a batch, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+
+class Windows(Dataset[Tensor]):
+    """Consecutive windows of a token array on disk; nothing is read before it is asked for.
+
+    Args:
+        path: One-dimensional .npy file of token ids.
+        window_tokens: Tokens of a window.
+        first: Window of the file that is number 0 here.
+        count: Number of windows.
+    """
+
+    def __init__(self, path: Path, window_tokens: int, first: int, count: int) -> None:
+        self.path, self.window_tokens = path, window_tokens
+        self.first, self.count = first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """Several windows at once, int64 of shape (B, T)."""
+        return torch.from_numpy(self._windows[np.asarray(indices) + self.first].astype(np.int64))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process opens the file itself: a pickled memory map would carry all of the data.
+        return Windows, (self.path, self.window_tokens, self.first, self.count)
+
+    @cached_property
+    def _windows(self) -> np.ndarray[Any, Any]:
+        tokens = np.load(self.path, mmap_mode="r")
+        whole = len(tokens) - len(tokens) % self.window_tokens
+        windows: np.ndarray[Any, Any] = tokens[:whole].reshape(-1, self.window_tokens)
+        return windows
+
+
+def as_batch(windows_BT: Any) -> dict[str, Tensor]:
+    """What a module is given: `input_ids`, int64 of shape (B, T)."""
+    return {"input_ids": windows_BT}
+
+
+class WindowSampler(Sampler[list[int]]):
+    """The batches of one rank, full ones only; its state is one number.
+
+    One iteration is as many global batches as the windows fill. What is left over is not lost: the
+    next iteration goes on from there.
+
+    Args:
+        num_windows: Number of windows.
+        batch_size: Windows of a batch on one rank, 1 or more.
+        seed: Seed of the order.
+        rank: This rank, in [0, num_ranks).
+        num_ranks: Number of ranks, 1 or more.
+
+    Raises:
+        ValueError: The windows do not fill one global batch.
+    """
+
+    def __init__(
+        self, num_windows: int, batch_size: int, seed: int, rank: int = 0, num_ranks: int = 1
+    ) -> None:
+        self.global_batch = batch_size * num_ranks
+        if num_windows < self.global_batch:
+            raise ValueError(
+                f"`batch_size` {batch_size} on {num_ranks} ranks needs {self.global_batch} windows "
+                f"per step, the training text has {num_windows}; lower `batch_size` or "
+                "`window_tokens`, or give more text."
+            )
+        self.num_windows, self.batch_size = num_windows, batch_size
+        self.seed, self.rank = seed, rank
+        self.samples = 0
+
+    def __len__(self) -> int:
+        return self.num_windows // self.global_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(len(self)):
+            start = self.samples + self.rank * self.batch_size
+            self.samples += self.global_batch
+            yield [self._window(sample) for sample in range(start, start + self.batch_size)]
+
+    def state_dict(self) -> dict[str, int]:
+        """Samples taken so far by all ranks together."""
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after that many samples."""
+        self.samples = state["samples"]
+
+    def _window(self, sample: int) -> int:
+        epoch, place = divmod(sample, self.num_windows)
+        return int(_order(self.num_windows, self.seed, epoch)[place])
+
+
+@lru_cache(maxsize=2)  # a batch touches at most two permutations, except when data are tiny
+def _order(num_windows: int, seed: int, epoch: int) -> Tensor:
+    # Seeds of 32 bits, which is what the generator uses; the odd factor keeps the epochs of
+    # neighbouring seeds apart. Epoch 0 is `torch.randperm` seeded with `seed`, as elsewhere.
+    generator = torch.Generator().manual_seed((seed + 0x9E3779B1 * epoch) % 2**32)
+    return torch.randperm(num_windows, generator=generator)
+
+
+class WindowLoader(StatefulDataLoader):  # type: ignore[misc]
+    """Loader of a `WindowSampler` whose state is that of the sampler and nothing else.
+
+    torchdata keeps, with every batch that it hands out, the state of the sampler at that batch,
+    however far its workers have read ahead. Its own state also holds the workers, and can go on
+    only with as many of them; the state of the sampler can go on anywhere.
+
+    Args:
+        windows: The windows.
+        sampler: Their order.
+        num_workers: Processes that read ahead, 0 or more.
+    """
+
+    def __init__(self, windows: Windows, sampler: WindowSampler, num_workers: int = 0) -> None:
+        with warnings.catch_warnings():
+            # torchdata 0.11 counts its use by a function of torch that newer releases deprecate.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            super().__init__(
+                windows, batch_sampler=sampler, num_workers=num_workers, collate_fn=as_batch
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._iterator is not None:
+            # Lightning ends an epoch by counting batches: the workers may be ahead of it.
+            self.load_state_dict(self.state_dict())
+        iterator: Iterator[Any] = super().__iter__()
+        return iterator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples that all ranks together have been handed so far."""
+        if self._iterator is None:
+            return dict(self.batch_sampler.state_dict())
+        state = super().state_dict()
+        main = state["_snapshot"]["_main_snapshot"] if self.num_workers else state
+        return dict(main["_index_sampler_state"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, with any number of ranks and workers."""
+        super().load_state_dict({})  # forget the iterator
+        self.batch_sampler.load_state_dict(state_dict)
