@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruning.budget import Flops, Parameters
+from pruning.families import skeleton
+from pruning.measure.perplexity import Perplexity
+from pruning.measure.report import Counts, Report, Row, count, file_bytes, measure
+from pruning.measure.speed import Speed
+from tests.tiny import VOCABULARY, tiny_folder, tiny_llama, tiny_llama_config
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 6},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 10},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_counter_and_cost_tables_agree(variant: dict[str, Any]) -> None:
+    model = tiny_llama(**variant)
+    counts = count(model)
+    assert counts.parameters == Parameters(whole_model=True).table(model).dense
+    assert counts.block_projection_parameters == Parameters().table(model).dense
+    assert counts.block_flops_per_token == Flops().table(model).dense
+    whole = Flops(whole_model=True, context_tokens=48).table(model).dense
+    assert counts.flops_per_token(48) == whole
+    assert count(skeleton(model.config)) == counts
+
+
+def test_counter_agrees_with_operations_that_torch_sees() -> None:
+    """torch counts the products of matrices: all of ours but the biases, which are off here."""
+    model, tokens = tiny_llama(attn_implementation="eager"), 16
+    with FlopCounterMode(display=False) as seen, torch.no_grad():
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+    assert seen.get_total_flops() == count(model).flops_per_token(tokens) * tokens
+
+
+def test_a_case_worked_by_hand() -> None:
+    """One block of width 4, 2 heads on 1, MLP 3, vocabulary 7, tied.
+
+    Attention 4x4 + 2 (4x2) + 4x4 = 48, MLP 3 (4x3) = 36: 84 weights. Norms 3 x 4, embedding 28.
+    """
+    model = tiny_llama(
+        vocab_size=7, hidden_size=4, intermediate_size=3, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert count(model) == Counts(84 + 12 + 28, 84, 168, 56, 4)
+    assert count(model).flops_per_token(10) == 168 + 56 + 4 * 10 * 4
+
+
+def test_narrowed_layers_are_counted_as_they_are() -> None:
+    model = tiny_llama()
+    before = count(model)
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = nn.Linear(30, 24, bias=False)
+    after = count(model)
+    assert before.block_projection_parameters - after.block_projection_parameters == 7 * 24
+    assert before.block_flops_per_token - after.block_flops_per_token == 2 * 7 * 24
+    assert before.parameters - after.parameters == 7 * 24
+
+
+def test_what_cannot_be_counted_is_told() -> None:
+    with pytest.raises(ValueError, match="no list of blocks"):
+        count(nn.Linear(3, 3))
+    model = tiny_llama()
+    packed = torch.zeros(24 * 37 // 2, 1, dtype=torch.uint8)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match="Quantised weights cannot be counted"):
+        count(model)
+
+
+def row(name: str, nll: float, counts: Counts, **more: Any) -> Row:
+    return Row(name, {"stories": Perplexity(nll, nll, None, 10)}, counts, **more)
+
+
+def report() -> Report:
+    dense = Counts(1000, 800, 1600, 100, 5)
+    half = Counts(600, 400, 800, 100, 5)
+    return Report(
+        [
+            row("dense", 10.0, dense, speed=Speed(0.2, 0.3, 0.01, 50.0, 2_000_000)),
+            row("learned", 12.5, half, file_bytes=2_400_000),
+        ],
+        context_tokens=10,
+        conditions={"device": "cpu"},
+    )
+
+
+def test_markdown_shows_everything_that_was_measured() -> None:
+    assert report().markdown().splitlines() == [
+        "| model | perplexity stories | parameters | in blocks | kept in blocks | FLOPs/token "
+        "| kept FLOPs | prefill ms | decode ms/token | peak MB | file MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| dense | 10.00 | 1,000 | 800 | 1.0000 | 1.900e+03 | 1.0000 | 200.0 | 10.00 | 2 |  |",
+        "| learned | 12.50 | 600 | 400 | 0.5000 | 1.100e+03 | 0.5789 |  |  |  | 2.40 |",
+        "",
+        "context_tokens 10, device cpu",
+    ]
+
+
+def test_json_holds_the_figures_and_their_fractions() -> None:
+    figures = json.loads(report().json())
+    learned = figures["models"]["learned"]
+    assert learned["perplexity"]["stories"]["value"] == 12.5
+    assert learned["kept_block_parameters"] == 0.5
+    assert learned["kept_block_flops"] == 0.5
+    assert learned["kept_parameters"] == 0.6
+    assert learned["kept_flops"] == pytest.approx(1100 / 1900)
+    assert learned["speed"] is None
+    assert figures["models"]["dense"]["speed"]["decode_seconds"] == 0.01
+    assert figures["conditions"] == {"device": "cpu"}
+
+
+def test_the_table_is_one_that_people_read() -> None:
+    out = io.StringIO()
+    Console(file=out, width=200).print(report().table())
+    text = out.getvalue()
+    for cell in ("perplexity stories", "12.50", "0.5789", "context_tokens 10, device cpu"):
+        assert cell in text
+
+
+def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
+    models = {"dense": tiny_llama(), "narrow": tiny_llama(intermediate_size=20)}
+    folder = tiny_folder(tmp_path / "dense")
+    draw = torch.Generator().manual_seed(0)
+    texts = {"a": torch.randint(VOCABULARY, (3, 12), generator=draw)}
+    speed = {"batch_size": 1, "prompt_tokens": 4, "new_tokens": 2, "repeats": 1}
+    result = measure(models, texts, {"dense": folder}, speed=speed)
+    dense, narrow = result.rows
+    assert dense.file_bytes == (folder / "model.safetensors").stat().st_size
+    assert narrow.file_bytes is None
+    assert narrow.counts.block_projection_parameters == int(
+        Parameters().table(models["narrow"]).dense
+    )
+    assert dense.perplexity["a"].num_predictions == 33
+    assert dense.speed is not None
+    assert result.context_tokens == 12
+    assert result.conditions == {"device": "cpu", "dtype": "float32", **speed}
+    assert json.loads(result.json())["models"]["narrow"]["kept_block_flops"] < 1
+
+
+def test_bad_requests_are_told(tmp_path: Path) -> None:
+    texts = {"a": torch.zeros(1, 4, dtype=torch.long)}
+    with pytest.raises(ValueError, match="needs models and texts, got 0 and 1"):
+        measure({}, texts)
+    with pytest.raises(ValueError, match="`folders` names other, which `models` does not"):
+        measure({"dense": tiny_llama()}, texts, {"other": tmp_path})
+    with pytest.raises(ValueError, match=r"holds no \*.safetensors"):
+        file_bytes(tmp_path)
+
+
+def test_a_model_on_the_meta_device_is_counted_without_memory() -> None:
+    config = tiny_llama_config(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32,
+    )  # fmt: skip
+    counts = count(skeleton(config))
+    assert counts.parameters == 6_738_415_616  # LLaMA-2-7B
+    assert counts.block_projection_parameters == 6_476_005_376
