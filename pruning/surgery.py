@@ -77,24 +77,62 @@ def prune_checkpoint(
         write_pruned(base_folder, plan, partial, max_shard_bytes, progress)
 
 
+def is_pruned_model(folder: Path) -> bool:
+    """Whether a folder is a pruned model that this module wrote."""
+    try:
+        PruningPlan.load(folder)
+    except ValueError:
+        return False
+    # A run folder may hold a plan as well, beside logs and checkpoints: that is not ours.
+    return (folder / MODELLING_FILE.name).is_file() and (folder / CONFIG).is_file()
+
+
+def refuse_foreign(folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model) -> None:
+    """Refuse to write over what somebody else has put there.
+
+    Args:
+        folder: Where something is to be written.
+        is_ours: Tells whether an existing folder may be replaced.
+
+    Raises:
+        ValueError: `folder` exists, is not empty and is not ours.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not is_ours(folder):
+        raise ValueError(
+            f"`folder` {folder} exists and is not a model written by Secateur; it is left as it "
+            "is. Choose another folder or remove it yourself."
+        )
+
+
 @contextmanager
-def replaced_folder(folder: str | Path) -> Iterator[Path]:
+def replaced_folder(
+    folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model
+) -> Iterator[Path]:
     """A folder to write into, which takes its place at `folder` when the block ends without error.
 
     On an error it is removed and `folder` is as it was. What a killed run left is removed first.
 
+    Args:
+        folder: Where something is to be written.
+        is_ours: Tells whether an existing folder may be replaced.
+
     Raises:
-        ValueError: `folder` exists and is no pruned model of ours.
+        ValueError: `folder` exists, is not empty and is not ours.
     """
     folder = Path(folder).absolute()
-    _refuse_foreign(folder)
+    refuse_foreign(folder, is_ours)
     partial = folder.with_name(f".{folder.name}.secateur-partial")
     replaced = folder.with_name(f".{folder.name}.secateur-replaced")
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)  # a run was killed between the two renames below
     _remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
-        _refuse_foreign(folder)
+        refuse_foreign(folder, is_ours)
         # POSIX cannot swap two folders: the old one steps aside, and comes back on failure.
         _remove(replaced)
         if folder.exists():
@@ -114,22 +152,6 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        PruningPlan.load(folder)
-        # A run folder may hold a plan as well, beside logs and checkpoints: that is not ours.
-        ours = (folder / MODELLING_FILE.name).is_file() and (folder / CONFIG).is_file()
-    except ValueError:
-        ours = False
-    if not ours:
-        raise ValueError(
-            f"`folder` {folder} exists and is not a pruned model written by Secateur; it is left "
-            "as it is. Choose another folder or remove it yourself."
-        )
 
 
 def write_pruned(

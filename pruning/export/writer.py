@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ def export_model(
     base_folder: str | Path,
     plan: PruningPlan,
     folder: str | Path,
-    card: ModelCard,
+    describe: Callable[[Path], ModelCard],
     model: PreTrainedModel | None = None,
     windows_BT: Int[Tensor, "B T"] | None = None,
 ) -> float:
@@ -32,7 +33,7 @@ def export_model(
         base_folder: Folder of the base model, see `pruning.surgery.prune_checkpoint`.
         plan: What stays.
         folder: Where the smaller model goes.
-        card: What the model card says.
+        describe: Makes the model card; called with the verified folder, so that it can measure.
         model: The live dense base model to compare with; None loads it from `base_folder`.
         windows_BT: Token ids to compare on; None draws 2 windows of up to 64 random tokens.
 
@@ -52,7 +53,7 @@ def export_model(
         if windows_BT is None:
             windows_BT = _random_windows(AutoConfig.from_pretrained(base_folder))
         difference = verify_export(model, plan, partial, windows_BT)
-        (partial / "README.md").write_text(card.render(plan), encoding="utf-8")
+        (partial / "README.md").write_text(describe(partial).render(plan), encoding="utf-8")
     return difference
 
 

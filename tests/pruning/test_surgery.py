@@ -158,6 +158,17 @@ def test_an_earlier_model_of_ours_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "small"]
 
 
+def test_a_model_that_stepped_aside_comes_back(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    small = tmp_path / "small"
+    prune_checkpoint(base, uneven_plan(base), small)
+    before = fingerprint(small)
+    small.rename(tmp_path / ".small.secateur-replaced")  # as a kill between two renames leaves it
+    with pytest.raises(ValueError, match="`max_shard_bytes`"):
+        prune_checkpoint(base, uneven_plan(base, 1), small, max_shard_bytes=0)
+    assert fingerprint(small) == before
+
+
 def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     plan = uneven_plan(base)
@@ -166,7 +177,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     (run / "metrics.csv").write_text("step,loss\n")
     for folder in (base, run):
         before = sorted(folder.iterdir())
-        with pytest.raises(ValueError, match="is not a pruned model written by Secateur"):
+        with pytest.raises(ValueError, match="is not a model written by Secateur"):
             prune_checkpoint(base, plan, folder)
         assert sorted(folder.iterdir()) == before
     (tmp_path / "empty").mkdir()
