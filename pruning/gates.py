@@ -132,7 +132,8 @@ class GateSampler:
             False gives every rank the same masks.
 
     Raises:
-        ValueError: `temperature` is not above 0 or `seed` is negative.
+        ValueError: `temperature` is not above 0, `seed` is negative, or the relaxation does not go
+            with the noise.
     """
 
     def __init__(
@@ -144,13 +145,19 @@ class GateSampler:
         seed: int = 0,
         per_rank: bool = False,
     ) -> None:
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {temperature}.")
         if seed < 0:
             raise ValueError(f"`seed` must be 0 or more, got {seed}.")
         self.noise = noise or Logistic()
         self.relaxation = relaxation or Soft()
+        if isinstance(self.relaxation, ReinMax) and not isinstance(self.noise, Logistic):
+            raise ValueError(
+                f"`relaxation` ReinMax is derived for `noise` Logistic, got "
+                f"{type(self.noise).__name__}; use Logistic noise or another relaxation."
+            )
         self.offset, self.temperature = offset, temperature
+        self.start_temperature = temperature
         self.seed, self.per_rank = seed, per_rank
 
     def __call__(
@@ -186,6 +193,7 @@ class GateSampler:
             "noise": type(self.noise).__name__,
             "relaxation": type(self.relaxation).__name__,
             "offset": self.offset,
+            "temperature": self.start_temperature,
             "seed": self.seed,
             "per_rank": self.per_rank,
         }

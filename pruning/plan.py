@@ -28,7 +28,7 @@ TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
 _FORMAT = "secateur-plan-1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PruningPlan:
     """What stays of a model.
 

@@ -1,0 +1,1 @@
+"""Measurements against named opponents; each script has --help and --json FILE."""

@@ -1,0 +1,61 @@
+"""The models and texts of the measurements, and the protocol that fixes how texts are read.
+
+The folder is named by the environment variable SECATEUR_DATA and holds models/ and text/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from pruning.measure.perplexity import cut_windows
+
+WINDOW_TOKENS = 256
+
+
+def data_folder() -> Path:
+    """The folder that SECATEUR_DATA names.
+
+    Raises:
+        SystemExit: The variable is not set to a folder.
+    """
+    folder = Path(os.environ.get("SECATEUR_DATA", ""))
+    if not os.environ.get("SECATEUR_DATA") or not (folder / "text").is_dir():
+        raise SystemExit("Set SECATEUR_DATA to the folder with models/ and text/.")
+    return folder
+
+
+def evaluation_windows(model: str, first: int | None = None) -> dict[str, Tensor]:
+    """Windows (N, 256) of the three evaluation texts.
+
+    Each text is tokenised once, one BOS at its start, and cut into windows without overlap; the
+    remainder is dropped.
+
+    Args:
+        model: Folder of the model whose tokenizer is used.
+        first: Number of windows per text; None takes all.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    text = data_folder() / "text"
+    texts = {
+        "c4": "\n\n".join(json.loads((text / "c4_heldout.json").read_text())),
+        "wikitext2": (text / "wikitext2_raw_test.txt").read_text()[:300_000],
+        "tinystories": (text / "tinystories_val.txt").read_text(),
+    }
+    return {
+        name: cut_windows(tokenizer(content)["input_ids"], WINDOW_TOKENS)[:first]
+        for name, content in texts.items()
+    }
+
+
+def write_figures(figures: dict[str, Any], path: Path | None) -> None:
+    """Print the figures, and write them as one flat JSON object where a path is given."""
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Time and memory of a mask-learning step over a plain step of the same frozen model.
+
+The opponent is a forward pass with labels and a backward pass to the embeddings of the stock
+transformers model, weights frozen: what any method must do that learns from the loss of a frozen
+model. Both run in one process, interleaved; the figures are medians. Memory is the growth of the
+peak resident set over the loaded model, in a process of its own for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
+from modules import MaskLearning
+from modules.loading import load_model
+
+
+def plain_step(folder: str) -> Callable[[Tensor], None]:
+    """Forward with labels and backward to the embeddings of the frozen stock model."""
+    model = load_model(Path(folder), dtype=torch.float32)
+    model.requires_grad_(False)
+
+    def step(input_BT: Tensor) -> None:
+        embedded = model.get_input_embeddings()(input_BT).detach().requires_grad_()
+        model(inputs_embeds=embedded, labels=input_BT, use_cache=False).loss.backward()
+
+    return step
+
+
+def mask_step(folder: str, distillation: float) -> Callable[[Tensor], None]:
+    """A whole step of MaskLearning: sample, forward, loss, backward, optimiser."""
+    module = MaskLearning(folder, distillation=distillation)
+    module.trainer = Trainer(logger=False, barebones=True)
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+
+    def step(input_BT: Tensor) -> None:
+        loss = module.training_step({"input_ids": input_BT}, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def peak_growth_mb(make: Callable[[], Callable[[Tensor], None]], input_BT: Tensor) -> float:
+    """Growth of the peak resident set in MB while three steps are made, in a fresh process."""
+    queue: multiprocessing.Queue[float] = multiprocessing.get_context("fork").Queue()
+
+    def work() -> None:
+        step = make()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(3):
+            step(input_BT)
+        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    grown = queue.get()
+    process.join()
+    return grown
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="model folder (default: llama7m_mha of the data)")
+    parser.add_argument("--batch", type=int, default=8, help="windows per step")
+    parser.add_argument("--repeats", type=int, default=15, help="interleaved pairs of steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--distillation", type=float, default=0.0, help="weight of the KL loss")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folder = args.model or str(data_folder() / "models" / "llama7m_mha")
+    generator = torch.Generator().manual_seed(0)
+    input_BT = torch.randint(3, 4000, (args.batch, WINDOW_TOKENS), generator=generator)
+
+    # Memory first: forked children must not inherit the memory of the timed steps.
+    memory = {
+        "plain": peak_growth_mb(lambda: plain_step(folder), input_BT),
+        "masks": peak_growth_mb(lambda: mask_step(folder, args.distillation), input_BT),
+    }
+    plain, masks = plain_step(folder), mask_step(folder, args.distillation)
+    times: dict[str, list[float]] = {"plain": [], "masks": []}
+    for repeat in range(args.repeats + 2):
+        for name, step in (("plain", plain), ("masks", masks)):
+            start = time.perf_counter()
+            step(input_BT)
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+    plain_ms = statistics.median(times["plain"]) * 1e3
+    masks_ms = statistics.median(times["masks"]) * 1e3
+    write_figures(
+        {
+            "step_over_floor": masks_ms / plain_ms,
+            "step_over_floor_pairs": statistics.median(
+                b / a for a, b in zip(times["plain"], times["masks"], strict=True)
+            ),
+            "plain_ms": plain_ms,
+            "masks_ms": masks_ms,
+            "plain_peak_growth_mb": memory["plain"],
+            "masks_peak_growth_mb": memory["masks"],
+            "memory_over_floor": memory["masks"] / memory["plain"],
+            "distillation": args.distillation,
+            "repeats": args.repeats,
+            "threads": args.threads,
+        },
+        args.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""When things happen: hooks, logging and state around the maths of `pruning`."""
+
+from callbacks.anneal_sparsity import AnnealSparsity
+from callbacks.export_model import ExportModel
+from callbacks.plot_widths import PlotWidths
+from callbacks.save_checkpoint import SaveCheckpoint
+from callbacks.track_budget import TrackBudget
+
+__all__ = ["AnnealSparsity", "ExportModel", "PlotWidths", "SaveCheckpoint", "TrackBudget"]

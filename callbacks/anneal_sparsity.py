@@ -1,0 +1,77 @@
+"""Lower the budget, and the temperature of the gates, over training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pruning.protocols import learns_masks
+from pruning.recipe import refuse_other
+from pruning.schedules import Cubic, Linear, Schedule
+
+
+class AnnealSparsity(Callback):
+    """Move the target from dense to the budget, and the temperature from its start to its end.
+
+    Both are pure functions of the optimiser step, so a resumed run follows the same curves.
+
+    Args:
+        over: Fraction of the training steps after which the target has reached the budget, in
+            [0, 1]; 0 asks for the whole budget from the first step, as the paper does.
+        curve: How the target gets there.
+        end_temperature: Temperature at the last step, above 0; None leaves it alone.
+        temperature_curve: How the temperature gets there.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    def __init__(
+        self,
+        over: float = 0.5,
+        curve: Schedule | None = None,
+        end_temperature: float | None = None,
+        temperature_curve: Schedule | None = None,
+    ) -> None:
+        if not 0 <= over <= 1:
+            raise ValueError(f"`over` must be in [0, 1], got {over}.")
+        if end_temperature is not None and end_temperature <= 0:
+            raise ValueError(f"`end_temperature` must be above 0, got {end_temperature}.")
+        self.over, self.curve = over, curve or Cubic()
+        self.end_temperature = end_temperature
+        self.temperature_curve = temperature_curve or Linear()
+        self._total = 0
+        self._start_temperature = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the curves begin and how many steps they have."""
+        module = learns_masks(pl_module, "AnnealSparsity")
+        self._total = int(trainer.estimated_stepping_batches)
+        self._start_temperature = module.temperature
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set target and temperature of this step."""
+        module = learns_masks(pl_module, "AnnealSparsity")
+        progress = trainer.global_step / max(1, self._total)
+        done = self.curve(min(1.0, progress / self.over)) if self.over else 1.0
+        module.keep_target = 1.0 + (module.budget.keep - 1.0) * done
+        if self.end_temperature is not None:
+            start, end = self._start_temperature, self.end_temperature
+            module.temperature = start + (end - start) * self.temperature_curve(progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings: the curves themselves follow from the step."""
+        return {
+            "over": self.over,
+            "curve": type(self.curve).__name__,
+            "end_temperature": self.end_temperature,
+            "temperature_curve": type(self.temperature_curve).__name__,
+            "steps": self._total,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on along other curves."""
+        refuse_other(state_dict, self.state_dict(), "AnnealSparsity")

@@ -1,0 +1,35 @@
+"""Leave a smaller model behind at the end of fit."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pruning.protocols import exports
+
+
+class ExportModel(Callback):
+    """Finalise, export, verify and measure at the end of fit.
+
+    Args:
+        folder: Where the model goes, relative to `trainer.default_root_dir`. An export of ours that
+            is there already is replaced; any other folder is left alone and refused at the start.
+    """
+
+    def __init__(self, folder: str = "model") -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before training whether the export can be written."""
+        exports(pl_module, "ExportModel").check_export_folder(self._path(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export what was learned."""
+        module = exports(pl_module, "ExportModel")
+        module.export(self._path(trainer), shlex.join(["python", *sys.argv]))
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.folder

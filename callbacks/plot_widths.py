@@ -1,0 +1,39 @@
+"""Draw which widths would be kept, as training goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pruning.measure.plots import plot_widths
+from pruning.protocols import learns_masks
+
+
+class PlotWidths(Callback):
+    """Write a picture of the kept widths per block after every validation and at the end of fit.
+
+    Args:
+        folder: Where the pictures go, relative to `trainer.default_root_dir`.
+    """
+
+    def __init__(self, folder: str = "plots") -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out at once whether the module learns masks."""
+        learns_masks(pl_module, "PlotWidths")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the plan as it would be exported now."""
+        if not trainer.sanity_checking:
+            self._draw(trainer, pl_module, f"widths_step_{trainer.global_step:06d}.png")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the final plan."""
+        self._draw(trainer, pl_module, "widths.png")
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        plan = learns_masks(pl_module, "PlotWidths").plan()
+        if trainer.is_global_zero:
+            plot_widths(plan, Path(trainer.default_root_dir) / self.folder / name)

@@ -1,0 +1,7 @@
+"""What is trained and on what: Lightning modules, data modules, loading and sharding."""
+
+from modules.causal_lm import CausalLM
+from modules.mask_learning import MaskLearning
+from modules.text_data import TextData
+
+__all__ = ["CausalLM", "MaskLearning", "TextData"]

@@ -1,0 +1,122 @@
+"""Token losses from hidden states, in chunks, so that the logits of a batch never exist at once.
+
+The gradient of every chunk is taken during the forward pass, when its logits are at hand: nothing
+is computed twice and at most `chunk_tokens` x vocabulary logits are alive.
+
+Legend: N = tokens of a batch, C = tokens of a chunk, D = model width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Head = Callable[[Tensor], Tensor]
+"""From hidden states (..., D) to logits (..., V)."""
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head of a causal language model, soft-capped where its configuration says so."""
+    linear: Any = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is None:
+        return lambda hidden: linear(hidden)
+    return lambda hidden: cap * torch.tanh(linear(hidden) / cap)
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Mean losses per token, in nats.
+
+    Args:
+        total: What is trained: the weighted sum.
+        cross_entropy: Mean negative log-likelihood of the next token.
+        distillation: Mean KL divergence from the teacher's to the student's distribution; 0 where
+            there is no teacher.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    distillation: Tensor
+
+
+def token_losses(
+    hidden_ND: Tensor,
+    labels_N: Tensor,
+    head: Head,
+    *,
+    teacher_ND: Tensor | None = None,
+    cross_entropy: float = 1.0,
+    distillation: float = 0.0,
+    chunk_tokens: int = 1024,
+    parameters: Sequence[Tensor] = (),
+) -> TokenLosses:
+    """Cross-entropy and distillation over the tokens of a batch.
+
+    Args:
+        hidden_ND: Last hidden states, shape (N, D), each predicting the label of its row.
+        labels_N: Token ids (int64), shape (N,).
+        head: Output head.
+        teacher_ND: Hidden states of the teacher; needed where `distillation` is not 0. It goes
+            through the same head.
+        cross_entropy: Weight of the cross-entropy, 0 or more.
+        distillation: Weight of the KL divergence, 0 or more.
+        chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+        parameters: Parameters of the head that are trained as well.
+    """
+
+    def weighted(piece_CD: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        log_p_CV = head(piece_CD).float().log_softmax(-1)
+        nll = F.nll_loss(log_p_CV, labels_N[at], reduction="sum") / len(labels_N)
+        if teacher_ND is None or distillation == 0:
+            return cross_entropy * nll, torch.stack([nll.detach(), torch.zeros_like(nll.detach())])
+        with torch.no_grad():
+            target_CV = head(teacher_ND[at]).float().log_softmax(-1)
+        kl = F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True) / len(labels_N)
+        return cross_entropy * nll + distillation * kl, torch.stack([nll, kl]).detach()
+
+    total, parts = _SumOverChunks.apply(weighted, chunk_tokens, hidden_ND, *parameters)  # type: ignore[no-untyped-call]
+    return TokenLosses(total, parts[0], parts[1])
+
+
+class _SumOverChunks(torch.autograd.Function):
+    """Sum of a scalar function over row chunks, its gradient computed on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        chunk: int,
+        hidden_ND: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        total, parts = (
+            torch.zeros((), device=hidden_ND.device),
+            torch.zeros((), device=hidden_ND.device),
+        )
+        gradients = []
+        wanted = any(ctx.needs_input_grad)
+        sums = [torch.zeros_like(parameter) for parameter in parameters] if wanted else []
+        for start in range(0, len(hidden_ND), chunk):
+            at = slice(start, start + chunk)
+            piece_CD = hidden_ND[at].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                value, chunk_parts = function(piece_CD, at)
+            total, parts = total + value.detach(), parts + chunk_parts
+            if wanted:
+                gradient_CD, *of_parameters = torch.autograd.grad(value, (piece_CD, *parameters))
+                gradients.append(gradient_CD)
+                for so_far, gradient in zip(sums, of_parameters, strict=True):
+                    so_far += gradient
+        ctx.save_for_backward(*([torch.cat(gradients), *sums] if wanted else []))
+        ctx.mark_non_differentiable(parts)
+        return total, parts
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Any, ...]:
+        return None, None, *(grad_total * gradient for gradient in ctx.saved_tensors)

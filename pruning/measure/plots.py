@@ -1,0 +1,44 @@
+"""Pictures of plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pruning.plan import PruningPlan
+
+
+def plot_widths(plan: PruningPlan, path: Path) -> None:
+    """Write a PNG of the fraction of every site that stays, block by block.
+
+    Args:
+        plan: What stays.
+        path: The file to write; its folder is made if needed.
+    """
+    names = list(dict.fromkeys(site.name for site in plan.sites))
+    blocks = sorted({site.block for site in plan.sites})
+    figure = Figure(figsize=(max(5.0, 1.5 + 0.45 * len(blocks)), 1.5 + 0.45 * len(names)))
+    axes = figure.add_subplot()
+    kept = {
+        (site.name, site.block): (width, width / site.size)
+        for site, width in zip(plan.sites, plan.widths, strict=True)
+    }
+    fractions = [[kept[name, block][1] for block in blocks] for name in names]
+    image = axes.imshow(fractions, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for row, name in enumerate(names):
+        for column, block in enumerate(blocks):
+            width, fraction = kept[name, block]
+            axes.text(
+                column, row, str(width), ha="center", va="center", fontsize=7,
+                color="black" if fraction > 0.6 else "white",
+            )  # fmt: skip
+    axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("block")
+    stays = plan.provenance.get("kept")
+    axes.set_title("Kept widths" + (f" ({stays:.1%} of the cost)" if stays else ""))
+    figure.colorbar(image, label="fraction kept")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,30 @@
+"""Refuse to resume under another recipe: settings that decide a run are kept in its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def refuse_other(saved: Mapping[str, Any], current: Mapping[str, Any], owner: str) -> None:
+    """Compare the settings in a checkpoint with those of this run.
+
+    Args:
+        saved: Settings in the checkpoint.
+        current: Settings of this run.
+        owner: Whose settings they are, for the message.
+
+    Raises:
+        ValueError: They differ; names every setting with both values.
+    """
+    differences = [
+        f"`{key}` was {saved.get(key)!r} and is now {current.get(key)!r}"
+        for key in sorted({*saved, *current})
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"The checkpoint was written under another configuration of {owner}: "
+            f"{'; '.join(differences)}. Resume with the settings of the run, or start a new one "
+            "without `--ckpt_path`."
+        )

@@ -1,0 +1,42 @@
+"""How a quantity moves from its start to its end.
+
+Sources: cubic, "To prune, or not to prune" (arXiv 1710.01878, eq. 1); the others are customary.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+
+class Schedule(ABC):
+    """A curve from 0 at the start to 1 at the end."""
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """Fraction of the way that is done, in [0, 1].
+
+        Args:
+            progress: Fraction of the steps that are done, in [0, 1].
+        """
+
+
+class Linear(Schedule):
+    """Equal steps."""
+
+    def __call__(self, progress: float) -> float:
+        return progress
+
+
+class Cubic(Schedule):
+    """Fast first, slow at the end: 1 - (1 - x)^3; half of the way is done at x = 0.206."""
+
+    def __call__(self, progress: float) -> float:
+        return 1 - (1 - progress) ** 3
+
+
+class Cosine(Schedule):
+    """Slow at both ends: (1 - cos(pi x)) / 2; half of the way is done at x = 0.5."""
+
+    def __call__(self, progress: float) -> float:
+        return (1 - math.cos(math.pi * progress)) / 2
