@@ -18,6 +18,7 @@ _ = (callbacks, modules)  # imported so that configs can name their classes
 DEFAULTS = {
     "default_root_dir": "runs/default",
     "max_epochs": -1,
+    "check_val_every_n_epoch": None,  # validation is timed in steps, whatever an epoch is
     "use_distributed_sampler": False,  # TextData deals windows out to ranks itself
     "enable_model_summary": False,
 }

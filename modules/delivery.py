@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pruning import __version__
 from pruning.budget import Cost, Flops, Parameters
 from pruning.export.model_card import ModelCard
 from pruning.export.writer import export_model
@@ -19,7 +20,7 @@ from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, measure
 from pruning.plan import PruningPlan
 
-_PACKAGES = ("secateur", "torch", "transformers", "lightning")
+_PACKAGES = ("torch", "transformers", "lightning")
 _COSTS: tuple[Cost, ...] = (Parameters(), Parameters(True), Flops(), Flops(True))
 
 
@@ -110,5 +111,5 @@ def card(
         quality=quality,
         speed=speed,
         command=command,
-        versions={name: version(name) for name in _PACKAGES},
+        versions={"secateur": __version__} | {name: version(name) for name in _PACKAGES},
     )

@@ -131,19 +131,19 @@ class Report:
 
     def table(self) -> Table:
         """For people, in a terminal."""
-        columns, cells = self._cells()
+        heading, *rows = self._cells()
         table = Table(caption=self._caption())
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in cells:
+        for number, name in enumerate(heading):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
             table.add_row(*row)
         return table
 
     def markdown(self) -> str:
         """For a README or model card."""
-        columns, cells = self._cells()
-        rule = ["---", *["---:"] * (len(columns) - 1)]
-        lines = ["| " + " | ".join(row) + " |" for row in (columns, rule, *cells)]
+        heading, *rows = self._cells()
+        rule = ["---", *["---:"] * (len(heading) - 1)]
+        lines = ["| " + " | ".join(row) + " |" for row in (heading, rule, *rows)]
         return "\n".join([*lines, "", self._caption(), ""])
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,12 +172,12 @@ class Report:
         """For programs: `as_dict` as text."""
         return json.dumps(self.as_dict(), indent=1) + "\n"
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        """Column titles and the cells of every row; a column that nobody fills is left out."""
+    def _cells(self) -> list[list[str]]:
+        """One line per figure, one column per model; a figure that nobody has is left out."""
         figures = self.as_dict()["models"]
-        rows = [_cells_of(row, figures[row.name]) for row in self.rows]
-        titles = list(dict.fromkeys(title for cells in rows for title in cells))
-        return titles, [[cells.get(title, "") for title in titles] for cells in rows]
+        columns = [_cells_of(row, figures[row.name]) for row in self.rows]
+        titles = list(dict.fromkeys(title for cells in columns for title in cells))
+        return [[title, *(cells.get(title, "") for cells in columns)] for title in titles]
 
     def _caption(self) -> str:
         conditions = {"context_tokens": self.context_tokens, **self.conditions}
@@ -185,22 +185,22 @@ class Report:
 
 
 def _cells_of(row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
-    """Title to cell, in the order of the columns; what was not measured is missing."""
+    """Title to cell, in the order of the lines; what was not measured is missing."""
     cells = {"model": row.name}
     for text, result in row.perplexity.items():
         cells[f"perplexity {text}"] = f"{result.value:.2f}"
     cells["parameters"] = f"{row.counts.parameters:,}"
-    cells["in blocks"] = f"{row.counts.block_projection_parameters:,}"
+    cells["parameters in blocks"] = f"{row.counts.block_projection_parameters:,}"
     cells["kept in blocks"] = f"{figures['kept_block_parameters']:.4f}"
-    cells["FLOPs/token"] = f"{figures['flops_per_token']:.3e}"
+    cells["FLOPs per token"] = f"{figures['flops_per_token']:.3e}"
     cells["kept FLOPs"] = f"{figures['kept_flops']:.4f}"
     if row.speed is not None:
-        cells["prefill ms"] = f"{row.speed.prefill_seconds * 1e3:.1f}"
-        cells["decode ms/token"] = f"{row.speed.decode_seconds * 1e3:.2f}"
+        cells["prefill, ms"] = f"{row.speed.prefill_seconds * 1e3:.1f}"
+        cells["decode, ms per token"] = f"{row.speed.decode_seconds * 1e3:.2f}"
         if row.speed.peak_memory_bytes is not None:
-            cells["peak MB"] = f"{row.speed.peak_memory_bytes / 1e6:.0f}"
+            cells["peak memory, MB"] = f"{row.speed.peak_memory_bytes / 1e6:.0f}"
     if row.file_bytes is not None:
-        cells["file MB"] = f"{row.file_bytes / 1e6:.2f}"
+        cells["weights on disk, MB"] = f"{row.file_bytes / 1e6:.2f}"
     return cells
 
 

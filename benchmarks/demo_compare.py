@@ -1,0 +1,91 @@
+"""Dense, learned, magnitude and random masks side by side, all at the budget of the learned plan.
+
+Reads the run that `configs/demo/disp.yaml` left, makes the two plans that learn nothing, exports
+both, and measures the four models in one go on the validation text of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks.data import write_figures
+from modules import TextData
+from pruning.baselines import magnitude_scores, random_scores
+from pruning.budget import Budget
+from pruning.export.model_card import ModelCard
+from pruning.export.writer import export_model
+from pruning.measure.plots import plot_widths
+from pruning.measure.report import measure
+from pruning.plan import PruningPlan, plan_from_indices
+
+
+def main() -> None:
+    """Export the baselines, measure, and write report.md, report.json and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="output folder of the mask-learning run")
+    parser.add_argument("dense", type=Path, help="folder of the dense model")
+    parser.add_argument("text", help="text that the run was given as data.train")
+    parser.add_argument("--windows", type=int, default=128, help="validation windows")
+    parser.add_argument("--window-tokens", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+
+    learned = PruningPlan.load(args.run / "plan")
+    models: dict[str, Any] = {"dense": AutoModelForCausalLM.from_pretrained(args.dense)}
+    folders = {"dense": args.dense, "learned": args.run / "model"}
+    budget = Budget(keep=float(learned.provenance["keep"]))
+    table = budget.cost.table(models["dense"])
+    scores: dict[str, Tensor] = {
+        "magnitude": magnitude_scores(models["dense"]),
+        "random": random_scores(models["dense"]),
+    }
+    for name, scores_N in scores.items():
+        kept = budget.finalise(scores_N, list(learned.sites), table)
+        widths_S = torch.tensor([float(len(index)) for index in kept])
+        origin = {"method": name, "kept": float(table.fraction(widths_S))}
+        plan = plan_from_indices(models["dense"], learned.base, kept, origin)
+        folders[name] = args.run / "compare" / name
+        card = ModelCard(title=f"{name} masks", base_model=str(args.dense))
+        export_model(args.dense, plan, folders[name], partial(_same, card), models["dense"])
+        plot_widths(plan, args.run / "plots" / f"widths_{name}.png")
+    for name in ("learned", *scores):
+        models[name] = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True)
+
+    data = TextData(
+        train=args.text,
+        tokenizer=str(args.dense),
+        window_tokens=args.window_tokens,
+        validation_windows=args.windows,
+    )
+    data.setup()
+    windows_NT = torch.stack([data.validation_set[i] for i in range(len(data.validation_set))])
+    prompt = args.window_tokens // 2
+    report = measure(
+        models,
+        {"validation": windows_NT},
+        folders=folders,
+        speed={"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 5},
+    )
+    (args.run / "compare" / "report.md").write_text(report.markdown(), encoding="utf-8")
+    (args.run / "compare" / "report.json").write_text(report.json(), encoding="utf-8")
+    Console().print(report.table())
+    figures = {f"perplexity_{row.name}": row.perplexity["validation"].value for row in report.rows}
+    write_figures(figures, args.json)
+    print(f"Widths per block: {args.run / 'plots' / 'widths.png'}")
+    print(f"The smaller model: {folders['learned']}")
+
+
+def _same(card: ModelCard, folder: Path) -> ModelCard:
+    return card
+
+
+if __name__ == "__main__":
+    main()
