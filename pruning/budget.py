@@ -99,7 +99,7 @@ class Parameters(Cost):
         products = _projection_products(model, family, sites, weight_unit=1)
         if not self.whole_model:
             return CostTable(sites, products)
-        products += _norm_products(family, sites)
+        products += _norm_products(model, family, sites)
         inside = CostTable(sites, products).dense
         return CostTable(sites, products, constant=model.num_parameters() - int(inside))
 
@@ -154,9 +154,13 @@ def _projection_products(
     return products
 
 
-def _norm_products(family: Family, sites: list[Site]) -> list[tuple[int, int | float, int | float]]:
+def _norm_products(
+    model: PreTrainedModel, family: Family, sites: list[Site]
+) -> list[tuple[int, int | float, int | float]]:
+    """The weights of the norms that a site selects, and their biases where they have some."""
+    blocks = blocks_of(model, family)
     return [
-        (1, i, 1.0)
+        (len(list(blocks[site.block].get_submodule(norm.path).parameters())), i, 1.0)
         for i, site in enumerate(sites)
         for norm in family.norms
         if norm.output == site.name

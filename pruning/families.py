@@ -7,7 +7,7 @@ are derived from the rows, so that adding a family is adding a row (and its row 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,9 +45,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of a block whose normalised output is selected by a site.
+    """A norm of a block that works on the entries of a site only.
 
-    The statistics are taken over the full width; only the selected entries are scaled.
+    The statistics are those of the full width, in which removed entries of a narrow input count as
+    the zeros that their gates make of them; only the entries of the site are scaled.
 
     Args:
         path: Module, relative to its block.
@@ -69,6 +70,8 @@ class Family:
         projections: Every prunable linear layer of a block.
         norms: Every norm whose output a site selects.
         exported_as: Prefix of the classes in the modelling file of models with per-block widths.
+        mlp_width: Field of the configuration that holds the size of the site `mlp_mid`, the one
+            width that a stock model of the family can have otherwise.
         refuse: Returns why a configuration of this family cannot be pruned, or None if it can.
     """
 
@@ -78,6 +81,7 @@ class Family:
     projections: tuple[Projection, ...]
     norms: tuple[Norm, ...]
     exported_as: str
+    mlp_width: str = "intermediate_size"
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     def axes(self, path: str) -> tuple[str | None, ...]:
@@ -94,6 +98,40 @@ class Family:
         return tuple(norm.output for norm in self.norms if norm.path == module)
 
 
+def _refuse_bidirectional(config: PreTrainedConfig) -> str | None:
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its tokens attend in both directions, so it predicts no next token."
+    return None
+
+
+def _refuse_opt(config: PreTrainedConfig) -> str | None:
+    if not config.do_layer_norm_before:
+        return (
+            "`do_layer_norm_before` is false: its norms come after the residual additions, so that "
+            "no norm reads the whole stream for a narrow layer (OPT-350m). Choose another size."
+        )
+    if config.word_embed_proj_dim != config.hidden_size:
+        return (
+            f"`word_embed_proj_dim` {config.word_embed_proj_dim} is not `hidden_size` "
+            f"{config.hidden_size}: its embeddings are projected (OPT-350m). Choose another size."
+        )
+    if not config.layer_norm_elementwise_affine:
+        return "`layer_norm_elementwise_affine` is false: its norms have no weights to select."
+    return None
+
+
+_ATTENTION = (
+    Projection("self_attn.q_proj", input="attn_in"),
+    Projection("self_attn.k_proj", input="attn_in"),
+    Projection("self_attn.v_proj", input="attn_in"),
+    Projection("self_attn.o_proj", output="attn_out"),
+)
+_GATED_MLP = (
+    Projection("mlp.gate_proj", input="mlp_in", output="mlp_mid"),
+    Projection("mlp.up_proj", input="mlp_in", output="mlp_mid"),
+    Projection("mlp.down_proj", input="mlp_mid", output="mlp_out"),
+)
+
 _LLAMA = Family(
     model_type="llama",
     blocks="model.layers",
@@ -104,23 +142,95 @@ _LLAMA = Family(
         "mlp_mid": GatePoint("mlp.down_proj", "input"),
         "mlp_out": GatePoint("mlp.down_proj", "output"),
     },
-    projections=(
-        Projection("self_attn.q_proj", input="attn_in"),
-        Projection("self_attn.k_proj", input="attn_in"),
-        Projection("self_attn.v_proj", input="attn_in"),
-        Projection("self_attn.o_proj", output="attn_out"),
-        Projection("mlp.gate_proj", input="mlp_in", output="mlp_mid"),
-        Projection("mlp.up_proj", input="mlp_in", output="mlp_mid"),
-        Projection("mlp.down_proj", input="mlp_mid", output="mlp_out"),
-    ),
+    projections=_ATTENTION + _GATED_MLP,
     norms=(
         Norm("input_layernorm", output="attn_in"),
         Norm("post_attention_layernorm", output="mlp_in"),
     ),
     exported_as="SecateurLlama",
 )
+# Sliding windows, biases of q, k and v, and norms of queries and keys are inside attention, which
+# no site cuts.
+_MISTRAL = replace(_LLAMA, model_type="mistral", exported_as="SecateurMistral")
+_QWEN2 = replace(_LLAMA, model_type="qwen2", exported_as="SecateurQwen2")
+_QWEN3 = replace(_LLAMA, model_type="qwen3", exported_as="SecateurQwen3")
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_LLAMA,)}
+# Sandwich norms: attention and MLP are also normalised before they are added to the residual
+# stream. Their gates multiply before that norm, so that the projection in front of it can shrink;
+# the norm then divides by the root mean square of what stays, still taken over the full width.
+_GEMMA2 = Family(
+    model_type="gemma2",
+    blocks="model.layers",
+    gates={
+        "attn_in": GatePoint("input_layernorm", "output"),
+        "attn_out": GatePoint("self_attn.o_proj", "output"),
+        "mlp_in": GatePoint("pre_feedforward_layernorm", "output"),
+        "mlp_mid": GatePoint("mlp.down_proj", "input"),
+        "mlp_out": GatePoint("mlp.down_proj", "output"),
+    },
+    projections=_ATTENTION + _GATED_MLP,
+    norms=(
+        Norm("input_layernorm", output="attn_in"),
+        Norm("post_attention_layernorm", output="attn_out"),
+        Norm("pre_feedforward_layernorm", output="mlp_in"),
+        Norm("post_feedforward_layernorm", output="mlp_out"),
+    ),
+    exported_as="SecateurGemma2",
+    refuse=_refuse_bidirectional,
+)
+_GEMMA3 = replace(_GEMMA2, model_type="gemma3_text", exported_as="SecateurGemma3")
+
+_OPT = Family(
+    model_type="opt",
+    blocks="model.decoder.layers",
+    gates={
+        "attn_in": GatePoint("self_attn_layer_norm", "output"),
+        "attn_out": GatePoint("self_attn.out_proj", "output"),
+        "mlp_in": GatePoint("final_layer_norm", "output"),
+        "mlp_mid": GatePoint("fc2", "input"),
+        "mlp_out": GatePoint("fc2", "output"),
+    },
+    projections=(
+        *_ATTENTION[:3],
+        Projection("self_attn.out_proj", output="attn_out"),
+        Projection("fc1", input="mlp_in", output="mlp_mid"),
+        Projection("fc2", input="mlp_mid", output="mlp_out"),
+    ),
+    norms=(
+        Norm("self_attn_layer_norm", output="attn_in"),
+        Norm("final_layer_norm", output="mlp_in"),
+    ),
+    exported_as="SecateurOPT",
+    mlp_width="ffn_dim",
+    refuse=_refuse_opt,
+)
+
+# Attention and MLP read the same normalised vector, each its own selection of it: the gates sit
+# behind the norm, at the inputs of the two, and the norm stays whole.
+_PHI = Family(
+    model_type="phi",
+    blocks="model.layers",
+    gates={
+        "attn_in": GatePoint("self_attn", "input"),
+        "attn_out": GatePoint("self_attn.dense", "output"),
+        "mlp_in": GatePoint("mlp", "input"),
+        "mlp_mid": GatePoint("mlp.fc2", "input"),
+        "mlp_out": GatePoint("mlp.fc2", "output"),
+    },
+    projections=(
+        *_ATTENTION[:3],
+        Projection("self_attn.dense", output="attn_out"),
+        Projection("mlp.fc1", input="mlp_in", output="mlp_mid"),
+        Projection("mlp.fc2", input="mlp_mid", output="mlp_out"),
+    ),
+    norms=(),
+    exported_as="SecateurPhi",
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OPT, _PHI)
+}
 
 
 def family_of(config: PreTrainedConfig) -> Family:

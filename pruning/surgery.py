@@ -206,14 +206,17 @@ def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any
 def index_buffers(family: Family) -> dict[str, str]:
     """Name of every index buffer of an exported block, relative to it, to the site that it holds.
 
-    A site behind a norm is selected by the norm; a site that a projection adds to the residual
-    stream by the addition, which has the name of the site. Sites inside the MLP need no index.
+    A site whose gate is at the output of a norm is selected by that norm; a site of the residual
+    stream otherwise by a selection or an addition that has its name. A site between two projections
+    needs no index.
     """
-    norms = {norm.output: norm.path for norm in family.norms}
+    norms = {norm.path for norm in family.norms}
+    written = {projection.output for projection in family.projections}
+    read = {projection.input for projection in family.projections}
     return {
-        f"{norms.get(site, site)}.index": site
+        f"{point.path if point.path in norms else site}.index": site
         for site, point in family.gates.items()
-        if point.side == "output"
+        if site not in written & read
     }
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 320
 
@@ -40,10 +49,7 @@ def tiny_llama_config(**overrides: Any) -> LlamaConfig:
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A Llama in evaluation mode whose every parameter matters.
-
-    Norms and biases are drawn at random too: at their usual ones and zeros, a mistake in handling
-    them would not show.
+    """A Llama in evaluation mode whose every parameter matters, see `randomise`.
 
     Args:
         seed: Seed of the weights; the global random state stays as it is.
@@ -52,13 +58,124 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(**overrides)).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                else:
-                    parameter.normal_(std=0.2)
+        randomise(model)
     return model
+
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_SLIDING = ["sliding_attention", "full_attention"] * 2
+_GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 5, "layer_types": _SLIDING}
+_BASES: Mapping[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5, "head_dim": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING},
+    "qwen3": {"head_dim": 10},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": _GEMMA,
+    "opt": {"ffn_dim": 37},
+    "phi": {"partial_rotary_factor": 0.5},
+}
+_MHA, _TIED = {"num_key_value_heads": 6}, {"tie_word_embeddings": True}
+
+# Family to variants to fields of its configuration: everything that its models differ in. A family
+# of `pruning.families` that has no row here fails the contract.
+VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
+    "llama": {
+        "grouped": {},
+        "multi-head, tied": _MHA | _TIED,
+        "multi-query": {"num_key_value_heads": 1},
+        "biases": {"attention_bias": True, "mlp_bias": True},
+        "head_dim": {"head_dim": 10},
+        "rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    },
+    "mistral": {
+        "sliding": {},
+        "full, multi-head, tied": {"sliding_window": None} | _MHA | _TIED,
+    },
+    "qwen2": {
+        "some sliding": {},
+        "full, multi-head, tied": {"use_sliding_window": False, "layer_types": None} | _MHA | _TIED,
+    },
+    "qwen3": {
+        "head_dim": {},
+        "biases, multi-head, tied": {"attention_bias": True, "head_dim": 4} | _MHA | _TIED,
+        "some sliding": {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": _SLIDING,
+        },
+    },
+    "gemma2": {
+        "grouped": {},
+        "multi-head, tied": _MHA | _TIED,
+        "biases, no caps": {
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    },
+    "gemma3_text": {
+        "grouped": {},
+        "multi-head, tied": _MHA | _TIED,
+        "biases, caps": {"attention_bias": True, "final_logit_softcapping": 3.0},
+    },
+    "opt": {
+        "tied": _TIED,
+        "untied": {},
+        "no biases": {"enable_bias": False},
+        "other activation": {"activation_function": "gelu"},
+    },
+    "phi": {
+        "multi-head": _MHA,
+        "grouped, tied": _TIED,
+        "norms of queries and keys": {"qk_layernorm": True},
+    },
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """A configuration of 4 blocks with an MLP width that nothing divides (37).
+
+    Args:
+        family: Its `model_type`.
+        overrides: Fields of the configuration.
+    """
+    return AutoConfig.for_model(family, **_COMMON | _BASES[family] | overrides)
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model in evaluation mode whose every parameter matters, see `randomise`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        randomise(model)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Draw all parameters anew, from the global random state.
+
+    Norms and biases too: at their usual ones and zeros, a mistake in handling them would not show.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.2)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,4 +202,10 @@ def tiny_folder(path: Path, seed: int = 0, **overrides: Any) -> Path:
     """A model folder as `save_pretrained` writes it: a tiny Llama and its tokenizer."""
     tiny_llama(seed, **overrides).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def tiny_family_folder(path: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
+    """A model folder as `save_pretrained` writes it, of any family and without a tokenizer."""
+    tiny_model(family, seed, **overrides).save_pretrained(path)
     return path

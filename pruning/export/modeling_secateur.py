@@ -11,9 +11,9 @@ and replaces what differs in a block:
 The widths are in `config.json` (`block_widths`), the selected entries in the weights, as integer
 buffers. A site that kept its full width has no buffer and runs the stock code.
 
-To add a family whose blocks are pre-norm and sequential (Mistral, Qwen2, Qwen3): a config class, a
-decoder layer, a model and a causal language model as for Llama at the end of the file. Other blocks
-bring their own `forward` beside `PreNormBlock`.
+To add a family: a config class, a decoder layer, a model and a causal language model as for those
+at the end of the file. A block whose modules have other names or another order brings its tables
+and its `forward`, as `SandwichBlock` does.
 
 Legend: B = batch, T = tokens, D = width of the residual stream, W = kept entries.
 """
@@ -27,13 +27,65 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2DecoderLayer,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+)
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3DecoderLayer,
+    Gemma3ForCausalLM,
+    Gemma3TextModel,
+)
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
 )
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralModel,
+)
+from transformers.models.opt.configuration_opt import OPTConfig
+from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM, OPTModel
+from transformers.models.phi.configuration_phi import PhiConfig
+from transformers.models.phi.modeling_phi import PhiDecoderLayer, PhiForCausalLM, PhiModel
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+
+
+def _gather(hidden_BTD: Tensor, index_W: Tensor) -> Tensor:
+    """The selected entries, shape (B, T, W)."""
+    # On a CPU, `gather` with an expanded index is several times as fast as `index_select` along
+    # the last axis.
+    return hidden_BTD.gather(-1, index_W.expand(hidden_BTD.shape[:-1] + index_W.shape))
+
+
+def _inverse_rms(hidden_BTW: Tensor, size: int, eps: float) -> Tensor:
+    """One over the root mean square of `size` entries, shape (B, T, 1), float32.
+
+    The norm of the vector reads its entries once and writes one number per token; neither a float32
+    copy nor a normalised stream of full width is ever made.
+    """
+    norm_BT1 = torch.linalg.vector_norm(hidden_BTW, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(norm_BT1.square() / size + eps)
 
 
 class SelectiveRMSNormGather(nn.Module):
@@ -57,14 +109,79 @@ class SelectiveRMSNormGather(nn.Module):
         self.size, self.eps = size, eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        # The norm of the vector reads the stream once and writes one number per token; neither a
-        # float32 copy nor a normalised stream of full width is ever made. On a CPU, `gather` with
-        # an expanded index is several times as fast as `index_select` along the last axis.
-        norm_BT1 = torch.linalg.vector_norm(hidden_BTD, dim=-1, keepdim=True, dtype=torch.float32)
-        scale_BT1 = torch.rsqrt(norm_BT1.square() / self.size + self.eps)
-        index_BTW = self.index.expand(hidden_BTD.shape[:-1] + self.index.shape)
-        selected_BTW = hidden_BTD.gather(-1, index_BTW)
-        return self.weight * (selected_BTW.float() * scale_BT1).to(hidden_BTD.dtype)
+        scale_BT1 = _inverse_rms(hidden_BTD, self.size, self.eps)
+        normed_BTW = _gather(hidden_BTD, self.index).float() * scale_BT1
+        return self.weight * normed_BTW.to(hidden_BTD.dtype)
+
+
+class SelectiveCentredRMSNormGather(SelectiveRMSNormGather):
+    """The same with Gemma's weights, which are centred at 0 and applied in float32."""
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        scale_BT1 = _inverse_rms(hidden_BTD, self.size, self.eps)
+        normed_BTW = _gather(hidden_BTD, self.index).float() * scale_BT1
+        return (normed_BTW * (1 + self.weight.float())).to(hidden_BTD.dtype)
+
+
+class NarrowCentredRMSNormOutput(nn.Module):
+    """Gemma's RMSNorm of a vector of which only some entries were computed; the others are zero.
+
+    Args:
+        width: Entries of the input, in [1, size].
+        size: Entries that the mean is taken over.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, width: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.size, self.eps = size, eps
+
+    def forward(self, narrow_BTW: Tensor) -> Tensor:
+        normed_BTW = narrow_BTW.float() * _inverse_rms(narrow_BTW, self.size, self.eps)
+        return (normed_BTW * (1 + self.weight.float())).to(narrow_BTW.dtype)
+
+
+class SelectiveLayerNormGather(nn.Module):
+    """LayerNorm over the full width, of which only the selected entries are scaled and given out.
+
+    Args:
+        width: Entries that are selected, in [1, size].
+        size: Entries of the input.
+        eps: Added to the variance.
+    """
+
+    index: Tensor
+
+    def __init__(self, width: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("index", torch.arange(width))
+        self.size, self.eps = size, eps
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        # One fused pass over the stream; mean and variance in passes of their own take longer.
+        normed_BTD = F.layer_norm(hidden_BTD, (self.size,), eps=self.eps)
+        return torch.addcmul(self.bias, _gather(normed_BTD, self.index), self.weight)
+
+
+class Selection(nn.Module):
+    """Gives out the selected entries of a vector.
+
+    Args:
+        width: Entries that are selected, in [1, size].
+        size: Entries of the input.
+    """
+
+    index: Tensor | None
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.arange(width) if width < size else None)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return hidden_BTD if self.index is None else _gather(hidden_BTD, self.index)
 
 
 class IndexedAdd(nn.Module):
@@ -99,31 +216,33 @@ class IndexedAdd(nn.Module):
         return stream_BTD.scatter_add(-1, index_BTW, narrow_BTW)
 
 
-class PreNormBlock(nn.Module):
-    """Mixin for a sequential block: x + attention(norm(x)), and then x + mlp(norm(x)).
+_ATTENTION: Mapping[str, tuple[str | None, str | None]] = {
+    "self_attn.q_proj": ("attn_in", None),
+    "self_attn.k_proj": ("attn_in", None),
+    "self_attn.v_proj": ("attn_in", None),
+    "self_attn.o_proj": (None, "attn_out"),
+}
+_GATED_MLP: Mapping[str, tuple[str | None, str | None]] = {
+    "mlp.gate_proj": ("mlp_in", "mlp_mid"),
+    "mlp.up_proj": ("mlp_in", "mlp_mid"),
+    "mlp.down_proj": ("mlp_mid", "mlp_out"),
+}
 
-    It comes before the family's own decoder layer in the list of bases.
+
+class NarrowBlock(nn.Module):
+    """Mixin for the decoder layer of a family; it comes before the family's own class.
+
+    The constructor lets the family build its block and puts narrow layers in the place of those
+    that the tables name; `forward` is what a block does with them.
     """
 
-    input_layernorm: Any
-    post_attention_layernorm: Any
     self_attn: Any
     mlp: Any
 
     # Linear layer: the sites of its inputs and of its outputs; None where they always stay.
-    linears: ClassVar[Mapping[str, tuple[str | None, str | None]]] = {
-        "self_attn.q_proj": ("attn_in", None),
-        "self_attn.k_proj": ("attn_in", None),
-        "self_attn.v_proj": ("attn_in", None),
-        "self_attn.o_proj": (None, "attn_out"),
-        "mlp.gate_proj": ("mlp_in", "mlp_mid"),
-        "mlp.up_proj": ("mlp_in", "mlp_mid"),
-        "mlp.down_proj": ("mlp_mid", "mlp_out"),
-    }
-    norms: ClassVar[Mapping[str, str]] = {
-        "input_layernorm": "attn_in",
-        "post_attention_layernorm": "mlp_in",
-    }
+    linears: ClassVar[Mapping[str, tuple[str | None, str | None]]]
+    # Norm: the site of its output, and the class that does its work where the site is narrow.
+    norms: ClassVar[Mapping[str, tuple[str, type[nn.Module]]]]
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         # transformers loads models on the meta device, where the stock layers that are built here
@@ -138,13 +257,26 @@ class PreNormBlock(nn.Module):
                 bias=stock.bias is not None,
             )
             self.set_submodule(path, narrow)
-        for path, site in self.norms.items():
+        for path, (site, narrow_class) in self.norms.items():
             if widths.get(site, size) < size:
                 stock = self.get_submodule(path)
-                norm = SelectiveRMSNormGather(widths[site], size, stock.variance_epsilon)
-                self.set_submodule(path, norm)
+                eps = stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps
+                self.set_submodule(path, narrow_class(widths[site], size, eps))
         self.attn_out = IndexedAdd(widths.get("attn_out", size), size)
         self.mlp_out = IndexedAdd(widths.get("mlp_out", size), size)
+
+
+class PreNormBlock(NarrowBlock):
+    """A sequential block: x + attention(norm(x)), and then x + mlp(norm(x))."""
+
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    linears = {**_ATTENTION, **_GATED_MLP}  # noqa: RUF012 -- declared above
+    norms = {  # noqa: RUF012
+        "input_layernorm": ("attn_in", SelectiveRMSNormGather),
+        "post_attention_layernorm": ("mlp_in", SelectiveRMSNormGather),
+    }
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         normed_BTW = self.input_layernorm(hidden_states)
@@ -157,6 +289,100 @@ class PreNormBlock(nn.Module):
         narrow_BTW = self.mlp(self.post_attention_layernorm(stream_BTD))
         alone = not torch.is_grad_enabled()
         hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=alone)
+        return hidden_BTD
+
+
+class SandwichBlock(NarrowBlock):
+    """A sequential block with norms on both sides: x + norm(attention(norm(x))), and so the MLP."""
+
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    pre_feedforward_layernorm: Any
+    post_feedforward_layernorm: Any
+
+    linears = {**_ATTENTION, **_GATED_MLP}  # noqa: RUF012
+    norms = {  # noqa: RUF012
+        "input_layernorm": ("attn_in", SelectiveCentredRMSNormGather),
+        "post_attention_layernorm": ("attn_out", NarrowCentredRMSNormOutput),
+        "pre_feedforward_layernorm": ("mlp_in", SelectiveCentredRMSNormGather),
+        "post_feedforward_layernorm": ("mlp_out", NarrowCentredRMSNormOutput),
+    }
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed_BTW = self.input_layernorm(hidden_states)
+        attended_BTW, _ = self.self_attn(hidden_states=normed_BTW, **kwargs)
+        stream_BTD = self.attn_out(hidden_states, self.post_attention_layernorm(attended_BTW))
+        narrow_BTW = self.mlp(self.pre_feedforward_layernorm(stream_BTD))
+        narrow_BTW = self.post_feedforward_layernorm(narrow_BTW)
+        alone = not torch.is_grad_enabled()  # as in `PreNormBlock`
+        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=alone)
+        return hidden_BTD
+
+
+class OPTBlock(NarrowBlock):
+    """OPT's pre-norm block: its MLP is not a module of its own, and there is dropout."""
+
+    self_attn_layer_norm: Any
+    final_layer_norm: Any
+    fc1: Any
+    fc2: Any
+    activation_fn: Any
+    dropout: float
+
+    linears = {  # noqa: RUF012
+        **dict(list(_ATTENTION.items())[:3]),
+        "self_attn.out_proj": (None, "attn_out"),
+        "fc1": ("mlp_in", "mlp_mid"),
+        "fc2": ("mlp_mid", "mlp_out"),
+    }
+    norms = {  # noqa: RUF012
+        "self_attn_layer_norm": ("attn_in", SelectiveLayerNormGather),
+        "final_layer_norm": ("mlp_in", SelectiveLayerNormGather),
+    }
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed_BTW = self.self_attn_layer_norm(hidden_states)
+        attended_BTW, _ = self.self_attn(hidden_states=normed_BTW, **kwargs)
+        stream_BTD = self.attn_out(
+            hidden_states, F.dropout(attended_BTW, self.dropout, self.training)
+        )
+        narrow_BTW = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(stream_BTD))))
+        narrow_BTW = F.dropout(narrow_BTW, self.dropout, self.training)
+        alone = not torch.is_grad_enabled()  # as in `PreNormBlock`
+        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=alone)
+        return hidden_BTD
+
+
+class ParallelBlock(NarrowBlock):
+    """A parallel block: x + attention(norm(x)) + mlp(norm(x)), with one norm.
+
+    The norm stays whole; attention and MLP take their own selections of its output.
+    """
+
+    input_layernorm: Any
+    resid_dropout: Any
+
+    linears = {  # noqa: RUF012
+        **dict(list(_ATTENTION.items())[:3]),
+        "self_attn.dense": (None, "attn_out"),
+        "mlp.fc1": ("mlp_in", "mlp_mid"),
+        "mlp.fc2": ("mlp_mid", "mlp_out"),
+    }
+    norms = {}  # noqa: RUF012
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        size, widths = config.hidden_size, config.block_widths[layer_idx]
+        self.attn_in = Selection(widths.get("attn_in", size), size)
+        self.mlp_in = Selection(widths.get("mlp_in", size), size)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed_BTD = self.input_layernorm(hidden_states)
+        attended_BTW, _ = self.self_attn(hidden_states=self.attn_in(normed_BTD), **kwargs)
+        stream_BTD = self.attn_out(hidden_states, self.resid_dropout(attended_BTW))
+        narrow_BTW = self.resid_dropout(self.mlp(self.mlp_in(normed_BTD)))
+        # Nothing but the addition reads the stream in between, so autograd has not kept it.
+        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=True)
         return hidden_BTD
 
 
@@ -174,13 +400,14 @@ class NarrowModel(PreTrainedModel):
     """Mixin for the base model of a family; it comes before the family's own model class."""
 
     block_class: ClassVar[type[nn.Module]]
+    blocks: ClassVar[str] = "layers"
 
     def __init__(self, config: PreTrainedConfig) -> None:
         with _without_blocks(config):
             super().__init__(config)
-        self.layers = nn.ModuleList(
-            self.block_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
+        blocks = [self.block_class(config, index) for index in range(config.num_hidden_layers)]
+        self.set_submodule(self.blocks, nn.ModuleList(blocks))
+        self._no_split_modules = {self.block_class.__name__}
         self.post_init()
 
 
@@ -193,38 +420,43 @@ class NarrowForCausalLM(PreTrainedModel):
         with _without_blocks(config):
             super().__init__(config)
         self.model = self.model_class(config)
+        self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
 
-def _check_widths(config: PreTrainedConfig) -> None:
-    """Check that there are widths for every block.
-
-    Raises:
-        ValueError: Their number is not the number of blocks.
-    """
-    if len(config.block_widths) != config.num_hidden_layers:
-        raise ValueError(
-            f"`block_widths` has {len(config.block_widths)} entries and `num_hidden_layers` is "
-            f"{config.num_hidden_layers}; give one entry per block."
-        )
+BlockWidths = list[dict[str, int]] | None
 
 
-class SecateurLlamaConfig(LlamaConfig):
-    """Configuration of a Llama whose blocks have widths of their own.
+class NarrowConfig:
+    """Mixin for the configuration of a family; it comes before the family's own class.
 
     Args:
         block_widths: One mapping per block, from the name of a site to its width, in [1, full
             width]; a site that is not named has its full width. None stands for full blocks.
+
+    Raises:
+        ValueError: The number of mappings is not the number of blocks.
     """
 
-    model_type = "secateur_llama"
-    block_widths: list[dict[str, int]] | None = None
+    block_widths: BlockWidths
+    num_hidden_layers: int
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         if self.block_widths is None:
             self.block_widths = [{} for _ in range(self.num_hidden_layers)]
-        _check_widths(self)
+        if len(self.block_widths) != self.num_hidden_layers:
+            raise ValueError(
+                f"`block_widths` has {len(self.block_widths)} entries and `num_hidden_layers` is "
+                f"{self.num_hidden_layers}; give one entry per block."
+            )
+
+
+class SecateurLlamaConfig(NarrowConfig, LlamaConfig):
+    """Configuration of a Llama whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_llama"
+    block_widths: BlockWidths = None
 
 
 class SecateurLlamaDecoderLayer(PreNormBlock, LlamaDecoderLayer):  # type: ignore[misc]
@@ -236,7 +468,6 @@ class SecateurLlamaModel(NarrowModel, LlamaModel):
 
     config_class = SecateurLlamaConfig
     block_class = SecateurLlamaDecoderLayer
-    _no_split_modules = ["SecateurLlamaDecoderLayer"]  # noqa: RUF012 -- declared by transformers
 
 
 class SecateurLlamaForCausalLM(NarrowForCausalLM, LlamaForCausalLM):
@@ -244,10 +475,187 @@ class SecateurLlamaForCausalLM(NarrowForCausalLM, LlamaForCausalLM):
 
     config_class = SecateurLlamaConfig
     model_class = SecateurLlamaModel
-    _no_split_modules = ["SecateurLlamaDecoderLayer"]  # noqa: RUF012 -- declared by transformers
+
+
+class SecateurMistralConfig(NarrowConfig, MistralConfig):
+    """Configuration of a Mistral whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_mistral"
+    block_widths: BlockWidths = None
+
+
+class SecateurMistralDecoderLayer(PreNormBlock, MistralDecoderLayer):  # type: ignore[misc]
+    """A narrow block of a Mistral."""
+
+
+class SecateurMistralModel(NarrowModel, MistralModel):
+    """A Mistral with narrow blocks, without its output head."""
+
+    config_class = SecateurMistralConfig
+    block_class = SecateurMistralDecoderLayer
+
+
+class SecateurMistralForCausalLM(NarrowForCausalLM, MistralForCausalLM):
+    """A Mistral with narrow blocks."""
+
+    config_class = SecateurMistralConfig
+    model_class = SecateurMistralModel
+
+
+class SecateurQwen2Config(NarrowConfig, Qwen2Config):
+    """Configuration of a Qwen2 whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_qwen2"
+    block_widths: BlockWidths = None
+
+
+class SecateurQwen2DecoderLayer(PreNormBlock, Qwen2DecoderLayer):  # type: ignore[misc]
+    """A narrow block of a Qwen2."""
+
+
+class SecateurQwen2Model(NarrowModel, Qwen2Model):
+    """A Qwen2 with narrow blocks, without its output head."""
+
+    config_class = SecateurQwen2Config
+    block_class = SecateurQwen2DecoderLayer
+
+
+class SecateurQwen2ForCausalLM(NarrowForCausalLM, Qwen2ForCausalLM):
+    """A Qwen2 with narrow blocks."""
+
+    config_class = SecateurQwen2Config
+    model_class = SecateurQwen2Model
+
+
+class SecateurQwen3Config(NarrowConfig, Qwen3Config):
+    """Configuration of a Qwen3 whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_qwen3"
+    block_widths: BlockWidths = None
+
+
+class SecateurQwen3DecoderLayer(PreNormBlock, Qwen3DecoderLayer):  # type: ignore[misc]
+    """A narrow block of a Qwen3."""
+
+
+class SecateurQwen3Model(NarrowModel, Qwen3Model):
+    """A Qwen3 with narrow blocks, without its output head."""
+
+    config_class = SecateurQwen3Config
+    block_class = SecateurQwen3DecoderLayer
+
+
+class SecateurQwen3ForCausalLM(NarrowForCausalLM, Qwen3ForCausalLM):
+    """A Qwen3 with narrow blocks."""
+
+    config_class = SecateurQwen3Config
+    model_class = SecateurQwen3Model
+
+
+class SecateurGemma2Config(NarrowConfig, Gemma2Config):
+    """Configuration of a Gemma 2 whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_gemma2"
+    block_widths: BlockWidths = None
+
+
+class SecateurGemma2DecoderLayer(SandwichBlock, Gemma2DecoderLayer):  # type: ignore[misc]
+    """A narrow block of a Gemma 2."""
+
+
+class SecateurGemma2Model(NarrowModel, Gemma2Model):
+    """A Gemma 2 with narrow blocks, without its output head."""
+
+    config_class = SecateurGemma2Config
+    block_class = SecateurGemma2DecoderLayer
+
+
+class SecateurGemma2ForCausalLM(NarrowForCausalLM, Gemma2ForCausalLM):
+    """A Gemma 2 with narrow blocks."""
+
+    config_class = SecateurGemma2Config
+    model_class = SecateurGemma2Model
+
+
+class SecateurGemma3Config(NarrowConfig, Gemma3TextConfig):
+    """Configuration of a Gemma 3 whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_gemma3_text"
+    block_widths: BlockWidths = None
+
+
+class SecateurGemma3DecoderLayer(SandwichBlock, Gemma3DecoderLayer):  # type: ignore[misc]
+    """A narrow block of a Gemma 3."""
+
+
+class SecateurGemma3Model(NarrowModel, Gemma3TextModel):
+    """A Gemma 3 with narrow blocks, without its output head."""
+
+    config_class = SecateurGemma3Config
+    block_class = SecateurGemma3DecoderLayer
+
+
+class SecateurGemma3ForCausalLM(NarrowForCausalLM, Gemma3ForCausalLM):
+    """A Gemma 3 with narrow blocks."""
+
+    config_class = SecateurGemma3Config
+    model_class = SecateurGemma3Model
+
+
+class SecateurOPTConfig(NarrowConfig, OPTConfig):
+    """Configuration of an OPT whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_opt"
+    block_widths: BlockWidths = None
+
+
+class SecateurOPTDecoderLayer(OPTBlock, OPTDecoderLayer):  # type: ignore[misc]
+    """A narrow block of an OPT."""
+
+
+class SecateurOPTModel(NarrowModel, OPTModel):
+    """An OPT with narrow blocks, without its output head."""
+
+    config_class = SecateurOPTConfig
+    block_class = SecateurOPTDecoderLayer
+    blocks = "decoder.layers"
+
+
+class SecateurOPTForCausalLM(NarrowForCausalLM, OPTForCausalLM):
+    """An OPT with narrow blocks."""
+
+    config_class = SecateurOPTConfig
+    model_class = SecateurOPTModel
+
+
+class SecateurPhiConfig(NarrowConfig, PhiConfig):
+    """Configuration of a Phi whose blocks have widths of their own; see `NarrowConfig`."""
+
+    model_type = "secateur_phi"
+    block_widths: BlockWidths = None
+
+
+class SecateurPhiDecoderLayer(ParallelBlock, PhiDecoderLayer):  # type: ignore[misc]
+    """A narrow block of a Phi."""
+
+
+class SecateurPhiModel(NarrowModel, PhiModel):
+    """A Phi with narrow blocks, without its output head."""
+
+    config_class = SecateurPhiConfig
+    block_class = SecateurPhiDecoderLayer
+
+
+class SecateurPhiForCausalLM(NarrowForCausalLM, PhiForCausalLM):
+    """A Phi with narrow blocks."""
+
+    config_class = SecateurPhiConfig
+    model_class = SecateurPhiModel
 
 
 # So that `save_pretrained` writes this file and the way to it into the folder.
-SecateurLlamaConfig.register_for_auto_class()
-SecateurLlamaModel.register_for_auto_class("AutoModel")
-SecateurLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _causal_lm in NarrowForCausalLM.__subclasses__():
+    _config_class: Any = _causal_lm.config_class
+    _config_class.register_for_auto_class()
+    _causal_lm.model_class.register_for_auto_class("AutoModel")
+    _causal_lm.register_for_auto_class("AutoModelForCausalLM")

@@ -1,31 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import nn
 from transformers import GPT2Config, PreTrainedConfig
 
 from pruning import families
+from pruning.export import modeling_secateur
 from pruning.families import FAMILIES, blocks_of, family_of, skeleton
 from pruning.sites import find_sites
-from tests.tiny import tiny_llama_config
+from tests.tiny import VARIANTS, tiny_config, tiny_llama_config
 
-# One row per family: configurations that differ in what its blocks hold.
-CONFIGS: Mapping[str, tuple[PreTrainedConfig, ...]] = {
-    "llama": (
-        tiny_llama_config(),
-        tiny_llama_config(attention_bias=True, mlp_bias=True),
-        tiny_llama_config(num_key_value_heads=6, tie_word_embeddings=True, head_dim=10),
-    ),
-}
-
-CASES = [(name, config) for name, configs in CONFIGS.items() for config in configs]
-
-
-def test_every_family_is_tested() -> None:
-    assert set(CONFIGS) == set(FAMILIES)
+CASES = [
+    (name, tiny_config(name, **overrides))
+    for name, variants in VARIANTS.items()
+    for overrides in variants.values()
+]
 
 
 def test_an_unknown_family_says_what_is_known_and_what_to_do() -> None:
@@ -80,16 +72,47 @@ def test_every_tensor_of_a_site_has_the_size_of_the_site(
 
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_a_gate_multiplies_where_its_site_is_sliced(name: str, config: PreTrainedConfig) -> None:
-    # At the input of a projection that reads the site, at the output of one that writes it, or at
-    # the output of a norm that it selects.
+    # At the input of the projection, or of the one module around all projections, that read the
+    # site; at the output of a projection that writes it, or of a norm that it selects.
     family = family_of(config)
     for site, point in family.gates.items():
         if point.side == "input":
-            places = {p.path for p in family.projections if p.input == site}
+            readers = {p.path for p in family.projections if p.input == site}
+            assert readers, site
+            assert all(path == point.path or path.startswith(f"{point.path}.") for path in readers)
         else:
             places = {p.path for p in family.projections if p.output == site}
             places |= {norm.path for norm in family.norms if norm.output == site}
-        assert point.path in places, site
+            assert point.path in places, site
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"do_layer_norm_before": False}, "`do_layer_norm_before` is false.*OPT-350m"),
+        ({"word_embed_proj_dim": 12}, "`word_embed_proj_dim` 12 is not `hidden_size` 24"),
+        ({"layer_norm_elementwise_affine": False}, "its norms have no weights"),
+    ],
+)
+def test_members_of_opt_that_cannot_be_pruned(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"This opt model cannot be pruned: .*{message}"):
+        family_of(tiny_config("opt", **overrides))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_a_gemma_that_looks_ahead_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="its tokens attend in both directions"):
+        family_of(tiny_config(name, use_bidirectional_attention=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_modelling_file_cuts_what_the_row_cuts(name: str) -> None:
+    family = FAMILIES[name]
+    block: Any = getattr(modeling_secateur, f"{family.exported_as}DecoderLayer")
+    assert block.linears == {p.path: (p.input, p.output) for p in family.projections}
+    assert {path: site for path, (site, _) in block.norms.items()} == {
+        norm.path: norm.output for norm in family.norms
+    }
 
 
 def test_axes_of_llama_by_hand() -> None:
@@ -102,3 +125,12 @@ def test_axes_of_llama_by_hand() -> None:
     assert axes("mlp.down_proj.weight") == ("mlp_out", "mlp_mid")
     assert axes("post_attention_layernorm.weight") == ("mlp_in",)
     assert axes("self_attn.rotary_emb.inv_freq") == ()
+
+
+def test_axes_of_phi_and_gemma_by_hand() -> None:
+    # Two selections of one norm leave the norm whole; a norm behind a projection shrinks with it.
+    assert FAMILIES["phi"].axes("input_layernorm.weight") == ()
+    assert FAMILIES["phi"].axes("mlp.fc1.bias") == ("mlp_mid",)
+    assert FAMILIES["gemma2"].axes("post_attention_layernorm.weight") == ("attn_out",)
+    assert FAMILIES["gemma3_text"].axes("self_attn.q_norm.weight") == ()
+    assert FAMILIES["opt"].axes("final_layer_norm.bias") == ("mlp_in",)

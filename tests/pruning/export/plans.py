@@ -14,7 +14,7 @@ from pruning.sites import find_sites
 
 
 def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
-    """Every site of block 0 keeps one entry, every site of block 1 all, later ones odd numbers.
+    """Sites of block 0 keep one entry, of block 1 all, of block 2 odd numbers, of block 3 eights.
 
     Which entries stay is drawn at random.
     """
@@ -24,7 +24,9 @@ def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
     kept = []
     for site in sites:
         odd = 1 + 2 * int(torch.randint((site.size - 1) // 2, (), generator=generator))
-        width = {0: 1, 1: site.size}.get(site.block, odd)
+        eights = 8 * (1 + odd // 16)
+        width = {0: 1, 1: site.size, 3: eights}.get(site.block, odd)
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
-    return PruningPlan("llama", fingerprint(folder), tuple(sites), tuple(kept), {"seed": seed})
+    base, provenance = fingerprint(folder), {"seed": seed}
+    return PruningPlan(model.config.model_type, base, tuple(sites), tuple(kept), provenance)
