@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
-import callbacks
-import modules
-from callbacks.save_checkpoint import latest_checkpoint
-
-_ = (callbacks, modules)  # imported so that configs can name their classes
+from callbacks.save_checkpoint import check_readable, latest_checkpoint
 
 DEFAULTS = {
     "default_root_dir": "runs/default",
@@ -28,7 +27,11 @@ class TrainCLI(LightningCLI):
     """Lightning's command line with an output folder that holds everything of a run."""
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from other settings."""
+        """Fill in what follows from other settings.
+
+        Raises:
+            ValueError: Training would never end, or the checkpoint cannot be read.
+        """
         config: Any = self.config if self.subcommand is None else self.config[self.subcommand]
         root = config.trainer.default_root_dir
         if config.trainer.logger is None:
@@ -36,30 +39,92 @@ class TrainCLI(LightningCLI):
                 _object("lightning.pytorch.loggers.CSVLogger", save_dir=root, name="metrics"),
                 _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=root, name="logs"),
             ]
+        limits = (config.trainer.max_steps, config.trainer.max_epochs, config.trainer.max_time)
+        if self.subcommand == "fit" and limits in ((-1, -1, None), (-1, None, None)):
+            raise ValueError(
+                "`trainer.max_steps` must be set, or training never ends; 1000 is a start."
+            )
         if config.get("ckpt_path") == "last":
             found = latest_checkpoint(Path(root))
+            if found is None and self.subcommand != "fit":
+                raise ValueError(
+                    f"`ckpt_path` is last, but {root}/checkpoints holds none; fit first."
+                )
             config.ckpt_path = str(found) if found else None
+        elif config.get("ckpt_path"):
+            check_readable(Path(config.ckpt_path))
+        if self.subcommand is not None and config.weights_only is None:
+            config.weights_only = True  # a checkpoint is data: nothing in it may run
         if config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = config.model.init_args.get("base")
+
+    def after_predict(self) -> None:
+        """Write one line per window: its number and its mean negative log-likelihood in nats."""
+        rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
+        batches: Any = self.trainer.predict_loop.predictions
+        path = Path(self.trainer.default_root_dir) / f"predictions_{rank}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file)
+            lines.writerow(["window", "nll"])
+            values = (value for batch in batches for value in batch)
+            lines.writerows((rank + i * num_ranks, value) for i, value in enumerate(values))
 
 
 def _object(class_path: str, **init_args: Any) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": init_args}
 
 
+class _Without(logging.Filter):
+    """Passes every message that does not contain a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.text not in str(record.msg)
+
+
+def _quieten() -> None:
+    """Drop four messages of libraries that tell a user of this program nothing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for logger, text in (
+        ("DeepSpeed", "Setting accelerator to CPU"),
+        ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"),
+        ("lightning.pytorch.utilities.rank_zero", "litlogger"),
+    ):
+        logging.getLogger(logger).addFilter(_Without(text))
+    # TextData reads a memory map: workers would only cost.
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    # Lightning's own use of what torch has deprecated.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+
+
 def main(args: list[str] | None = None) -> TrainCLI:
     """Parse the command line (or a list of arguments) and run it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quieten()
+    # Imported so that configs can name their classes; here, because their imports are not quiet.
+    import callbacks  # noqa: F401
+    import modules  # noqa: F401
+
     return TrainCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         trainer_defaults=DEFAULTS,
+        seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         args=args,
     )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("SECATEUR_DEBUG"):
+            raise
+        notes = [str(error), *getattr(error, "__notes__", ()), "SECATEUR_DEBUG=1 shows where."]
+        raise SystemExit("\n".join(["", "error: " + notes[0], *notes[1:]])) from error

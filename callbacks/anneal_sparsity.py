@@ -43,12 +43,22 @@ class AnnealSparsity(Callback):
         self.temperature_curve = temperature_curve or Linear()
         self._total = 0
         self._start_temperature = 0.0
+        self._saved: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the curves begin and how many steps they have."""
         module = learns_masks(pl_module, "AnnealSparsity")
         self._total = int(trainer.estimated_stepping_batches)
         self._start_temperature = module.temperature
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to go on along other curves: only now are the steps of this run known.
+
+        Raises:
+            ValueError: The checkpoint was written under other settings.
+        """
+        if self._saved is not None:
+            refuse_other(self._saved, self.state_dict(), "AnnealSparsity")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -73,5 +83,5 @@ class AnnealSparsity(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on along other curves."""
-        refuse_other(state_dict, self.state_dict(), "AnnealSparsity")
+        """Remember the settings of the checkpoint until training starts."""
+        self._saved = state_dict

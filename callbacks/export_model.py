@@ -29,7 +29,14 @@ class ExportModel(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was learned."""
         module = exports(pl_module, "ExportModel")
-        module.export(self._path(trainer), shlex.join(["python", *sys.argv]))
+        try:
+            module.export(self._path(trainer), shlex.join(["python", *sys.argv]))
+        except (OSError, ValueError) as error:
+            error.add_note(
+                "Training is complete. With a SaveCheckpoint callback, the same command and "
+                "`--ckpt_path last` repeat the export without training."
+            )
+            raise
 
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.folder

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
-class SaveCheckpoint(ModelCheckpoint):
-    """Save every few steps into `<trainer.default_root_dir>/checkpoints`; keep the newest.
+class SaveCheckpoint(Checkpoint):
+    """Save every few steps, and at the end, into `<trainer.default_root_dir>/checkpoints`.
 
     A checkpoint holds what trains, the optimiser, the loops and the position in the data; the
     frozen base model is named by its fingerprint. Files are written whole or not at all.
@@ -32,29 +32,44 @@ class SaveCheckpoint(ModelCheckpoint):
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value}.")
-        super().__init__(
-            filename="{step}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every_n_steps,
-            enable_version_counter=False,
-        )
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.last_model_path = ""
+        """The newest checkpoint of this run, under the name that Lightning looks for."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fix the folder, which does not depend on how often a run was started."""
-        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run starts over where an earlier one could be resumed."""
+        self.last_model_path = str(trainer.ckpt_path or "")
+        if not self.last_model_path and (found := _newest_first(_folder(trainer))):
+            rank_zero_warn(
+                f"{found[0]} is of an earlier run. This run starts from scratch, and its "
+                "checkpoints will take the place of the earlier ones; to go on with the earlier "
+                "run, stop now and add `--ckpt_path last`."
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save every `every_n_steps` optimiser steps."""
+        if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step too, so that what follows training can be repeated without it."""
-        super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Save what training ended with, from which an export can be repeated."""
+        self._save(trainer)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the folder as it is: it may hold newer files than the checkpoint knew."""
-        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
+    def _save(self, trainer: Trainer) -> None:
+        path = str(_folder(trainer) / f"step={trainer.global_step}.ckpt")
+        if path == self.last_model_path:  # a later batch of the same optimiser step
+            return
+        trainer.save_checkpoint(path, weights_only=False)
+        self.last_model_path = path
+        for old in _newest_first(_folder(trainer))[self.keep :]:
+            trainer.strategy.remove_checkpoint(old)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -65,16 +80,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: There are checkpoints and none of them is readable.
     """
-    found = {
-        int(match[1]): path
-        for path in (folder / "checkpoints").glob("step=*.ckpt")
-        if (match := _NAME.fullmatch(path.name))
-    }
-    for step in sorted(found, reverse=True):
-        if is_readable(found[step]):
-            rank_zero_info(f"Resuming from {found[step]}")
-            return found[step]
-        rank_zero_warn(f"{found[step]} is damaged (truncated?); trying the one before it.")
+    found = _newest_first(folder / "checkpoints")
+    for path in found:
+        if is_readable(path):
+            rank_zero_info(f"Resuming from {path}")
+            return path
+        rank_zero_warn(f"{path} is damaged (truncated?); trying the one before it.")
     if found:
         raise ValueError(
             f"None of the {len(found)} checkpoints in {folder / 'checkpoints'} can be read."
@@ -82,10 +93,38 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def check_readable(path: Path) -> None:
+    """Check a checkpoint before anything is loaded.
+
+    Raises:
+        ValueError: It is missing or damaged; names the newest good one beside it.
+    """
+    if is_readable(path):
+        return
+    what = "is damaged (truncated?)" if path.exists() else "does not exist"
+    good = [other for other in _newest_first(path.parent) if is_readable(other)]
+    cure = f"resume from {good[0]}" if good else "there is no good one beside it; start again"
+    raise ValueError(f"`ckpt_path` {path} {what}; {cure}.")
+
+
 def is_readable(path: Path) -> bool:
-    """Whether a file is a whole checkpoint archive: every member is there with its checksum."""
+    """Whether a checkpoint is whole: every member of its archives is there with its checksum."""
+    archives = sorted(path.rglob("*.pt")) if path.is_dir() else [path]  # sharded: a folder of them
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+        return bool(archives) and all(zipfile.ZipFile(a).testzip() is None for a in archives)
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Checkpoints by the time they were written: an earlier run may have got further in steps."""
+    steps = {
+        path: int(match[1])
+        for path in folder.glob("step=*.ckpt")
+        if (match := _NAME.fullmatch(path.name))
+    }
+    return sorted(steps, key=lambda path: (path.stat().st_mtime_ns, steps[path]), reverse=True)

@@ -48,8 +48,9 @@ class TrackBudget(Callback):
         batch_idx: int,
     ) -> None:
         """Log every `every_n_steps` optimiser steps."""
-        if trainer.global_step % self.every_n_steps:
-            return
+        step = trainer.global_step
+        if step % self.every_n_steps or step in (seen for seen, _ in self._seen):
+            return  # not yet, or a further batch of the same optimiser step
         module = learns_masks(pl_module, "TrackBudget")
         probability = split(module.keep_probability(), module.sites)
         expected = float(module.table.fraction(torch.stack([p.sum() for p in probability])))
@@ -72,6 +73,8 @@ class TrackBudget(Callback):
     def _warn(self, trainer: Trainer, module: LearnsMasks, expected: float) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         self._seen = [*self._seen[-1:], (step, expected)]
+        if len(self._seen) < 2:  # no trend yet, as after resuming
+            return
         distance = expected - module.keep_target
         if self._warned or step * 2 < total or abs(distance) <= self.tolerance:
             return
@@ -83,7 +86,7 @@ class TrackBudget(Callback):
         rank_zero_warn(
             f"At step {step} of {total} the gates are expected to keep {expected:.3f} of the cost, "
             f"the target is {module.keep_target:.3f}, and at this rate it will not be reached. "
-            "Raise `model.penalty`, train longer, or anneal over fewer steps; the exported model "
+            "Raise `--model.penalty`, train longer, or anneal over fewer steps; the exported model "
             "meets the budget, but its masks were not trained at it."
         )
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torchmetrics.text import Perplexity
 from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-from modules.loading import load_model, resolve
+from modules.language_modelling import LanguageModelling, describe_optimizer
+from modules.loading import load_config, load_model, resolve
 from modules.losses import head_of, token_losses
-from modules.text_data import check_vocabulary, check_window
+from pruning.fingerprint import fingerprint
 from pruning.surgery import refuse_foreign, replaced_folder
 
 _MARK = "secateur.json"
@@ -27,7 +25,7 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class CausalLM(LightningModule):
+class CausalLM(LanguageModelling):
     """Next-token training of a causal language model.
 
     Args:
@@ -59,11 +57,11 @@ class CausalLM(LightningModule):
             raise ValueError("Give exactly one of `architecture` and `base`.")
         if warmup_steps < 0:
             raise ValueError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
+        if loss_chunk_tokens < 1:
+            raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
         self.architecture, self.base, self.dtype_name = architecture, base, dtype
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
         self._make_optimizer = optimizer
-        self.model: Any = None
-        self.perplexity = Perplexity()
 
     def configure_model(self) -> None:
         """Make or read the model; called once, on every rank."""
@@ -72,11 +70,12 @@ class CausalLM(LightningModule):
         if self.base is not None:
             self.model = load_model(resolve(self.base), dtype=self.dtype_name)
         else:
-            self.model = AutoModelForCausalLM.from_config(_config(self.architecture or {}))
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        check_window(data.window_tokens, self.model.config)
-        check_vocabulary(data.tokenizer, self.model.config)
+            self.model = AutoModelForCausalLM.from_config(self._config())
         self.model.train()
+
+    def setup(self, stage: str) -> None:
+        """Check that the text suits the model before the model is made."""
+        self.check_data(self._config())
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with warm-up and cosine decay over the whole of training."""
@@ -104,23 +103,19 @@ class CausalLM(LightningModule):
         )
         self.log("train_loss", losses.cross_entropy, prog_bar=True)
         if not bool(losses.total.isfinite()):
-            raise FloatingPointError(
-                f"At step {self.global_step} the loss became {float(losses.total)}. Training "
-                "stopped before the step was taken; lower the learning rate and resume."
-            )
+            self.stop_diverged("the loss", losses.total)
         return losses.total
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Perplexity on one batch of windows."""
-        input_BT = batch["input_ids"]
-        logits_BTV = self.model(input_ids=input_BT, use_cache=False).logits
-        for logits_TV, input_T in zip(logits_BTV, input_BT, strict=True):
-            self.perplexity.update(logits_TV[None, :-1].float(), input_T[None, 1:])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the perplexity over all validation windows."""
-        self.log("val_perplexity", self.perplexity.compute(), prog_bar=True, sync_dist=True)
-        self.perplexity.reset()
+    def recipe(self) -> dict[str, Any]:
+        """Where the model came from, its schedule and its optimiser."""
+        return {
+            "architecture": self.architecture,
+            "base": self.base and fingerprint(resolve(self.base)),
+            "dtype": self.dtype_name,
+            "warmup_steps": self.warmup_steps,
+            "max_steps": self.trainer.max_steps,
+            "optimizer": describe_optimizer(self._make_optimizer(self.parameters())),
+        }
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
@@ -136,22 +131,25 @@ class CausalLM(LightningModule):
             mark = {"command": command, "steps": self.global_step}
             (partial / _MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
+    def _config(self) -> Any:
+        """The configuration of the model.
+
+        Raises:
+            ValueError: It names no model, or none that transformers knows.
+        """
+        if self.base is not None:
+            return load_config(resolve(self.base))
+        settings = dict(self.architecture or {})
+        model_type = settings.pop("model_type", None)
+        if model_type is None:
+            raise ValueError("`architecture` needs a `model_type`, such as llama.")
+        try:
+            return AutoConfig.for_model(model_type, **settings)
+        except ValueError as error:
+            raise ValueError(
+                f"`architecture` is not one that transformers knows: {error}"
+            ) from error
+
 
 def _is_ours(folder: Path) -> bool:
     return (folder / _MARK).is_file()
-
-
-def _config(architecture: Mapping[str, Any]) -> Any:
-    """The configuration that a mapping stands for.
-
-    Raises:
-        ValueError: `model_type` is missing or unknown.
-    """
-    settings = dict(architecture)
-    model_type = settings.pop("model_type", None)
-    if model_type is None:
-        raise ValueError("`architecture` needs a `model_type`, such as llama.")
-    try:
-        return AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
-        raise ValueError(f"`architecture` is not one that transformers knows: {error}") from error

@@ -18,7 +18,8 @@ from pruning.export.model_card import ModelCard
 from pruning.export.writer import export_model
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, measure
-from pruning.plan import PruningPlan
+from pruning.plan import DESCRIPTION, PruningPlan
+from pruning.surgery import replaced_folder
 
 _PACKAGES = ("torch", "transformers", "lightning")
 _COSTS: tuple[Cost, ...] = (Parameters(), Parameters(True), Flops(), Flops(True))
@@ -35,7 +36,8 @@ def deliver(
 ) -> Report:
     """Export a plan, compare the result with the dense model, and write everything down.
 
-    Beside the model folder come `report.json`, `report.md` and the plan itself in `plan/`.
+    Beside the model folder come `report.json` and `report.md`, which have the speed too, and the
+    plan itself in `plan/`.
 
     Args:
         model: The dense base model, with no gates applied.
@@ -68,7 +70,8 @@ def deliver(
         return card(report[0], plan, model, base, command)
 
     export_model(base_folder, plan, folder, describe, model, windows_NT[:2])
-    plan.save(folder.parent / "plan")
+    with replaced_folder(folder.parent / "plan", is_plan) as partial:
+        plan.save(partial)
     (folder.parent / "report.json").write_text(report[0].json(), encoding="utf-8")
     (folder.parent / "report.md").write_text(report[0].markdown(), encoding="utf-8")
     plot_widths(plan, folder.parent / "plots" / "widths.png")
@@ -76,10 +79,15 @@ def deliver(
     return report[0]
 
 
+def is_plan(folder: Path) -> bool:
+    """Whether a folder holds a plan that may be replaced."""
+    return (folder / DESCRIPTION).is_file()
+
+
 def card(
     report: Report, plan: PruningPlan, model: PreTrainedModel, base: str, command: str
 ) -> ModelCard:
-    """The model card of a measured export."""
+    """The model card of a measured export; without times, so that equal runs give equal cards."""
     widths_S = torch.tensor([float(width) for width in plan.widths])
     budget = [["counted", "dense", "kept", "fraction"]]
     for cost in _COSTS:
@@ -92,24 +100,11 @@ def card(
         [text, f"{dense.perplexity[text].value:.3f}", f"{pruned.perplexity[text].value:.3f}"]
         for text in dense.perplexity
     ]
-    speed = [["", "dense", "pruned"]]
-    if dense.speed and pruned.speed:
-        for name, attribute in (
-            ("prefill, ms", "prefill_seconds"),
-            ("decode, ms per token", "decode_seconds"),
-        ):
-            seconds = [getattr(row.speed, attribute) for row in (dense, pruned)]
-            speed.append([name, *(f"{value * 1e3:.2f}" for value in seconds)])
-    if dense.file_bytes and pruned.file_bytes:
-        speed.append(
-            ["weights, MB", f"{dense.file_bytes / 1e6:.2f}", f"{pruned.file_bytes / 1e6:.2f}"]
-        )
     return ModelCard(
         title=f"{Path(base).name}, pruned to {plan.provenance['kept']:.1%} of its blocks",
         base_model=os.path.relpath(base) if Path(base).exists() else base,
         budget=budget,
         quality=quality,
-        speed=speed,
         command=command,
         versions={"secateur": __version__} | {name: version(name) for name in _PACKAGES},
     )

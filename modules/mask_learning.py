@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.text import Perplexity
 
-from modules.delivery import deliver
+from modules.delivery import deliver, is_plan
+from modules.language_modelling import LanguageModelling, describe_optimizer
 from modules.loading import load_config, load_model, resolve
 from modules.losses import head_of, token_losses
-from modules.text_data import check_vocabulary, check_window
 from pruning.budget import Budget, log_ratio_penalty
 from pruning.families import family_of
 from pruning.fingerprint import fingerprint
@@ -34,7 +33,6 @@ from pruning.gates import GateSampler
 from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
 from pruning.masking import GateHooks
 from pruning.plan import PruningPlan, plan_from_indices
-from pruning.recipe import refuse_other
 from pruning.sites import split
 from pruning.surgery import refuse_foreign
 
@@ -43,7 +41,7 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
 
 
-class MaskLearning(LightningModule):
+class MaskLearning(LanguageModelling):
     """Learn DISP masks: a frozen language model, gates on its widths, a hypernetwork that trains.
 
     Args:
@@ -99,8 +97,6 @@ class MaskLearning(LightningModule):
         self.keep_target = budget.keep
         self.strict_loading = False  # checkpoints hold what trains, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
-        self.model: Any = None
-        self.perplexity = Perplexity()
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -120,11 +116,7 @@ class MaskLearning(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the text suits the model before the model is read."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            config = load_config(self.base_folder)
-            check_window(data.window_tokens, config)
-            check_vocabulary(data.tokenizer, config)
+        self.check_data(load_config(self.base_folder))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser of the hypernetwork."""
@@ -174,38 +166,17 @@ class MaskLearning(LightningModule):
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if not bool(loss.isfinite()):
-            self._stop_diverged(losses.total, penalty)
+            cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
+            self.stop_diverged(cause, loss)
         return loss
 
     def on_validation_start(self) -> None:
         """Measure what would be exported now: the hard, budget-exact plan."""
-        self._validated_gates = [gate.to(self.device) for gate in self.plan().gates()]
+        self._measured_gates = [gate.to(self.device) for gate in self.plan().gates()]
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Perplexity of the hard plan on one batch of windows."""
-        input_BT = batch["input_ids"]
-        with self.hooks.applied(self._validated_gates):
-            logits_BTV = self.model(input_ids=input_BT, use_cache=False).logits
-        for logits_TV, input_T in zip(logits_BTV, input_BT, strict=True):
-            self.perplexity.update(logits_TV[None, :-1].float(), input_T[None, 1:])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the perplexity over all validation windows."""
-        self.log("val_perplexity", self.perplexity.compute(), prog_bar=True, sync_dist=True)
-        self.perplexity.reset()
-
-    def on_test_start(self) -> None:
-        """Testing measures what validation measures."""
-        self.on_validation_start()
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Perplexity of the hard plan on one batch of windows."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the perplexity over all test windows."""
-        self.log("test_perplexity", self.perplexity.compute(), sync_dist=True)
-        self.perplexity.reset()
+    def measured(self) -> AbstractContextManager[None]:
+        """With the gates of the plan."""
+        return self.hooks.applied(self._measured_gates)
 
     @torch.no_grad()
     def keep_probability(self) -> Tensor:
@@ -232,6 +203,7 @@ class MaskLearning(LightningModule):
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
         refuse_foreign(folder)
+        refuse_foreign(folder.parent / "plan", is_plan)
 
     def export(self, folder: Path, command: str) -> None:
         """Finalise, cut the base model's files, prove and measure the result; see `deliver`."""
@@ -248,13 +220,10 @@ class MaskLearning(LightningModule):
             for key, value in checkpoint["state_dict"].items()
             if not key.startswith("model.")
         }
-        checkpoint["secateur"] = self._recipe()
+        super().on_save_checkpoint(checkpoint)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base model or configuration."""
-        refuse_other(checkpoint.get("secateur", {}), self._recipe(), "MaskLearning")
-
-    def _recipe(self) -> dict[str, Any]:
+    def recipe(self) -> dict[str, Any]:
+        """Base model, budget, gates, losses and optimiser."""
         return {
             "base": self.base_fingerprint,
             "budget": repr(self.budget),
@@ -264,6 +233,7 @@ class MaskLearning(LightningModule):
             "cross_entropy": self.cross_entropy,
             "distillation": self.distillation,
             "dtype": self.dtype_name,
+            "optimizer": describe_optimizer(self.configure_optimizers()),
         }
 
     def _hidden(self, input_BT: Tensor) -> Tensor:
@@ -279,15 +249,6 @@ class MaskLearning(LightningModule):
         self.log("penalty", penalty.float())
         if self.distillation:
             self.log("train_kl", kl)
-
-    def _stop_diverged(self, loss: Tensor, penalty: Tensor) -> None:
-        cause = "the language-model loss" if not loss.isfinite() else "the budget penalty"
-        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was saved"
-        raise FloatingPointError(
-            f"At step {self.global_step} {cause} became {float(loss + penalty)}. Training "
-            f"stopped before the step was taken; last good checkpoint: {saved}. Resume from it with a "
-            "lower learning rate, or use `--model.dtype float32` if the weights are half precision."
-        )
 
 
 def freeze(model: nn.Module) -> None:

@@ -1,0 +1,119 @@
+"""What learning masks and training weights share: how a model is measured, when training stops."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.text import Perplexity
+
+from modules.text_data import check_vocabulary, check_window
+from pruning.recipe import refuse_other
+
+
+class LanguageModelling(LightningModule, ABC):
+    """A causal language model, measured by the tokens that it predicts inside each window.
+
+    A subclass makes `model`, trains, and may say by `measured` in which state it is measured.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = None
+        self.perplexity = Perplexity()
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """The settings that decide a run: a checkpoint goes on only under the same ones."""
+
+    def measured(self) -> AbstractContextManager[None]:
+        """The state in which the model is measured; unless overridden, as it is."""
+        return nullcontext()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count one batch of windows, `input_ids` (B, T), into the perplexity."""
+        for logits_TV, label_T in self._predictions(batch):
+            self.perplexity.update(logits_TV[None], label_T[None])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexity over all validation windows."""
+        self._log_perplexity("val_perplexity")
+
+    def on_test_start(self) -> None:
+        """Testing measures what validation measures."""
+        self.on_validation_start()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count one batch of windows, `input_ids` (B, T), into the perplexity."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the perplexity over all test windows."""
+        self._log_perplexity("test_perplexity")
+
+    def on_predict_start(self) -> None:
+        """Prediction measures what validation measures."""
+        self.on_validation_start()
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[float]:
+        """Mean negative log-likelihood of each window of a batch, nats."""
+        return [float(F.cross_entropy(*pair)) for pair in self._predictions(batch)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the settings that decide the run."""
+        checkpoint["secateur"] = self.recipe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model or configuration.
+
+        Raises:
+            ValueError: The settings differ.
+        """
+        refuse_other(checkpoint.get("secateur", {}), self.recipe(), type(self).__name__)
+
+    def check_data(self, config: Any) -> None:
+        """Check that the text suits a model before the model is made.
+
+        Raises:
+            ValueError: Its windows are too long, or its tokenizer has tokens of its own.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            check_window(data.window_tokens, config)
+            check_vocabulary(data.tokenizer, config)
+
+    def stop_diverged(self, what: str, value: Tensor) -> NoReturn:
+        """End a run whose loss is no number, before the optimiser takes the step.
+
+        Raises:
+            FloatingPointError: Always; names the step, the cause and the last good checkpoint.
+        """
+        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was saved"
+        raise FloatingPointError(
+            f"At step {self.global_step} {what} became {float(value)}. Training stopped before the "
+            f"step was taken; last good checkpoint: {saved}. Start again with a lower learning "
+            "rate, or with `--model.dtype float32` if the weights are half precision."
+        )
+
+    def _predictions(self, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits in fp32, shape (T - 1, V), and the tokens that they predict, window by window."""
+        input_BT = batch["input_ids"]
+        with self.measured():
+            logits_BTV = self.model(input_ids=input_BT, use_cache=False).logits
+        for logits_TV, input_T in zip(logits_BTV, input_BT, strict=True):
+            yield logits_TV[:-1].float(), input_T[1:]
+
+    def _log_perplexity(self, name: str) -> None:
+        self.log(name, self.perplexity.compute(), prog_bar=True, sync_dist=True)
+        self.perplexity.reset()
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Class and settings: resuming restores the old ones, whatever the configuration says now."""
+    return f"{type(optimizer).__name__} {optimizer.defaults}"
