@@ -65,27 +65,34 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
-    "intermediate_size": 37,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_GROUPED = {"intermediate_size": 37, "num_key_value_heads": 2}
 _SLIDING = ["sliding_attention", "full_attention"] * 2
-_GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 5, "layer_types": _SLIDING}
+# The norm of a vector of width 1 is its sign, with a slope of up to 1 / sqrt(eps) at 0: with the
+# usual 1e-6 the rounding of float32 would show.
+_GEMMA = _GROUPED | {
+    "head_dim": 6,
+    "query_pre_attn_scalar": 9,
+    "sliding_window": 5,
+    "layer_types": _SLIDING,
+    "rms_norm_eps": 1e-3,
+}
 _BASES: Mapping[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 5, "head_dim": 4},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING},
-    "qwen3": {"head_dim": 10},
+    "llama": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": 5, "head_dim": 4},
+    "qwen2": _GROUPED | {"use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING},
+    "qwen3": _GROUPED | {"head_dim": 10},
     "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": _GEMMA,
     "opt": {"ffn_dim": 37},
-    "phi": {"partial_rotary_factor": 0.5},
+    "phi": _GROUPED | {"partial_rotary_factor": 0.5},
 }
 _MHA, _TIED = {"num_key_value_heads": 6}, {"tie_word_embeddings": True}
 

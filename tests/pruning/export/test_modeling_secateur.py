@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
     StaticCache,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pruning.budget import Parameters
 from pruning.export.modeling_secateur import SecateurLlamaConfig, SelectiveRMSNormGather
@@ -247,95 +240,6 @@ def test_save_and_reload_keeps_code_and_weights(
     again = load(tmp_path / "again")
     assert again.state_dict().keys() == small.state_dict().keys()
     assert all(torch.equal(t, small.state_dict()[n]) for n, t in again.state_dict().items())
-
-
-_STRANGER = """
-import sys
-import torch
-from transformers import AutoModelForCausalLM
-
-assert not any(name.split(".")[0] == "pruning" for name in sys.modules)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-given = torch.load(sys.argv[2], weights_only=True)
-out = model.generate(given, max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0)
-torch.save({"logits": model(given).logits.detach(), "tokens": out}, sys.argv[3])
-try:
-    import pruning
-except ImportError:
-    sys.exit(0)
-sys.exit("the repository can be seen")
-"""
-
-
-def test_a_process_without_this_repository_loads_and_generates(
-    pair: tuple[PruningPlan, Path], tmp_path: Path
-) -> None:
-    plan, folder = pair
-    given_BT = tokens(2, 9)
-    torch.save(given_BT, tmp_path / "given.pt")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    subprocess.run(
-        [sys.executable, "-I", "-c", _STRANGER, folder, tmp_path / "given.pt", tmp_path / "out.pt"],
-        cwd=tmp_path,
-        env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=True,
-        timeout=240,
-    )
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
-    with masked(tiny_llama(), plan) as dense, torch.no_grad():
-        expected_BTV = dense(given_BT).logits
-        steps_BT = given_BT
-        for _ in range(8):
-            steps_BT = torch.cat([steps_BT, dense(steps_BT).logits[:, -1:].argmax(-1)], dim=1)
-    torch.testing.assert_close(found["logits"], expected_BTV, atol=1e-4, rtol=0)
-    assert torch.equal(found["tokens"], steps_BT)
-
-
-@torch.no_grad()
-def test_the_base_model_loads_alone_and_takes_another_attention(
-    pair: tuple[PruningPlan, Path],
-) -> None:
-    # What servers with a transformers backend do: AutoModel and an attention function of their own.
-    seen: list[dict[str, Any]] = []
-
-    def attention(module: Any, *args: Any, mark: int, **kwargs: Any) -> Any:
-        seen.append({"layer": module.layer_idx, "mark": mark})
-        return sdpa_attention_forward(module, *args, **kwargs)
-
-    AttentionInterface.register("of_a_test", attention)
-    base: Any = AutoModel.from_pretrained(pair[1], trust_remote_code=True)
-    assert type(base).__name__ == "SecateurLlamaModel"
-    assert type(base)._supports_attention_backend
-    assert base.is_backend_compatible()
-    plain_BTD = base(tokens(2, 8)).last_hidden_state
-    base.set_attn_implementation("of_a_test")
-    other_BTD = base(tokens(2, 8), mark=7).last_hidden_state
-    assert seen == [{"layer": layer, "mark": 7} for layer in range(3)]
-    torch.testing.assert_close(other_BTD, plain_BTD)
-
-
-def test_on_the_meta_device_it_has_shapes_and_no_memory(pair: tuple[PruningPlan, Path]) -> None:
-    plan, folder = pair
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        logits = model(tokens(2, 5).to("meta")).logits
-    assert all(tensor.is_meta for tensor in model.state_dict().values())
-    assert logits.shape == (2, 5, VOCABULARY)
-    assert model.model.layers[2].mlp.up_proj.weight.shape == (
-        len(plan.index(2, "mlp_mid")),
-        len(plan.index(2, "mlp_in")),
-    )
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_it_compiles_in_one_graph(pair: tuple[PruningPlan, Path]) -> None:
-    small = load(pair[1])
-    windows_BT = tokens(2, 8)
-    compiled: Any = torch.compile(small, fullgraph=True, backend="aot_eager")
-    found_BTV = compiled(windows_BT, use_cache=False).logits
-    torch.testing.assert_close(found_BTV, small(windows_BT).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -1,0 +1,239 @@
+"""What holds for every family and variant, from the table to a stranger's process.
+
+The rows are `tests.tiny.VARIANTS`; every export has blocks of width 1, of full, odd and aligned
+widths.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from pruning.budget import Flops, Parameters
+from pruning.families import FAMILIES, skeleton
+from pruning.masking import GateHooks
+from pruning.measure.report import count
+from pruning.plan import PruningPlan
+from pruning.surgery import prune_checkpoint
+from tests.pruning.export.plans import uneven_plan
+from tests.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_family_folder, tiny_model
+
+ROWS = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense model, a plan of it, and the model that the plan leaves."""
+
+    dense: PreTrainedModel
+    plan: PruningPlan
+    folder: Path
+
+    def small(self, **kwargs: Any) -> PreTrainedModel:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder, trust_remote_code=True, **kwargs
+        )
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    @contextmanager
+    def masked(self) -> Iterator[PreTrainedModel]:
+        hooks = GateHooks(self.dense)
+        with hooks.applied(self.plan.gates()):
+            yield self.dense
+        hooks.remove()
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pair]:
+    """All rows, exported; nothing may write there."""
+    made = {}
+    for number, (family, variant) in enumerate(ROWS):
+        path = tmp_path_factory.mktemp(f"row{number}")
+        overrides = VARIANTS[family][variant]
+        base = tiny_family_folder(path / "base", family, **overrides)
+        plan = uneven_plan(base)
+        prune_checkpoint(base, plan, path / "small")
+        made[family, variant] = Pair(tiny_model(family, **overrides), plan, path / "small")
+    return made
+
+
+@pytest.fixture(params=ROWS, ids="-".join)
+def pair(request: pytest.FixtureRequest, pairs: dict[tuple[str, str], Pair]) -> Pair:
+    return pairs[request.param]
+
+
+def test_every_family_has_rows_for_all_that_it_can_be() -> None:
+    assert set(VARIANTS) == set(FAMILIES)
+    for family, variants in VARIANTS.items():
+        configs = [tiny_config(family, **overrides) for overrides in variants.values()]
+        assert {config.tie_word_embeddings for config in configs} == {True, False}, family
+        for field in ("attention_bias", "mlp_bias", "enable_bias", "qk_layernorm"):
+            if hasattr(configs[0], field):
+                assert {getattr(c, field) for c in configs} == {True, False}, (family, field)
+        if hasattr(configs[0], "num_key_value_heads"):  # OPT has as many as queries
+            shared = {c.num_attention_heads > c.num_key_value_heads for c in configs}
+            assert shared == {True, False}, family
+
+
+def test_the_widths_are_those_where_exports_go_wrong(pair: Pair) -> None:
+    for site, width in zip(pair.plan.sites, pair.plan.widths, strict=True):
+        assert width == {0: 1, 1: site.size}.get(site.block, width)
+        assert site.block != 2 or width % 2 == 1
+        assert site.block != 3 or (width % 8 == 0 and width < site.size)
+    assert {site.block for site in pair.plan.sites} == {0, 1, 2, 3}
+
+
+@torch.no_grad()
+def test_masked_equals_exported(pair: Pair) -> None:
+    small, windows_BT = pair.small(), tokens(3, 20)
+    with pair.masked() as dense:
+        expected_BTV = dense(windows_BT).logits
+    close(small(windows_BT).logits, expected_BTV)
+    assert (pair.dense(windows_BT).logits - expected_BTV).abs().max() > 0.1  # the plan does matter
+    assert expected_BTV.std() > 0.1
+
+
+@torch.no_grad()
+def test_cached_decode_equals_the_masked_model(pair: Pair) -> None:
+    small, given_Bt = pair.small(), tokens(2, 7)
+    caches = [DynamicCache(config=model.config) for model in (pair.dense, small)]
+    seen_BT = given_Bt
+    with pair.masked() as dense:
+        for _ in range(6):
+            expected_BtV = dense(given_Bt, past_key_values=caches[0]).logits
+            close(small(given_Bt, past_key_values=caches[1]).logits, expected_BtV)
+            given_Bt = expected_BtV[:, -1:].argmax(-1)
+            seen_BT = torch.cat([seen_BT, given_Bt], 1)
+    # The caches hold what a pass without a cache computes.
+    close(small(seen_BT[:, :-1]).logits[:, -1:], expected_BtV[:, -1:])
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(pair: Pair) -> None:
+    small, windows_BT = pair.small(), tokens(2, 9)
+    mask_BT = torch.ones(2, 12, dtype=torch.long)
+    mask_BT[:, :3] = 0
+    padded_BT = torch.cat([torch.zeros(2, 3, dtype=torch.long), windows_BT], dim=1)
+    batch = {
+        "input_ids": padded_BT,
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(-1) - 1).clamp(min=0),
+    }
+    found_BTV = small(**batch).logits[:, 3:]
+    close(found_BTV, small(windows_BT).logits)
+    with pair.masked() as dense:
+        close(found_BTV, dense(**batch).logits[:, 3:])
+
+
+def test_what_was_promised_is_what_is_counted(pair: Pair) -> None:
+    counts = count(pair.small())
+    widths_S = torch.tensor(pair.plan.widths).double()
+    promised = {
+        Parameters(whole_model=True): counts.parameters,
+        Parameters(): counts.block_projection_parameters,
+        Flops(): counts.block_flops_per_token,
+        Flops(whole_model=True, context_tokens=48): counts.flops_per_token(48),
+    }
+    for cost, found in promised.items():
+        assert float(cost.table(pair.dense)(widths_S)) == found, cost
+        assert cost.table(pair.dense).dense > found
+    assert count(pair.dense).parameters == Parameters(whole_model=True).table(pair.dense).dense
+
+
+@torch.no_grad()
+def test_torch_counts_the_same_products(pair: Pair) -> None:
+    # torch counts every matrix product that runs, biases and additions not. Scores are counted for
+    # all pairs of tokens, and the angles of the rotary embedding are no products of ours.
+    small, length = pair.small(attn_implementation="eager"), 12
+    with FlopCounterMode(display=False, depth=9) as counter:
+        small(tokens(1, length), use_cache=False)
+    by_module = counter.get_flop_counts()
+    rotary = sum(sum(c.values()) for name, c in by_module.items() if name.endswith("rotary_emb"))
+    found = (counter.get_total_flops() - rotary) / length
+    widths_S = torch.tensor(pair.plan.widths).double()
+    promised = float(Flops(whole_model=True, context_tokens=length).table(pair.dense)(widths_S))
+    blocks = small.get_submodule(FAMILIES[pair.plan.model_type].blocks)
+    linears = (m for m in blocks.modules() if isinstance(m, torch.nn.Linear))
+    biases = sum(m.bias.numel() for m in linears if m.bias is not None)
+    assert found == promised - biases
+
+
+_STRANGER = """
+import importlib.util
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+assert importlib.util.find_spec("pruning") is None, "the repository can be seen"
+given_BT = torch.load(sys.argv[1], weights_only=True)
+settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+for folder in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not any(name.split(".")[0] == "pruning" for name in sys.modules)
+    logits_BTV = model(given_BT).logits.detach()
+    model.save_pretrained(folder + "-again")
+    again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+    assert torch.equal(again(given_BT).logits, logits_BTV)
+    generated_BT = again.generate(given_BT, attention_mask=torch.ones_like(given_BT), **settings)
+    torch.save({"logits": logits_BTV, "tokens": generated_BT}, folder + ".pt")
+torch.save(len(sys.argv) - 3, sys.argv[2])
+"""
+
+
+def test_a_process_without_this_repository_loads_saves_reloads_and_generates(
+    pairs: dict[tuple[str, str], Pair], tmp_path: Path
+) -> None:
+    given_BT = tokens(2, 9)
+    torch.save(given_BT, tmp_path / "given.pt")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    # In isolated mode neither the working directory nor PYTHONPATH is searched; `site` is switched
+    # off where this repository is installed in place, and the packages are named instead.
+    packages = dict.fromkeys(str(Path(m.__file__).parents[1]) for m in (transformers, torch))
+    program = f"import sys; sys.path += {list(packages)}\n" + _STRANGER
+    subprocess.run(
+        [
+            *(sys.executable, "-I", "-S", "-c", program),
+            *(tmp_path / "given.pt", tmp_path / "done.pt"),
+            *(str(pair.folder) for pair in pairs.values()),
+        ],
+        cwd=tmp_path,
+        env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
+    assert torch.load(tmp_path / "done.pt", weights_only=True) == len(ROWS)
+    for pair in pairs.values():
+        found = torch.load(f"{pair.folder}.pt", weights_only=True)
+        steps_BT = given_BT
+        with pair.masked() as dense, torch.no_grad():
+            close(found["logits"], dense(given_BT).logits)
+            for _ in range(5):
+                steps_BT = torch.cat([steps_BT, dense(steps_BT).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(found["tokens"], steps_BT)
+
+
+def test_a_dense_model_is_what_its_skeleton_says(pair: Pair) -> None:
+    assert count(skeleton(pair.dense.config)) == count(pair.dense)
