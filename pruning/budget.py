@@ -12,6 +12,7 @@ Legend: S = sites, K = products, F = fixed axis lengths, N = all gates, C = chun
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -192,6 +193,8 @@ class Budget:
         min_width: Fewest entries that a site keeps, 1 or more.
         width_multiple: Every width is a multiple of this, 1 or more (8, 64 and 128 suit matrix
             hardware); a site whose size is not a multiple may also stay whole.
+        uniform: Narrow the MLPs only, all to the same width, so that the result is a stock model of
+            its family, without code of its own. Which neurons stay still differs per block.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -201,6 +204,7 @@ class Budget:
     cost: Cost = field(default_factory=Flops)
     min_width: int = 1
     width_multiple: int = 1
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -209,14 +213,25 @@ class Budget:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
 
+    def prunes(self, site: Site) -> bool:
+        """Whether the site may lose entries; the gates of the others stay open."""
+        return not self.uniform or site.name == "mlp_mid"
+
     def check(self, sites: Sequence[Site], table: CostTable) -> None:
         """Find out before training whether the budget can be met.
 
         Raises:
-            ValueError: The minimum widths alone cost more than the budget, or a site is smaller
-                than the minimum width or the width multiple.
+            ValueError: The minimum widths alone cost more than the budget, a site is smaller than
+                the minimum width or the width multiple, or `uniform` meets MLPs of several sizes.
         """
-        smallest = min(sites, key=lambda site: site.size)
+        prunable = [site for site in sites if self.prunes(site)]
+        if not prunable or (self.uniform and len({site.size for site in prunable}) > 1):
+            found = ", ".join(f"{site.key} {site.size}" for site in prunable)
+            raise ValueError(
+                "`uniform` needs a site `mlp_mid` of the same size in every block, got "
+                f"{found or 'none'}; set it to false."
+            )
+        smallest = min(prunable, key=lambda site: site.size)
         for name in ("min_width", "width_multiple"):
             if getattr(self, name) > smallest.size:
                 raise ValueError(
@@ -226,10 +241,13 @@ class Budget:
         floor_S = torch.tensor([float(self._floor(site)) for site in sites])
         reachable = float(table.fraction(floor_S))
         if reachable > self.keep:
+            shape = f"`min_width` {self.min_width} and `width_multiple` {self.width_multiple}"
+            cure = "Raise `keep` or lower the widths."
+            if self.uniform:
+                shape, cure = f"`uniform`, {shape}", f"{cure[:-1]}, or set `uniform` to false."
             raise ValueError(
-                f"`keep` {self.keep} cannot be reached: with `min_width` {self.min_width} and "
-                f"`width_multiple` {self.width_multiple} at least {reachable:.4f} of the cost "
-                "stays. Raise `keep` or lower the widths."
+                f"`keep` {self.keep} cannot be reached: with {shape} at least {reachable:.4f} of "
+                f"the cost stays. {cure}"
             )
 
     def finalise(
@@ -241,6 +259,9 @@ class Budget:
         compete in one ranking by their mean score; the longest prefix that the budget pays for
         stays, and what is left over buys the best chunks that still fit. The result costs at most
         `keep`, and no further chunk would fit. Deterministic; ties go to the earlier entry.
+
+        With `uniform` every MLP keeps its best entries, as many as the budget pays for in all
+        blocks at once.
 
         Args:
             scores_N: Higher means keep; P(keep) or the logits, of any monotone scale.
@@ -261,6 +282,38 @@ class Budget:
             for vector in scores_N.split([site.size for site in sites])
         ]
         limit = self.keep * table.dense * (1 + 1e-12)
+        if self.uniform:
+            widths_S = self._uniform_widths(sites, table, limit)
+        else:
+            widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked)
+        return tuple(
+            order[:width].sort().values
+            for order, width in zip(ranked, widths_S.tolist(), strict=True)
+        )
+
+    def _uniform_widths(self, sites: Sequence[Site], table: CostTable, limit: float) -> Tensor:
+        """The widest MLP that all blocks can have within the limit."""
+        floor_S = torch.tensor([self._floor(site) for site in sites])
+        narrow_S = torch.tensor([self.prunes(site) for site in sites])
+        floor, size = next((self._floor(site), site.size) for site in sites if self.prunes(site))
+        # A size that is not a multiple may stay whole, as everywhere.
+        choices = sorted({*range(floor, size + 1, self.width_multiple), size})
+
+        def too_wide(width: int) -> bool:
+            return float(table(floor_S.masked_fill(narrow_S, width))) > limit
+
+        affordable = bisect_left(choices, True, key=too_wide)  # the cost grows with the width
+        return floor_S.masked_fill(narrow_S, choices[affordable - 1])
+
+    def _ranked_widths(
+        self,
+        scores_N: Tensor,
+        sites: Sequence[Site],
+        table: CostTable,
+        limit: float,
+        ranked: Sequence[Tensor],
+    ) -> Tensor:
+        """Widths of the best chunks of all sites together."""
         floor_S = torch.tensor([self._floor(site) for site in sites])
         chunk_sites, chunk_sizes = self._ranked_chunks(scores_N, sites, ranked, floor_S)
 
@@ -290,12 +343,11 @@ class Budget:
                 continue
             widths_S[site] += size
             cost, marginal_S = float(table(widths_S)), table.marginal(widths_S)
-        return tuple(
-            order[:width].sort().values
-            for order, width in zip(ranked, widths_S.tolist(), strict=True)
-        )
+        return widths_S
 
     def _floor(self, site: Site) -> int:
+        if not self.prunes(site):
+            return site.size
         chunks = -(-self.min_width // self.width_multiple)
         return min(site.size, chunks * self.width_multiple)
 

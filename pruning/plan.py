@@ -68,9 +68,21 @@ class PruningPlan:
     def widths_by_block(self) -> list[dict[str, int]]:
         """Site name to kept width, one entry per block."""
         by_block: dict[int, dict[str, int]] = {}
-        for site, width in zip(self.sites, self.widths, strict=True):
+        for site, width in self._widths_of_sites():
             by_block.setdefault(site.block, {})[site.name] = width
         return [by_block[block] for block in sorted(by_block)]
+
+    def stock_mlp_width(self) -> int | None:
+        """Width of every MLP, if nothing else is cut and all blocks have the same; None otherwise.
+
+        What such a plan leaves is a stock model of the family: it needs no code of its own.
+        """
+        cut = {site.name for site, width in self._widths_of_sites() if width < site.size}
+        mlps = {width for site, width in self._widths_of_sites() if site.name == "mlp_mid"}
+        return mlps.pop() if cut <= {"mlp_mid"} and len(mlps) == 1 else None
+
+    def _widths_of_sites(self) -> zip[tuple[Site, int]]:
+        return zip(self.sites, self.widths, strict=True)
 
     def index(self, block: int, name: str) -> Tensor:
         """Kept indices (int64) of one site.

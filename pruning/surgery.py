@@ -1,7 +1,8 @@
 """Cut a checkpoint down to a plan without loading the model: tensors are streamed and sliced.
 
-What comes out is a model folder with widths per block: safetensors, configuration, tokenizer, the
-plan, and the modelling file that loads it. Equal inputs give equal folders, byte for byte.
+What comes out is a model folder: safetensors, configuration, tokenizer, the plan, and, where widths
+differ from block to block, the modelling file that loads it. A plan that narrows all MLPs alike and
+nothing else leaves a stock model of the family. Equal inputs give equal folders, byte for byte.
 
 Memory: one shard of the output and one tensor of the input. Time: that of reading and writing.
 """
@@ -80,11 +81,16 @@ def prune_checkpoint(
 def is_pruned_model(folder: Path) -> bool:
     """Whether a folder is a pruned model that this module wrote."""
     try:
-        PruningPlan.load(folder)
-    except ValueError:
+        plan = PruningPlan.load(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    # A run folder may hold a plan as well, beside logs and checkpoints: that is not ours.
-    return (folder / MODELLING_FILE.name).is_file() and (folder / CONFIG).is_file()
+    # A run folder may hold a plan as well, beside logs and checkpoints, and so may a base model:
+    # these are not ours.
+    if (width := plan.stock_mlp_width()) is None:
+        return (folder / MODELLING_FILE.name).is_file()
+    family = FAMILIES.get(plan.model_type)
+    return family is not None and config.get(family.mlp_width) == width
 
 
 def refuse_foreign(folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model) -> None:
@@ -182,15 +188,22 @@ def write_pruned(
         for path in sorted(base_folder.glob(pattern)):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
-    shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+    if plan.stock_mlp_width() is None:
+        shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
     plan.save(folder)
 
 
 def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any]:
-    """The configuration of the smaller model: that of the base model and the widths per block."""
+    """The configuration of the smaller model: that of the base model and its new widths.
+
+    They are one field of a stock model where the plan leaves one, else `block_widths`.
+    """
     config: dict[str, Any] = json.loads((Path(base_folder) / CONFIG).read_text(encoding="utf-8"))
-    prefix = FAMILIES[plan.model_type].exported_as
-    module = MODELLING_FILE.stem
+    family = FAMILIES[plan.model_type]
+    config.pop("auto_map", None)  # code of the base model's own, which was not used either
+    if (width := plan.stock_mlp_width()) is not None:
+        return config | {family.mlp_width: width}
+    prefix, module = family.exported_as, MODELLING_FILE.stem
     return config | {
         "model_type": f"secateur_{plan.model_type}",
         "architectures": [f"{prefix}ForCausalLM"],

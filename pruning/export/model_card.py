@@ -47,11 +47,15 @@ class ModelCard:
         Raises:
             ValueError: The rows of a table differ in length.
         """
+        width = plan.stock_mlp_width()
+        summary, loading = (
+            (_SUMMARY, _LOADING) if width is None else (_STOCK_SUMMARY, _STOCK_LOADING)
+        )
         sections = [
             self._header(),
             f"# {self.title}",
-            _SUMMARY.format(base_model=self.base_model),
-            _LOADING,
+            summary.format(base_model=self.base_model, width=width) + _VERIFIED,
+            loading,
         ]
         for name, rows in (
             ("Budget", self.budget),
@@ -88,8 +92,15 @@ class ModelCard:
 _SUMMARY = """\
 `{base_model}`, pruned by Secateur to the widths below. Which entries of the residual stream a block
 reads and writes differs from block to block: `config.json` has the widths, the weights have the
-indices. Before this folder was put in its place, its logits were compared with those of the masked
-base model, on whole windows and in a cached decode."""
+indices. """
+
+_STOCK_SUMMARY = """\
+`{base_model}`, pruned by Secateur to {width} neurons in the MLP of every block; which ones stay
+differs from block to block. This is a stock model of its family. """
+
+_VERIFIED = """\
+Before this folder was put in its place, its logits were compared with those of the masked base
+model, on whole windows and in a cached decode."""
 
 _LOADING = """\
 ```python
@@ -101,6 +112,14 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 `trust_remote_code` runs `modeling_secateur.py` from the folder, which needs nothing but torch and
 transformers."""
+
+_STOCK_LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
 
 
 def _markdown(name: str, rows: Table) -> str:

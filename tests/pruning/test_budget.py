@@ -342,6 +342,69 @@ def test_targets_that_cannot_be_met(budget: Budget, message: str) -> None:
         budget.finalise(torch.zeros(8), sites, table)
 
 
+def _mlps(*sizes: int) -> tuple[list[Site], CostTable]:
+    """Blocks with a site of 2 entries and an MLP; every entry costs 1."""
+    sites = [s for b, size in enumerate(sizes) for s in (Site(b, "x", 2), Site(b, "mlp_mid", size))]
+    return sites, CostTable(sites, [(1, i, 1.0) for i in range(len(sites))])
+
+
+def test_uniform_by_hand() -> None:
+    # 2 blocks of 2 + 4 entries, 9 of 12 may stay: 4 outside the MLPs, so 2 neurons per block, the
+    # best of each; what is left over does not buy a neuron in both blocks.
+    sites, table = _mlps(4, 4)
+    scores = torch.tensor([0, 0, 0.1, 0.4, 0.3, 0.2, 0, 0, 0.9, 0.5, 0.6, 0.8])
+    kept = Budget(keep=9 / 12, uniform=True).finalise(scores, sites, table)
+    assert [index.tolist() for index in kept] == [[0, 1], [1, 2], [0, 1], [0, 3]]
+
+
+@SEEDS
+def test_uniform_widths_are_the_widest_that_the_budget_pays_for(seed: int) -> None:
+    budget, scores, sites, table = _draw(seed)
+    multiple = min(budget.width_multiple, 8)
+    whole = table.full_S.clone()
+    mlps = torch.tensor([site.name == "mlp_mid" for site in sites])
+    floor = min(-(-budget.min_width // multiple) * multiple, int(whole[mlps][0]))
+    lowest = float(table.fraction(whole.masked_fill(mlps, floor)))
+    keep = lowest + (1 - lowest) * random.Random(seed).random()
+    budget = Budget(keep, budget.cost, budget.min_width, multiple, uniform=True)
+    kept = budget.finalise(scores, sites, table)
+    widths = torch.tensor([float(len(index)) for index in kept])
+    assert torch.equal(widths[~mlps], whole[~mlps].float())
+    (width,) = set(widths[mlps].tolist())
+    assert width == whole[mlps][0] or width % multiple == 0
+    assert float(table(widths)) <= keep * table.dense * (1 + 1e-9)
+    if width < whole[mlps][0]:  # one unit more in every block is too much
+        wider = widths.masked_fill(mlps, min(width + multiple, float(whole[mlps][0])))
+        assert float(table(wider)) > keep * table.dense
+    for vector, index in zip(scores.split([s.size for s in sites]), kept, strict=True):
+        gone = torch.ones(len(vector), dtype=torch.bool).index_fill(0, index, False)
+        assert not bool(gone.any()) or vector[index].min() >= vector[gone].max()
+
+
+def test_what_uniform_cannot_do() -> None:
+    sites, table = _mlps(4, 4)
+    with pytest.raises(
+        ValueError,
+        match=r"`keep` 0\.4 cannot be reached: with `uniform`, `min_width` 1 and "
+        r"`width_multiple` 1 at least 0\.5000 of the cost stays\. .*, or set `uniform` to false",
+    ):
+        Budget(keep=0.4, uniform=True).check(sites, table)
+    sites, table = _mlps(4, 6)
+    with pytest.raises(
+        ValueError, match=r"same size in every block, got 0\.mlp_mid 4, 1\.mlp_mid 6"
+    ):
+        Budget(uniform=True).check(sites, table)
+    sites, table = _additive((3, 5))
+    with pytest.raises(ValueError, match="`uniform` needs a site `mlp_mid`.*got none"):
+        Budget(uniform=True).check(sites, table)
+
+
+def test_uniform_prunes_the_mlps_only() -> None:
+    sites, _ = _mlps(4, 4)
+    assert [Budget(uniform=True).prunes(site) for site in sites] == [False, True] * 2
+    assert all(Budget().prunes(site) for site in sites)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_scores_of_a_diverged_run_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="must be finite"):

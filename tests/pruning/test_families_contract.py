@@ -28,7 +28,7 @@ from pruning.masking import GateHooks
 from pruning.measure.report import count
 from pruning.plan import PruningPlan
 from pruning.surgery import prune_checkpoint
-from tests.pruning.export.plans import uneven_plan
+from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_family_folder, tiny_model
 
 ROWS = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
@@ -233,6 +233,27 @@ def test_a_process_without_this_repository_loads_saves_reloads_and_generates(
             for _ in range(5):
                 steps_BT = torch.cat([steps_BT, dense(steps_BT).logits[:, -1:].argmax(-1)], dim=1)
         assert torch.equal(found["tokens"], steps_BT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "variant"), ROWS, ids=map("-".join, ROWS))
+def test_a_uniform_plan_leaves_a_stock_model(family: str, variant: str, tmp_path: Path) -> None:
+    overrides = VARIANTS[family][variant]
+    base = tiny_family_folder(tmp_path / "base", family, **overrides)
+    plan, windows_BT = uniform_plan(base), tokens(2, 12)
+    prune_checkpoint(base, plan, tmp_path / "small")
+    small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")  # no code is trusted
+    pair = Pair(tiny_model(family, **overrides), plan, tmp_path / "small")
+    assert type(small) is type(pair.dense)
+    with pair.masked() as dense:
+        close(small(windows_BT).logits, dense(windows_BT).logits)
+    found, before = (set(model.state_dict()) for model in (small, pair.dense))
+    assert found == before
+    width = getattr(small.config, FAMILIES[family].mlp_width)
+    assert width == plan.stock_mlp_width()
+    assert 1 < width < getattr(pair.dense.config, FAMILIES[family].mlp_width)
+    neurons = [plan.index(block, "mlp_mid").tolist() for block in range(4)]
+    assert len({tuple(index) for index in neurons}) == 4  # which ones stay differs
 
 
 def test_a_dense_model_is_what_its_skeleton_says(pair: Pair) -> None:

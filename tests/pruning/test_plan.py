@@ -141,3 +141,17 @@ def test_damaged_plans_are_refused(
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         PruningPlan.load(tmp_path)
+
+
+def test_which_plans_leave_a_stock_model() -> None:
+    sites = tuple(Site(b, name, 3) for b in range(2) for name in ("attn_in", "mlp_mid"))
+    whole, two, one = torch.arange(3), torch.tensor([0, 2]), torch.tensor([1])
+
+    def width(*kept: torch.Tensor) -> int | None:
+        return PruningPlan("llama", "x", sites, kept).stock_mlp_width()
+
+    assert width(whole, whole, whole, whole) == 3
+    assert width(whole, two, whole, torch.tensor([0, 1])) == 2
+    assert width(whole, two, whole, one) is None
+    assert width(two, two, whole, two) is None
+    assert width(two, whole, two, whole) is None  # no stock model has such norms

@@ -16,7 +16,7 @@ from pruning.families import skeleton
 from pruning.fingerprint import fingerprint
 from pruning.plan import full_plan
 from pruning.surgery import prune_checkpoint
-from tests.pruning.export.plans import uneven_plan
+from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import tiny_folder, tiny_llama
 
 
@@ -217,10 +217,27 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
         prune_checkpoint(base, uneven_plan(base), tmp_path / "small", max_shard_bytes=0)
 
 
-def test_a_full_plan_changes_no_weight(tmp_path: Path) -> None:
+def test_a_full_plan_leaves_the_stock_model(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     plan = full_plan(skeleton(AutoConfig.from_pretrained(base)), fingerprint(base))
     prune_checkpoint(base, plan, tmp_path / "same")
     dense, same = tensors_of(base), tensors_of(tmp_path / "same")
     assert dense.keys() == same.keys()
     assert all(torch.equal(dense[name], same[name]) for name in dense)
+    configs = [json.loads((f / "config.json").read_text()) for f in (base, tmp_path / "same")]
+    assert configs[0] == configs[1]
+    assert not list((tmp_path / "same").glob("*.py"))
+
+
+def test_a_stock_model_of_ours_is_replaced_and_a_base_model_with_a_plan_is_not(
+    tmp_path: Path,
+) -> None:
+    base, small = tiny_folder(tmp_path / "base"), tmp_path / "small"
+    prune_checkpoint(base, uniform_plan(base, 0.8), small)
+    assert not list(small.glob("*.py"))
+    prune_checkpoint(base, uneven_plan(base), small)
+    prune_checkpoint(base, uniform_plan(base, 0.7), small)
+    other = tiny_folder(tmp_path / "other", seed=1)
+    uniform_plan(other).save(other)
+    with pytest.raises(ValueError, match="is not a model written by Secateur"):
+        prune_checkpoint(base, uniform_plan(base), other)

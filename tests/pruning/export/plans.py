@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from pruning.budget import Budget, Parameters
 from pruning.families import family_of, skeleton
 from pruning.fingerprint import fingerprint
-from pruning.plan import PruningPlan
+from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import find_sites
 
 
@@ -30,3 +31,14 @@ def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
         kept.append(order[:width].sort().values)
     base, provenance = fingerprint(folder), {"seed": seed}
     return PruningPlan(model.config.model_type, base, tuple(sites), tuple(kept), provenance)
+
+
+def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> PruningPlan:
+    """What `Budget(uniform=True)` makes of random scores."""
+    model = skeleton(AutoConfig.from_pretrained(folder))
+    sites = find_sites(model, family_of(model.config))
+    count = sum(site.size for site in sites)
+    scores_N = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    budget = Budget(keep, Parameters(), uniform=True)
+    kept = budget.finalise(scores_N, sites, budget.cost.table(model))
+    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed})

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard as HubCard
 
 from pruning.export.model_card import ModelCard
-from tests.pruning.export.plans import uneven_plan
+from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import tiny_folder
 
 
@@ -49,3 +49,11 @@ def test_a_ragged_table_is_refused(tmp_path: Path) -> None:
     card = ModelCard("x", "y", speed=[["a", "b"], ["1"]])
     with pytest.raises(ValueError, match="'Speed and memory' of the model card differ in length"):
         card.render(plan)
+
+
+def test_a_stock_model_needs_no_code_and_its_card_says_so(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    text = ModelCard("x", "y").render(uniform_plan(base))
+    assert "This is a stock model" in text
+    assert "trust_remote_code" not in text
+    assert "trust_remote_code" in ModelCard("x", "y").render(uneven_plan(base))
