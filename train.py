@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.save_checkpoint import check_readable, latest_checkpoint
 
@@ -26,13 +26,33 @@ DEFAULTS = {
 class TrainCLI(LightningCLI):
     """Lightning's command line with an output folder that holds everything of a run."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and find out which checkpoint is meant before anybody reads it.
+
+        Raises:
+            ValueError: The checkpoint cannot be read, or there is none to measure.
+        """
+        super().parse_arguments(parser, args)
+        subcommand = self.config["subcommand"]
+        config: Any = self.config[subcommand]
+        if config.ckpt_path == "last":
+            root = config.trainer.default_root_dir
+            found = latest_checkpoint(Path(root))
+            if found is None and subcommand != "fit":
+                raise ValueError(
+                    f"`ckpt_path` is last, but {root}/checkpoints holds none; fit first."
+                )
+            config.ckpt_path = str(found) if found else None
+        elif config.ckpt_path:
+            check_readable(Path(config.ckpt_path))
+
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from other settings.
 
         Raises:
-            ValueError: Training would never end, or the checkpoint cannot be read.
+            ValueError: Training would never end.
         """
-        config: Any = self.config if self.subcommand is None else self.config[self.subcommand]
+        config: Any = self.config[self.subcommand]
         root = config.trainer.default_root_dir
         if config.trainer.logger is None:
             config.trainer.logger = [
@@ -44,19 +64,20 @@ class TrainCLI(LightningCLI):
             raise ValueError(
                 "`trainer.max_steps` must be set, or training never ends; 1000 is a start."
             )
-        if config.get("ckpt_path") == "last":
-            found = latest_checkpoint(Path(root))
-            if found is None and self.subcommand != "fit":
-                raise ValueError(
-                    f"`ckpt_path` is last, but {root}/checkpoints holds none; fit first."
-                )
-            config.ckpt_path = str(found) if found else None
-        elif config.get("ckpt_path"):
-            check_readable(Path(config.ckpt_path))
-        if self.subcommand is not None and config.weights_only is None:
+        if config.weights_only is None:
             config.weights_only = True  # a checkpoint is data: nothing in it may run
         if config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = config.model.init_args.get("base")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what a constructor refuses is told in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            first: BaseException = error
+            while first.__cause__ is not None:
+                first = first.__cause__
+            raise first from None
 
     def after_predict(self) -> None:
         """Write one line per window: its number and its mean negative log-likelihood in nats."""
@@ -92,7 +113,7 @@ def _quieten() -> None:
     for logger, text in (
         ("DeepSpeed", "Setting accelerator to CPU"),
         ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"),
-        ("lightning.pytorch.utilities.rank_zero", "litlogger"),
+        ("lightning.pytorch.utilities.rank_zero", "Tip: For seamless cloud"),
     ):
         logging.getLogger(logger).addFilter(_Without(text))
     # TextData reads a memory map: workers would only cost.

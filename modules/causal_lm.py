@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import load_config, load_model, resolve
+from modules.loading import check_base, load_config, load_model, resolve
 from modules.losses import head_of, token_losses
 from pruning.fingerprint import fingerprint
 from pruning.surgery import refuse_foreign, replaced_folder
@@ -59,6 +59,8 @@ class CausalLM(LanguageModelling):
             raise ValueError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
         if loss_chunk_tokens < 1:
             raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
+        if base is not None:
+            check_base(base)
         self.architecture, self.base, self.dtype_name = architecture, base, dtype
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
         self._make_optimizer = optimizer

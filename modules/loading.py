@@ -19,21 +19,35 @@ from transformers import (
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
 
 
+def check_base(base: str) -> None:
+    """Check what can be told at once; what may be a hub id is left to `resolve`.
+
+    Raises:
+        ValueError: A path does not exist or is not a model folder.
+    """
+    folder = Path(base).expanduser()
+    if not folder.exists():
+        if folder.is_absolute():
+            raise ValueError(f"`base` {base!r} does not exist; check the path.")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"`base` {base!r} is not a model folder: it has no config.json.")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"`base` {base!r} holds no *.safetensors file; save the model with "
+            "`save_pretrained` (safe serialisation is its default) first."
+        )
+
+
 def resolve(base: str) -> Path:
     """The local folder of a model given by a path or a hub id; hub models are fetched once.
 
     Raises:
         ValueError: The path is not a model folder, or the hub has no such model.
     """
+    check_base(base)
     folder = Path(base).expanduser()
     if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"`base` {base!r} is not a model folder: it has no config.json.")
-        if not any(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"`base` {base!r} holds no *.safetensors file; save the model with "
-                "`save_pretrained` (safe serialisation is its default) first."
-            )
         return folder
     try:
         return Path(snapshot_download(base, allow_patterns=_FILES))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from modules.delivery import deliver, is_plan
 from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import load_config, load_model, resolve
+from modules.loading import check_base, load_config, load_model, resolve
 from modules.losses import head_of, token_losses
 from pruning.budget import Budget, log_ratio_penalty
 from pruning.families import family_of
@@ -88,6 +88,7 @@ class MaskLearning(LanguageModelling):
             )
         if loss_chunk_tokens < 1:
             raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
+        check_base(base)
         self.base, self.budget = base, budget
         self.sampler = sampler or GateSampler()
         self.penalty = penalty

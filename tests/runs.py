@@ -1,0 +1,93 @@
+"""Runs of the command line on tiny models: what a user would type, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from tests.tiny import SENTENCES, tiny_folder
+from train import TrainCLI, main
+
+# Of Lightning's own code: what its command line uses of jsonargparse, what it uses of torch.
+NOISE = [
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+]
+CALLBACKS = ("AnnealSparsity", "TrackBudget", "PlotWidths", "SaveCheckpoint", "ExportModel")
+
+
+def call(arguments: Sequence[str]) -> TrainCLI:
+    """Run the command line in this process, as if `arguments` had been typed."""
+    with patch.object(sys, "argv", ["train.py", *arguments]):
+        return main()
+
+
+def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
+    """Documents of 40 words each, about 99 tokens of the tiny tokenizer; always the same."""
+    draw, words = random.Random(seed), " ".join(SENTENCES).split()
+    texts = [" ".join(draw.choices(words, k=40)) for _ in range(documents)]
+    path.write_text(json.dumps(texts), encoding="utf-8")
+    return path
+
+
+def make_inputs(folder: Path, **overrides: Any) -> Path:
+    """A folder with a tiny model `base` and a text `text.json`."""
+    tiny_folder(folder / "base", **overrides)
+    write_text(folder / "text.json")
+    return folder
+
+
+def on_text(folder: Path, root: Path) -> list[str]:
+    """Arguments of data and trainer that every run of these tests shares."""
+    return [
+        "--data=modules.TextData",
+        f"--data.train={folder / 'text.json'}",
+        "--data.window_tokens=16",
+        "--data.batch_size=4",
+        "--data.validation_windows=6",
+        f"--data.cache_dir={folder / 'cache'}",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={root}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.log_every_n_steps=1",
+    ]
+
+
+def with_callbacks(names: Sequence[str] = CALLBACKS, every_n_steps: int = 3) -> list[str]:
+    """Arguments that add callbacks of ours."""
+    arguments = []
+    for name in names:
+        arguments.append(f"--trainer.callbacks+=callbacks.{name}")
+        if name in ("SaveCheckpoint", "TrackBudget"):
+            arguments.append(f"--trainer.callbacks.every_n_steps={every_n_steps}")
+        if name == "TrackBudget":  # so few steps reach no budget, which it would say
+            arguments.append("--trainer.callbacks.tolerance=1")
+    return arguments
+
+
+def learn_masks(
+    folder: Path, root: Path, max_steps: int = 8, callbacks: Sequence[str] = CALLBACKS
+) -> list[str]:
+    """Arguments of a whole run that learns masks."""
+    return [
+        "fit",
+        "--model=modules.MaskLearning",
+        f"--model.base={folder / 'base'}",
+        *on_text(folder, root),
+        f"--trainer.max_steps={max_steps}",
+        *with_callbacks(callbacks),
+    ]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
