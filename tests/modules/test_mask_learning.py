@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from modules.loading import load_model
+from modules.mask_learning import MaskLearning
+from modules.text_data import TextData
+from pruning.budget import Budget, Parameters, log_ratio_penalty
+from pruning.gates import GateSampler, StraightThrough
+from pruning.masking import GateHooks
+from pruning.measure.perplexity import perplexity
+from pruning.sites import split
+from tests.runs import NOISE, make_inputs
+
+pytestmark = NOISE
+Make = Callable[..., MaskLearning]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def make(inputs: Path) -> Make:
+    """A module with its model made, outside of any trainer."""
+
+    def module(**settings: Any) -> MaskLearning:
+        made = MaskLearning(str(inputs / "base"), **settings)
+        made.configure_model()
+        made.log = lambda *_, **__: None  # type: ignore[method-assign]
+        return made
+
+    return module
+
+
+@pytest.fixture
+def data(inputs: Path) -> TextData:
+    return TextData(
+        str(inputs / "text.json"),
+        tokenizer=str(inputs / "base"),
+        window_tokens=16,
+        batch_size=4,
+        validation_windows=6,
+        cache_dir=str(inputs / "cache"),
+    )
+
+
+def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 3,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **defaults | settings)
+
+
+def batch(windows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(320, (windows, tokens), generator=generator)}
+
+
+# The loss
+
+
+@pytest.mark.parametrize(("ce", "kl"), [(1.0, 0.0), (0.5, 2.0)])
+def test_the_loss_is_that_of_one_sample_of_gates_on_the_whole(
+    make: Make, inputs: Path, ce: float, kl: float
+) -> None:
+    module = make(cross_entropy=ce, distillation=kl, penalty=4.0)
+    loss = module.training_step(batch(), 0)
+
+    dense: Any = load_model(inputs / "base")
+    gates = split(module.sampler(module.hypernetwork(), step=0), module.sites)
+    input_BT = batch()["input_ids"]
+    open_BTV = dense(input_BT).logits[:, :-1].log_softmax(-1)
+    with GateHooks(dense).applied(gates):
+        log_p_BTV = dense(input_BT).logits[:, :-1].log_softmax(-1)
+    nll = -log_p_BTV.gather(-1, input_BT[:, 1:, None]).mean()
+    divergence = (open_BTV.exp() * (open_BTV - log_p_BTV)).sum(-1).mean()
+    fraction = module.table.fraction(torch.stack([gate.sum() for gate in gates]))
+    expected = ce * nll + kl * divergence + log_ratio_penalty(fraction, 0.5, 4.0)
+    torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_depends_on_the_step_and_on_nothing_else(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make()
+    first = module.training_step(batch(), 0)
+    torch.manual_seed(123)
+    assert torch.equal(module.training_step(batch(), 7), first)
+    monkeypatch.setattr(type(module), "global_step", 1)
+    assert not torch.equal(module.training_step(batch(), 0), first)
+
+
+def test_only_the_hypernetwork_learns(make: Make) -> None:
+    module = make(distillation=1.0)
+    before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    module.training_step(batch(), 0).backward()
+    assert all(parameter.grad is None for parameter in module.model.parameters())
+    for name, parameter in module.hypernetwork.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().sum()) > 0, name
+    optimiser = module.configure_optimizers()
+    trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in module.hypernetwork.parameters()}
+    optimiser.step()
+    for name, tensor in module.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_gradient_checkpointing_changes_no_gradient(make: Make) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        module = make(gradient_checkpointing=checkpointing, distillation=1.0)
+        assert module.model.model.layers[0].gradient_checkpointing == checkpointing
+        module.training_step(batch(), 0).backward()
+        gradients.append([parameter.grad for parameter in module.hypernetwork.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_the_size_of_the_loss_chunk_changes_no_loss(make: Make) -> None:
+    small, odd, large = (make(loss_chunk_tokens=c).training_step(batch(), 0) for c in (1, 7, 1024))
+    torch.testing.assert_close(small, large)
+    torch.testing.assert_close(odd, large)
+
+
+# The plan
+
+
+def test_the_plan_is_deterministic_and_exactly_on_budget(make: Make) -> None:
+    budget = Budget(keep=0.4, cost=Parameters(), min_width=2, width_multiple=2)
+    module = make(budget=budget)
+    plan, again = module.plan(), module.plan()
+    assert all(torch.equal(a, b) for a, b in zip(plan.kept, again.kept, strict=True))
+    widths_S = torch.tensor(plan.widths)
+    unit = 2 * float(module.table.marginal(widths_S).min()) / module.table.dense
+    assert 0.4 - unit < float(module.table.fraction(widths_S)) <= 0.4
+    assert all(width >= 2 for width in plan.widths)
+    assert plan.base == module.base_fingerprint
+
+
+def test_learned_scores_decide_what_stays(make: Make) -> None:
+    module = make()
+    with torch.no_grad():
+        logits = split(module.hypernetwork(), module.sites)
+    for index_W, logits_I in zip(module.plan().kept, logits, strict=True):
+        left_out = torch.ones(len(logits_I), dtype=torch.bool).index_fill(0, index_W, False)
+        if bool(left_out.any()):
+            assert float(logits_I[index_W].min()) >= float(logits_I[left_out].max())
+
+
+def test_validation_measures_the_hard_plan(inputs: Path, data: TextData, tmp_path: Path) -> None:
+    module = MaskLearning(str(inputs / "base"))
+    run = trainer(tmp_path)
+    (measured,) = run.validate(module, data, verbose=False)
+    dense: Any = load_model(inputs / "base")
+    windows_NT = torch.cat([piece["input_ids"] for piece in data.val_dataloader()])
+    with GateHooks(dense).applied(module.plan().gates()):
+        expected = perplexity(dense, windows_NT).value
+    assert measured["val_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert measured["val_perplexity"] != pytest.approx(perplexity(dense, windows_NT).value)
+    assert run.test(module, data, verbose=False)[0]["test_perplexity"] == pytest.approx(expected)
+
+
+def test_gates_are_open_outside_of_training_and_validation(make: Make, inputs: Path) -> None:
+    module = make()
+    module.training_step(batch(), 0)
+    dense: Any = load_model(inputs / "base")
+    input_BT = batch()["input_ids"]
+    torch.testing.assert_close(module.model(input_BT).logits, dense(input_BT).logits)
+
+
+# In a trainer
+
+
+class _Record(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self.seen.append((trainer.global_step, float(outputs["loss"])))
+
+
+def test_training_brings_the_gates_towards_the_budget(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    sampler = GateSampler(relaxation=StraightThrough(), offset=0.5)
+    module = MaskLearning(str(inputs / "base"), sampler=sampler, penalty=20.0, optimizer=_fast)
+    run = trainer(tmp_path, max_steps=40, limit_val_batches=0)
+    module.configure_model()
+    start = _expected_fraction(module)
+    run.fit(module, data)
+    assert abs(_expected_fraction(module) - 0.5) < abs(start - 0.5) / 2
+
+
+def _fast(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def _expected_fraction(module: MaskLearning) -> float:
+    per_site = split(module.keep_probability(), module.sites)
+    return float(module.table.fraction(torch.stack([p.sum() for p in per_site])))
+
+
+def test_two_runs_of_one_seed_are_equal(inputs: Path, data: TextData, tmp_path: Path) -> None:
+    seen = []
+    for _ in range(2):
+        record = _Record()
+        trainer(tmp_path, record).fit(MaskLearning(str(inputs / "base")), data)
+        seen.append(record.seen)
+    assert seen[0] == seen[1]
+    assert [step for step, _ in seen[0]] == [1, 2, 3]
+
+
+class _Poison(Callback):
+    """A hypernetwork that goes wrong before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                next(pl_module.hypernetwork.parameters()).fill_(torch.nan)
+
+
+class _Saved(Callback):
+    last_model_path = "checkpoints/step=2.ckpt"
+
+
+def test_a_nan_stops_the_run_before_the_step_with_its_cause(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    module = MaskLearning(str(inputs / "base"))
+    run = trainer(tmp_path, _Poison(2), max_steps=5)
+    with pytest.raises(FloatingPointError) as stop:
+        run.fit(module, data)
+    for fact in ("At step 2", "the language-model loss", "nan", "none was saved"):
+        assert fact in str(stop.value)
+    assert run.global_step == 2  # the third step was not taken
+    states = [state["step"] for state in run.optimizers[0].state.values()]
+    assert all(int(step) == 2 for step in states)
+
+
+def test_a_nan_budget_is_told_apart_from_a_nan_loss(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make()
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(type(module.trainer), "checkpoint_callback", _Saved(), raising=True)
+    module.keep_target = float("nan")
+    with pytest.raises(FloatingPointError, match="the budget penalty became nan.*step=2.ckpt"):
+        module.training_step(batch(), 0)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty": 0}, "`penalty` must be above 0, got 0"),
+        ({"cross_entropy": -1.0}, "`cross_entropy` and `distillation` must be 0 or more"),
+        ({"cross_entropy": 0.0}, "not both 0, got 0.0 and 0.0"),
+        ({"loss_chunk_tokens": 0}, "`loss_chunk_tokens` must be 1 or more, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    inputs: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskLearning(str(inputs / "base"), **settings)
+
+
+def test_half_precision_weights_train(make: Make) -> None:
+    module = make(dtype="bfloat16")
+    loss = module.training_step(batch(), 0)
+    loss.backward()
+    assert module.model.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in module.hypernetwork.parameters())
+    assert bool(loss.isfinite())
+
+
+def test_dropout_of_the_base_is_switched_off(tmp_path: Path) -> None:
+    make_inputs(tmp_path, attention_dropout=0.5)
+    module = MaskLearning(str(tmp_path / "base"))
+    module.configure_model()
+    input_BT = batch()["input_ids"]
+    assert module.model.training
+    torch.testing.assert_close(module.model(input_BT).logits, module.model(input_BT).logits)
