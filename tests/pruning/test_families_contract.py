@@ -235,6 +235,30 @@ def test_a_process_without_this_repository_loads_saves_reloads_and_generates(
         assert torch.equal(found["tokens"], steps_BT)
 
 
+@pytest.mark.parametrize("family", VARIANTS)
+def test_every_gate_counts_and_learns(family: str) -> None:
+    # A gate that multiplied nowhere, or twice, would be exported as another function.
+    model, windows_BT = tiny_model(family), tokens(2, 12)
+    hooks = GateHooks(model)
+    gates = [torch.full((site.size,), 0.8, requires_grad=True) for site in hooks.sites]
+    with hooks.applied(gates):
+        loss = model(windows_BT, labels=windows_BT).loss
+    gradients = torch.autograd.grad(loss, gates)
+    for site, gate, gradient in zip(hooks.sites, gates, gradients, strict=True):
+        assert gradient.isfinite().all()
+        entry = int(gradient.abs().argmax())
+        assert gradient[entry] != 0, site
+        if site.block == 1:  # the slope of the loss along one gate, by central difference
+            step = torch.zeros(site.size).index_fill(0, torch.tensor(entry), 1e-2)
+            nearby = []
+            for sign in (1, -1):
+                moved = [gate + sign * step if g is gate else g for g in gates]
+                with torch.no_grad(), hooks.applied(moved):
+                    nearby.append(float(model(windows_BT, labels=windows_BT).loss))
+            slope = (nearby[0] - nearby[1]) / 2e-2
+            assert slope == pytest.approx(float(gradient[entry]), rel=0.1, abs=1e-3), site
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "variant"), ROWS, ids=map("-".join, ROWS))
 def test_a_uniform_plan_leaves_a_stock_model(family: str, variant: str, tmp_path: Path) -> None:
