@@ -96,9 +96,9 @@ class LanguageModelling(LightningModule, ABC):
         """
         saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was saved"
         raise FloatingPointError(
-            f"At step {self.global_step} {what} became {float(value.detach())}. Training stopped before the "
-            f"step was taken; last good checkpoint: {saved}. Start again with a lower learning "
-            "rate, or with `--model.dtype float32` if the weights are half precision."
+            f"At step {self.global_step} {what} became {float(value.detach())}. Training stopped "
+            f"before the step was taken; last good checkpoint: {saved}. Start again with a lower "
+            "learning rate, or with `--model.dtype float32` if the weights are half precision."
         )
 
     def _predictions(self, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -30,11 +30,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(inputs: Path) -> Make:
-    """A module with its model made, outside of any trainer."""
+    """A module with its model made, at step 0 of a run of 100."""
 
     def module(**settings: Any) -> MaskLearning:
         made = MaskLearning(str(inputs / "base"), **settings)
         made.configure_model()
+        made.trainer = trainer(inputs, max_steps=100)
         made.log = lambda *_, **__: None  # type: ignore[method-assign]
         return made
 
@@ -114,9 +115,10 @@ def test_only_the_hypernetwork_learns(make: Make) -> None:
     for name, parameter in module.hypernetwork.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().sum()) > 0, name
-    optimiser = module.configure_optimizers()
+    optimiser: Any = module.configure_optimizers()["optimizer"]
     trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
-    assert trained == {id(p) for p in module.hypernetwork.parameters()}
+    assert trained >= {id(p) for p in module.hypernetwork.parameters()}
+    assert not trained & {id(p) for p in module.model.parameters()}
     optimiser.step()
     for name, tensor in module.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -135,8 +137,8 @@ def test_gradient_checkpointing_changes_no_gradient(make: Make) -> None:
 
 def test_the_size_of_the_loss_chunk_changes_no_loss(make: Make) -> None:
     small, odd, large = (make(loss_chunk_tokens=c).training_step(batch(), 0) for c in (1, 7, 1024))
-    torch.testing.assert_close(small, large)
-    torch.testing.assert_close(odd, large)
+    torch.testing.assert_close(small, large, rtol=1e-5, atol=0)
+    torch.testing.assert_close(odd, large, rtol=1e-5, atol=0)
 
 
 # The plan
@@ -263,7 +265,6 @@ def test_a_nan_budget_is_told_apart_from_a_nan_loss(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make()
-    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     monkeypatch.setattr(type(module.trainer), "checkpoint_callback", _Saved(), raising=True)
     module.keep_target = float("nan")
     with pytest.raises(FloatingPointError, match="the budget penalty became nan.*step=2.ckpt"):

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import LightningModule
+
+from callbacks import ExportModel
+from pruning.surgery import refuse_foreign
+from tests.callbacks.fakes import fake_trainer
+
+
+class Exporter(LightningModule):
+    """Leaves a file behind; what holds such a file is its own."""
+
+    def check_export_folder(self, folder: Path) -> None:
+        refuse_foreign(folder, lambda path: (path / "mine").is_file())
+
+    def export(self, folder: Path, command: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "mine").write_text(command)
+
+
+class Failing(Exporter):
+    def export(self, folder: Path, command: str) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_it_exports_below_the_output_folder_and_replaces_its_own(tmp_path: Path) -> None:
+    callback, trainer = ExportModel(folder="small"), fake_trainer(tmp_path)
+    for _ in range(2):
+        callback.on_fit_start(trainer, Exporter())
+        callback.on_fit_end(trainer, Exporter())
+    assert (tmp_path / "small" / "mine").read_text().startswith("python ")
+
+
+def test_a_foreign_folder_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "theirs").touch()
+    with pytest.raises(ValueError, match="exists and is not a model written by Secateur"):
+        ExportModel().on_fit_start(fake_trainer(tmp_path), Exporter())
+
+
+def test_a_failure_says_how_to_repeat_the_export(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as failure:
+        ExportModel().on_fit_end(fake_trainer(tmp_path), Failing())
+    assert "`--ckpt_path last` repeat the export" in failure.value.__notes__[0]
+
+
+def test_a_module_that_exports_nothing_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`ExportModel` needs a module that exports"):
+        ExportModel().on_fit_start(fake_trainer(tmp_path), LightningModule())

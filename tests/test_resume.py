@@ -1,0 +1,141 @@
+"""A run that is killed at any step and resumed ends byte for byte as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import NOISE, call, content, learn_masks, make_inputs, with_callbacks, write_text
+
+pytestmark = NOISE
+REPOSITORY = Path(__file__).parents[1]
+
+
+def command(folder: Path, max_steps: int, *settings: str) -> list[str]:
+    """Relative paths, run in a folder of its own: equal commands, which model cards show."""
+    return [
+        *learn_masks(Path(), Path("run"), max_steps),
+        *settings,
+        f"--data.cache_dir={folder / 'cache'}",
+        "--ckpt_path=last",
+    ]
+
+
+def prepare(folder: Path, name: str) -> Path:
+    """A folder beside the inputs, which sees them under the same relative paths."""
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
+    for shared in ("base", "text.json"):
+        if not (folder / shared).exists():
+            (folder / shared).symlink_to(Path("..") / shared)
+    return folder
+
+
+def finish(arguments: list[str], folder: Path) -> Path:
+    """Run to the end in this process; returns the output folder."""
+    with chdir(folder):
+        call(arguments)
+    return folder / "run"
+
+
+def kill(seed: int, arguments: list[str], folder: Path) -> Path:
+    """SIGKILL a moment after a checkpoint, both chosen by the seed; returns the output folder."""
+    draw = random.Random(seed)
+    first, moment = draw.choice([3, 6, 9]), draw.uniform(0, 0.03)
+    root, log, deadline = folder / "run", folder / "log.txt", time.monotonic() + 120
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "train.py"), *arguments],
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    try:
+        while not (root / "checkpoints" / f"step={first}.ckpt").exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(moment)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (root / "model").exists()  # it was under way
+    return root
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    # 23 windows of training text make epochs of 5 batches: the kill falls into any of several.
+    write_text(tmp_path / "text.json", documents=5)
+    arguments = command(tmp_path, 24, "--model.distillation=1")
+    whole = finish(arguments, prepare(tmp_path, "whole"))
+    killed = prepare(tmp_path, "killed")
+    root = kill(0, arguments, killed)
+    assert finish(arguments, killed) == root
+    assert content(root / "plan") == content(whole / "plan")
+    assert content(root / "model") == content(whole / "model")  # the card included
+
+
+def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
+    """All steps are tried, epoch boundaries and validations included, in one process."""
+    make_inputs(tmp_path)
+    write_text(tmp_path / "text.json", documents=5)
+    settings = ["--trainer.val_check_interval=3", "--trainer.logger=false"]
+    callbacks = ("AnnealSparsity", "TrackBudget", "ExportModel")
+    run = [*learn_masks(tmp_path, tmp_path / "run", 8, callbacks), *settings]
+    call([*run, *with_callbacks(["SaveCheckpoint"], every_n_steps=1), "--trainer.callbacks.keep=9"])
+    whole = content(tmp_path / "run" / "plan")
+    for step in range(1, 8):
+        root = tmp_path / f"from_{step}"
+        path = tmp_path / "run" / "checkpoints" / f"step={step}.ckpt"
+        resumed = call([*run, f"--trainer.default_root_dir={root}", f"--ckpt_path={path}"])
+        assert resumed.trainer.global_step == 8
+        assert content(root / "plan") == whole, f"from step {step}"
+
+
+def test_two_exports_of_one_checkpoint_are_equal(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    run = learn_masks(tmp_path, tmp_path / "run", 3)
+    call(run)
+    again = [*run, "--ckpt_path=last"]
+    call(again)
+    first = content(tmp_path / "run" / "model")
+    call(again)
+    assert content(tmp_path / "run" / "model") == first
+    assert {"README.md", "model.safetensors", "config.json", "plan.safetensors"} <= first.keys()
+
+
+def test_a_checkpoint_holds_no_model_and_runs_no_code(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    call(learn_masks(tmp_path, tmp_path / "run", 3))
+    path = tmp_path / "run" / "checkpoints" / "step=3.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert any(name.startswith("hypernetwork.") for name in checkpoint["state_dict"])
+    assert not any(name.startswith("model.") for name in checkpoint["state_dict"])
+    assert checkpoint["secateur"]["budget"].startswith("Budget(keep=0.5")
+    assert checkpoint["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_stories260k_ends_as_an_uninterrupted_one(
+    tmp_path: Path, data: Path
+) -> None:
+    (tmp_path / "base").symlink_to(data / "models" / "stories260K")
+    (tmp_path / "text.json").symlink_to(write_text(tmp_path / "stories.json"))
+    arguments = command(tmp_path, 16, "--data.window_tokens=64")
+    whole = finish(arguments, prepare(tmp_path, "whole"))
+    killed = prepare(tmp_path, "killed")
+    root = kill(1, arguments, killed)
+    finish(arguments, killed)
+    assert content(root / "plan") == content(whole / "plan")
+    assert content(root / "model") == content(whole / "model")
