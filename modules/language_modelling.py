@@ -36,6 +36,12 @@ class LanguageModelling(LightningModule, ABC):
         """The state in which the model is measured; unless overridden, as it is."""
         return nullcontext()
 
+    def on_validation_epoch_start(self) -> None:
+        """Start from nothing, here and not at the end: a fit cannot go on from the numbers of a
+        `validate`, which PyTorch makes unfit for anything else (inference mode).
+        """
+        self.perplexity.reset()
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count one batch of windows, `input_ids` (B, T), into the perplexity."""
         for logits_TV, label_T in self._predictions(batch):
@@ -48,6 +54,10 @@ class LanguageModelling(LightningModule, ABC):
     def on_test_start(self) -> None:
         """Testing measures what validation measures."""
         self.on_validation_start()
+
+    def on_test_epoch_start(self) -> None:
+        """Start from nothing."""
+        self.perplexity.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count one batch of windows, `input_ids` (B, T), into the perplexity."""
@@ -111,7 +121,6 @@ class LanguageModelling(LightningModule, ABC):
 
     def _log_perplexity(self, name: str) -> None:
         self.log(name, self.perplexity.compute(), prog_bar=True, sync_dist=True)
-        self.perplexity.reset()
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

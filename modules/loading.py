@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -70,7 +71,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read as a causal language model: {error}") from error
     assert isinstance(model, PreTrainedModel)
     return model
