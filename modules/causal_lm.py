@@ -109,13 +109,12 @@ class CausalLM(LanguageModelling):
         return losses.total
 
     def recipe(self) -> dict[str, Any]:
-        """Where the model came from, its schedule and its optimiser."""
+        """Where the model came from, its warm-up and its optimiser."""
         return {
             "architecture": self.architecture,
             "base": self.base and fingerprint(resolve(self.base)),
             "dtype": self.dtype_name,
             "warmup_steps": self.warmup_steps,
-            "max_steps": self.trainer.max_steps,
             "optimizer": describe_optimizer(self._make_optimizer(self.parameters())),
         }
 

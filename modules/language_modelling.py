@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
@@ -77,7 +78,7 @@ class LanguageModelling(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the settings that decide the run."""
-        checkpoint["secateur"] = self.recipe()
+        checkpoint["secateur"] = self.recipe() | self._length()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model or configuration.
@@ -85,7 +86,13 @@ class LanguageModelling(LightningModule, ABC):
         Raises:
             ValueError: The settings differ.
         """
-        refuse_other(checkpoint.get("secateur", {}), self.recipe(), type(self).__name__)
+        saved, current = dict(checkpoint.get("secateur", {})), self.recipe()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            current |= self._length()
+        else:  # measuring takes no steps, whatever the settings say
+            for key in self._length():
+                saved.pop(key, None)
+        refuse_other(saved, current, type(self).__name__)
 
     def check_data(self, config: Any) -> None:
         """Check that the text suits a model before the model is made.
@@ -110,6 +117,10 @@ class LanguageModelling(LightningModule, ABC):
             f"before the step was taken; last good checkpoint: {saved}. Start again with a lower "
             "learning rate, or with `--model.dtype float32` if the weights are half precision."
         )
+
+    def _length(self) -> dict[str, Any]:
+        """How long training is: schedules stretch with it."""
+        return {"max_steps": self.trainer.max_steps, "max_epochs": self.trainer.max_epochs}
 
     def _predictions(self, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in fp32, shape (T - 1, V), and the tokens that they predict, window by window."""

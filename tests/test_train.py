@@ -188,7 +188,10 @@ def test_every_argument_of_a_public_class_is_documented(public: type) -> None:
         (["fit", "--model.help=MaskLearning"], ["in (0, 1]", "above 0; 6 in the paper"]),
         (["fit", "--model.help=CausalLM"], ["Steps over which the learning rate rises"]),
         (["fit", "--data.help=TextData"], ["2 or more, at most the positions of the model"]),
-        (["fit", "--trainer.callbacks.help=AnnealSparsity"], ["Fraction of the training steps"]),
+        (
+            ["fit", "--trainer.callbacks.help=AnnealSparsity"],
+            ["Fraction of the steps that learn masks", "in [0, 1]"],
+        ),
         (["fit", "--trainer.callbacks.help=SaveCheckpoint"], ["Optimiser steps between two"]),
     ],
 )
@@ -375,7 +378,7 @@ def test_another_base_model_is_refused(inputs: Path, started: Path, tmp_path: Pa
         ("--model.penalty=9", "MaskLearning: `penalty` was .* and is now 9"),
         ("--model.sampler.seed=1", "MaskLearning: `sampler` was"),
         ("--model.optimizer.lr=0.5", "MaskLearning: `optimizer` was .* is now .*'lr': 0.5"),
-        ("--trainer.max_steps=9", "AnnealSparsity: `steps` was 8 and is now 9"),
+        ("--trainer.max_steps=9", "MaskLearning: `max_steps` was 8 and is now 9"),
         ("--data.window_tokens=12", "TextData: `fingerprint` was"),
     ],
 )

@@ -306,3 +306,37 @@ def test_dropout_of_the_base_is_switched_off(tmp_path: Path) -> None:
     input_BT = batch()["input_ids"]
     assert module.model.training
     torch.testing.assert_close(module.model(input_BT).logits, module.model(input_BT).logits)
+
+
+class _Plans(Callback):
+    """The indices that would be exported and the trained tensors, after every step."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, ...]] = []
+        self.hypernetwork: list[Tensor] = []
+        self.gains: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, MaskLearning)
+        self.kept.append(pl_module.plan().kept)
+        weights = [p.detach().flatten() for p in pl_module.hypernetwork.parameters()]
+        self.hypernetwork.append(torch.cat(weights))
+        self.gains.append(pl_module.gains.detach().clone())
+
+
+def test_masks_settle_and_only_then_gains_are_learned(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    plans = _Plans()
+    module = MaskLearning(str(inputs / "base"), settle=0.5, optimizer=_fast)
+    trainer(tmp_path, plans, max_steps=8, limit_val_batches=0).fit(module, data)
+    assert module.mask_steps == 4
+    for before, after in ((0, 1), (2, 3)):  # masks are learned, gains rest
+        assert not torch.equal(plans.hypernetwork[before], plans.hypernetwork[after])
+        assert bool((plans.gains[after] == 1).all())
+    for after in range(4, 8):  # masks rest, gains are learned
+        assert torch.equal(plans.hypernetwork[3], plans.hypernetwork[after])
+        assert all(map(torch.equal, plans.kept[3], plans.kept[after]))
+        assert not torch.equal(plans.gains[after - 1], plans.gains[after])
+    kept_N = torch.cat([gate_I != 0 for gate_I in module.plan().gates()])
+    assert bool((module.gains[~kept_N] == 1).all())  # what is cut away has nothing to learn
