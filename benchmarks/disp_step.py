@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
 from modules import MaskLearning
 from modules.loading import load_model
+from modules.losses import LossWeights
 
 
 def plain_step(folder: str) -> Callable[[Tensor], None]:
@@ -39,7 +40,7 @@ def plain_step(folder: str) -> Callable[[Tensor], None]:
 
 def mask_step(folder: str, distillation: float) -> Callable[[Tensor], None]:
     """A whole step of MaskLearning: sample, forward, loss, backward, optimiser."""
-    module = MaskLearning(folder, distillation=distillation)
+    module = MaskLearning(folder, loss=LossWeights(1.0, distillation))
     module.trainer = Trainer(logger=False, barebones=True)
     module.configure_model()
     optimizer = module.configure_optimizers()

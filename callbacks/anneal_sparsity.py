@@ -1,4 +1,4 @@
-"""Lower the budget, and the temperature of the gates, over training."""
+"""Lower the budget, and the temperature of the gates, while masks are learned."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class AnnealSparsity(Callback):
     Both are pure functions of the optimiser step, so a resumed run follows the same curves.
 
     Args:
-        over: Fraction of the training steps after which the target has reached the budget, in
-            [0, 1]; 0 asks for the whole budget from the first step, as the paper does.
+        over: Fraction of the steps that learn masks after which the target has reached the budget,
+            in [0, 1]; 0 asks for the whole budget from the first step, as the paper does.
         curve: How the target gets there.
-        end_temperature: Temperature at the last step, above 0; None leaves it alone.
+        end_temperature: Temperature when masks are learned, above 0; None leaves it alone.
         temperature_curve: How the temperature gets there.
 
     Raises:
@@ -29,7 +29,7 @@ class AnnealSparsity(Callback):
 
     def __init__(
         self,
-        over: float = 0.5,
+        over: float = 0.4,
         curve: Schedule | None = None,
         end_temperature: float | None = None,
         temperature_curve: Schedule | None = None,
@@ -48,7 +48,7 @@ class AnnealSparsity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the curves begin and how many steps they have."""
         module = learns_masks(pl_module, "AnnealSparsity")
-        self._total = int(trainer.estimated_stepping_batches)
+        self._total = module.mask_steps
         self._start_temperature = module.temperature
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class AnnealSparsity(Callback):
     ) -> None:
         """Set target and temperature of this step."""
         module = learns_masks(pl_module, "AnnealSparsity")
-        progress = trainer.global_step / max(1, self._total)
+        progress = min(1.0, trainer.global_step / max(1, self._total))
         done = self.curve(min(1.0, progress / self.over)) if self.over else 1.0
         module.keep_target = 1.0 + (module.budget.keep - 1.0) * done
         if self.end_temperature is not None:

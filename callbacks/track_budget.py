@@ -15,8 +15,9 @@ class TrackBudget(Callback):
     """Log expected and hard budget, widths per kind of site, and the share of undecided gates.
 
     The final selection meets the budget in any case; but when the soft gates are far from it, what
-    was trained is not what is exported. A warning is given once, at half of the steps or later,
-    when the expected budget is away from its target and its trend does not reach it in time.
+    was trained is not what is exported. A warning is given once, at half of the steps that learn
+    masks or later, when the expected budget is away from its target and its trend does not reach
+    it in time.
 
     Args:
         every_n_steps: Optimiser steps between two looks, 1 or more.
@@ -71,12 +72,12 @@ class TrackBudget(Callback):
         self._warn(trainer, module, expected)
 
     def _warn(self, trainer: Trainer, module: LearnsMasks, expected: float) -> None:
-        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        step, total = trainer.global_step, module.mask_steps
         self._seen = [*self._seen[-1:], (step, expected)]
         if len(self._seen) < 2:  # no trend yet, as after resuming
             return
         distance = expected - module.keep_target
-        if self._warned or step * 2 < total or abs(distance) <= self.tolerance:
+        if self._warned or not total <= 2 * step <= 2 * total or abs(distance) <= self.tolerance:
             return
         (step_before, before), (_, now) = self._seen[0], self._seen[-1]
         trend = (now - before) / max(1, step - step_before) * (total - step)

@@ -30,6 +30,32 @@ def head_of(model: nn.Module) -> Head:
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """What a token loss is made of.
+
+    Args:
+        cross_entropy: Weight of the negative log-likelihood of the next token, 0 or more.
+        distillation: Weight of the KL divergence from the same model with open gates, 0 or more;
+            costs one more forward pass per step where it is not 0.
+
+    Raises:
+        ValueError: A weight is negative, or both are 0.
+    """
+
+    cross_entropy: float = 1.0
+    distillation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.cross_entropy, self.distillation) < 0 or not (
+            self.cross_entropy or self.distillation
+        ):
+            raise ValueError(
+                "`cross_entropy` and `distillation` must be 0 or more and not both 0, "
+                f"got {self.cross_entropy} and {self.distillation}."
+            )
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Mean losses per token, in nats.
 
@@ -51,8 +77,7 @@ def token_losses(
     head: Head,
     *,
     teacher_ND: Tensor | None = None,
-    cross_entropy: float = 1.0,
-    distillation: float = 0.0,
+    weights: LossWeights | None = None,
     chunk_tokens: int = 1024,
     parameters: Sequence[Tensor] = (),
 ) -> TokenLosses:
@@ -62,23 +87,26 @@ def token_losses(
         hidden_ND: Last hidden states, shape (N, D), each predicting the label of its row.
         labels_N: Token ids (int64), shape (N,).
         head: Output head.
-        teacher_ND: Hidden states of the teacher; needed where `distillation` is not 0. It goes
+        teacher_ND: Hidden states of the teacher; needed where distillation counts. It goes
             through the same head.
-        cross_entropy: Weight of the cross-entropy, 0 or more.
-        distillation: Weight of the KL divergence, 0 or more.
+        weights: Of cross-entropy and distillation; None stands for cross-entropy alone.
         chunk_tokens: Tokens whose logits are alive at once, 1 or more.
         parameters: Parameters of the head that are trained as well.
     """
+    weights = weights or LossWeights()
 
     def weighted(piece_CD: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         log_p_CV = head(piece_CD).float().log_softmax(-1)
         nll = F.nll_loss(log_p_CV, labels_N[at], reduction="sum") / len(labels_N)
-        if teacher_ND is None or distillation == 0:
-            return cross_entropy * nll, torch.stack([nll.detach(), torch.zeros_like(nll.detach())])
+        if teacher_ND is None:
+            return weights.cross_entropy * nll, torch.stack(
+                [nll.detach(), torch.zeros_like(nll.detach())]
+            )
         with torch.no_grad():
             target_CV = head(teacher_ND[at]).float().log_softmax(-1)
         kl = F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True) / len(labels_N)
-        return cross_entropy * nll + distillation * kl, torch.stack([nll, kl]).detach()
+        value = weights.cross_entropy * nll + weights.distillation * kl
+        return value, torch.stack([nll, kl]).detach()
 
     total, parts = _SumOverChunks.apply(weighted, chunk_tokens, hidden_ND, *parameters)  # type: ignore[no-untyped-call]
     return TokenLosses(total, parts[0], parts[1])

@@ -5,15 +5,17 @@ Source: "DISP-LLM: Dimension-Independent Structural Pruning for Large Language M
 model, and the loss is the language-model loss plus a log-ratio penalty on the cost (eqs. 5 to 8).
 
 Differs from the paper: logistic instead of Gumbel noise, one sample for loss and budget, a budget
-that may be annealed, optional distillation from the same model with open gates, and a
-deterministic, budget-exact selection at the end. docs/disp.md has the measured effect of each.
+that may be annealed, optional distillation from the same model with open gates, a deterministic,
+budget-exact selection, and a last part of training in which the selected masks are kept and the
+gates learn gains. docs/disp.md has the measured effect of each.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from modules.delivery import deliver, is_plan
 from modules.language_modelling import LanguageModelling, describe_optimizer
 from modules.loading import check_base, load_config, load_model, resolve
-from modules.losses import head_of, token_losses
+from modules.losses import LossWeights, head_of, token_losses
 from pruning.budget import Budget, log_ratio_penalty
 from pruning.families import family_of
 from pruning.fingerprint import fingerprint
@@ -38,7 +41,7 @@ from pruning.surgery import refuse_foreign
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05, fused=True)
 
 
 class MaskLearning(LanguageModelling):
@@ -51,9 +54,13 @@ class MaskLearning(LanguageModelling):
         hypernetwork: Makes the logits; called with the list of site sizes.
         optimizer: Trains the hypernetwork; called with its parameters.
         penalty: Strength of the pull to the budget (the paper's lambda), above 0; 6 in the paper.
-        cross_entropy: Weight of the next-token loss, 0 or more.
-        distillation: Weight of the KL divergence to the same model with open gates, 0 or more;
-            costs one more forward pass per step where it is not 0.
+        loss: What is trained while masks are learned.
+        settled_loss: What is trained while the gains are learned.
+        settle: Fraction of the training steps, at the end, in which the masks stay as they will be
+            exported and the gates of what stays learn gains instead, in [0, 1); the gains fold into
+            the weights at export and cost nothing. 0 leaves every kept gate at 1, as the paper.
+        gain_lr: Learning rate of the gains at the start of settling, above 0; it falls to 0 along
+            a cosine.
         dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
             as "bfloat16".
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
@@ -61,7 +68,7 @@ class MaskLearning(LanguageModelling):
         loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
 
     Raises:
-        ValueError: A weight is out of its range, or both loss weights are 0.
+        ValueError: A setting is out of its range.
     """
 
     def __init__(
@@ -72,27 +79,30 @@ class MaskLearning(LanguageModelling):
         hypernetwork: Callable[[Sequence[int]], Hypernetwork] = GRUHypernetwork,
         optimizer: OptimizerCallable = _adamw,
         penalty: float = 6.0,
-        cross_entropy: float = 1.0,
-        distillation: float = 0.0,
+        loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
+        settled_loss: LossWeights = LossWeights(0.0, 1.0),  # noqa: B008 (frozen)
+        settle: float = 0.3,
+        gain_lr: float = 0.03,
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
-        loss_chunk_tokens: int = 1024,
+        loss_chunk_tokens: int = 512,
     ) -> None:
         super().__init__()
         if penalty <= 0:
             raise ValueError(f"`penalty` must be above 0, got {penalty}.")
-        if min(cross_entropy, distillation) < 0 or max(cross_entropy, distillation) == 0:
-            raise ValueError(
-                "`cross_entropy` and `distillation` must be 0 or more and not both 0, "
-                f"got {cross_entropy} and {distillation}."
-            )
+        if not 0 <= settle < 1:
+            raise ValueError(f"`settle` must be in [0, 1), got {settle}.")
+        if gain_lr <= 0:
+            raise ValueError(f"`gain_lr` must be above 0, got {gain_lr}.")
         if loss_chunk_tokens < 1:
             raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
         check_base(base)
         self.base, self.budget = base, budget
         self.sampler = sampler or GateSampler()
         self.penalty = penalty
-        self.cross_entropy, self.distillation = cross_entropy, distillation
+        self.loss, self.settled_loss = loss, settled_loss
+        self.settle, self.gain_lr = settle, gain_lr
+        self._settled: tuple[Tensor, ...] | None = None
         self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.loss_chunk_tokens = loss_chunk_tokens
         self.keep_target = budget.keep
@@ -108,20 +118,42 @@ class MaskLearning(LanguageModelling):
         self.model = load_model(self.base_folder, dtype=self.dtype_name)
         freeze(self.model)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5.23, which deprecates the old name.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            enable = getattr(self.model, new if hasattr(self.model, new) else old)
+            enable({"use_reentrant": False, "context_fn": self._contexts})
         self.hooks = GateHooks(self.model)
         self.sites = self.hooks.sites
         self.table = self.budget.cost.table(self.model)
         self.budget.check(self.sites, self.table)
-        self.hypernetwork = self._make_hypernetwork([site.size for site in self.sites])
+        sizes = [site.size for site in self.sites]
+        self.hypernetwork = self._make_hypernetwork(sizes)
+        self.gains = nn.Parameter(torch.ones(sum(sizes)))
 
     def setup(self, stage: str) -> None:
         """Check that the text suits the model before the model is read."""
         self.check_data(load_config(self.base_folder))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser of the hypernetwork."""
-        return self._make_optimizer(self.hypernetwork.parameters())
+    def configure_optimizers(self) -> Any:
+        """One optimiser: the hypernetwork trains until the masks settle, the gains from then on."""
+        self._settled = None
+        optimizer = self._optimizer()
+        begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
+
+        def of_gains(step: int) -> float:
+            progress = (step - begin) / max(1, end - begin)
+            return 0.0 if step < begin else (1 + math.cos(math.pi * progress)) / 2
+
+        schedule = LambdaLR(optimizer, [lambda step: float(step < begin), of_gains])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    @property
+    def mask_steps(self) -> int:
+        """Optimiser steps in which masks are learned; in the steps after, they have settled."""
+        return round(int(self.trainer.estimated_stepping_batches) * (1 - self.settle))
 
     @cached_property
     def base_folder(self) -> Path:
@@ -145,10 +177,10 @@ class MaskLearning(LanguageModelling):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
         input_BT = batch["input_ids"]
-        gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
-        gates = split(gates_N, self.sites)
+        gates = self._gates()
+        weights = self.loss if self._settled is None else self.settled_loss
         teacher_ND = None
-        if self.distillation:
+        if weights.distillation:
             with torch.no_grad():
                 teacher_ND = self._hidden(input_BT)
         with self.hooks.applied(gates):
@@ -158,12 +190,10 @@ class MaskLearning(LanguageModelling):
             input_BT[:, 1:].flatten(),
             head_of(self.model),
             teacher_ND=teacher_ND,
-            cross_entropy=self.cross_entropy,
-            distillation=self.distillation,
+            weights=weights,
             chunk_tokens=self.loss_chunk_tokens,
         )
-        fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
-        penalty = log_ratio_penalty(fraction, self.keep_target, self.penalty)
+        penalty, fraction = self._penalty(gates)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if not bool(loss.isfinite()):
@@ -182,13 +212,16 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def keep_probability(self) -> Tensor:
         """P(keep) of every gate, shape (N,), float32 on the CPU; deterministic."""
-        return self.sampler.keep_probability(self.hypernetwork().float()).cpu()
+        probability_N = self.sampler.keep_probability(self.hypernetwork().float()).cpu()
+        return torch.cat(self._open(split(probability_N, self.sites)))
 
     @torch.no_grad()
     def plan(self) -> PruningPlan:
         """The deterministic plan of the gates as they are now, exactly on budget."""
-        logits_N = self.hypernetwork().float().cpu()
-        kept = self.budget.finalise(logits_N, self.sites, self.table)
+        kept, gains = self._kept(), None
+        if bool((self.gains != 1).any()):  # they are trained only once the masks have settled
+            of_sites = split(self.gains.detach().float().cpu(), self.sites)
+            gains = [gain_I[index_W] for gain_I, index_W in zip(of_sites, kept, strict=True)]
         widths_S = torch.tensor([float(len(index)) for index in kept])
         provenance = {
             "method": "DISP-LLM (arXiv 2410.11988)",
@@ -199,7 +232,7 @@ class MaskLearning(LanguageModelling):
             "min_width": self.budget.min_width,
             "width_multiple": self.budget.width_multiple,
         }
-        return plan_from_indices(self.model, self.base_fingerprint, kept, provenance)
+        return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains)
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
@@ -231,11 +264,57 @@ class MaskLearning(LanguageModelling):
             "hypernetwork": repr(self.hypernetwork),
             "sampler": json.dumps(self.sampler.recipe(), sort_keys=True),
             "penalty": self.penalty,
-            "cross_entropy": self.cross_entropy,
-            "distillation": self.distillation,
+            "loss": repr(self.loss),
+            "settled_loss": repr(self.settled_loss),
+            "settle": self.settle,
+            "gain_lr": self.gain_lr,
             "dtype": self.dtype_name,
-            "optimizer": describe_optimizer(self.configure_optimizers()),
+            "optimizer": describe_optimizer(self._optimizer()),
         }
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        gains = {"params": [self.gains], "lr": self.gain_lr, "weight_decay": 0.0}
+        return self._make_optimizer([{"params": self.hypernetwork.parameters()}, gains])
+
+    @torch.no_grad()
+    def _kept(self) -> tuple[Tensor, ...]:
+        """Indices (int64) of what stays, per site, exactly on budget; deterministic."""
+        logits_N = self.hypernetwork().float().cpu()
+        return self.budget.finalise(logits_N, self.sites, self.table)
+
+    def _gates(self) -> tuple[Tensor, ...]:
+        """The gates of this step: a sample while masks are learned, then masks times gains."""
+        if self.global_step < self.mask_steps:
+            gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
+            return self._open(split(gates_N, self.sites))
+        if self._settled is None:  # the hypernetwork rests: its learning rate is 0 from here on
+            self._settled = tuple(
+                torch.zeros(site.size).index_fill(0, index_W, 1.0).to(self.device)
+                for site, index_W in zip(self.sites, self._kept(), strict=True)
+            )
+        gains = split(self.gains, self.sites)
+        return tuple(mask * gain for mask, gain in zip(self._settled, gains, strict=True))
+
+    def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Ones at the sites that the budget does not prune."""
+        return tuple(
+            gate if self.budget.prunes(site) else torch.ones_like(gate)
+            for gate, site in zip(gates, self.sites, strict=True)
+        )
+
+    def _penalty(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Budget penalty of a sample, 0 for settled masks, and the fraction of the cost kept."""
+        if self._settled is not None:
+            fraction = self.table.fraction(torch.stack([mask.sum() for mask in self._settled]))
+            return torch.zeros_like(fraction), fraction
+        fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
+        return log_ratio_penalty(fraction, self.keep_target, self.penalty), fraction
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For a checkpointed block: of its forward pass, and of its recomputation in the backward
+        pass, where the gates of the forward pass have to multiply again.
+        """
+        return nullcontext(), self.hooks.applied(self.hooks.gates)
 
     def _hidden(self, input_BT: Tensor) -> Tensor:
         """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""
@@ -248,8 +327,7 @@ class MaskLearning(LanguageModelling):
         self.log("kept", fraction.float(), prog_bar=True)
         self.log("target", self.keep_target, prog_bar=True)
         self.log("penalty", penalty.float())
-        if self.distillation:
-            self.log("train_kl", kl)
+        self.log("train_kl", kl)
 
 
 def freeze(model: nn.Module) -> None:

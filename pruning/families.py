@@ -84,6 +84,23 @@ class Family:
     mlp_width: str = "intermediate_size"
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
+    def gain_axes(self, path: str) -> tuple[str | None, ...]:
+        """The site of each axis of a tensor of a block along which the gains of the site fold in.
+
+        Gains go where their entries are read, into the columns of projections; those of entries
+        that no projection of the block reads, into the rows and biases that write them.
+
+        Args:
+            path: Tensor name relative to the block, such as `mlp.up_proj.weight`.
+        """
+        module, _, kind = path.rpartition(".")
+        read = {projection.input for projection in self.projections}
+        for projection in self.projections:
+            if projection.path == module:
+                rows = None if projection.output in read else projection.output
+                return (rows, projection.input) if kind == "weight" else (rows,)
+        return ()
+
     def axes(self, path: str) -> tuple[str | None, ...]:
         """The site of each axis of a tensor of a block, all None where nothing is ever sliced.
 

@@ -150,7 +150,7 @@ class GateSampler:
         if seed < 0:
             raise ValueError(f"`seed` must be 0 or more, got {seed}.")
         self.noise = noise or Logistic()
-        self.relaxation = relaxation or Soft()
+        self.relaxation = relaxation or StraightThrough()
         if isinstance(self.relaxation, ReinMax) and not isinstance(self.noise, Logistic):
             raise ValueError(
                 f"`relaxation` ReinMax is derived for `noise` Logistic, got "

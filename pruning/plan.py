@@ -1,8 +1,9 @@
 """The plan: which entries of every site stay. Small, exact, reproducible.
 
 On disk a plan is a folder entry of two files: `plan.safetensors` holds the kept indices, one int32
-vector per site named `<block>.<site>`, and `plan.json` says in words and numbers what they mean.
-Neither can run code. Equal plans are equal files, byte for byte.
+vector per site named `<block>.<site>`, and the gains of what stays, if there are any, as
+`<block>.<site>.gain`; `plan.json` says in words and numbers what they mean. Neither can run code.
+Equal plans are equal files, byte for byte.
 
 Legend: S = sites, I = entries of a site, W = kept entries of a site.
 """
@@ -26,6 +27,7 @@ from pruning.sites import Site, find_sites
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
 _FORMAT = "secateur-plan-1"
+_GAIN = ".gain"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,8 @@ class PruningPlan:
         base: Fingerprint of the base model, see `pruning.fingerprint`.
         sites: The sites of the base model, in order.
         kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
+        gains: Value of the gate of every kept entry (float32), one vector of shape (W,) per site;
+            None stands for ones. Surgery folds them into the weights.
         provenance: How the plan was made: JSON values only, shown in the model card.
 
     Raises:
@@ -48,6 +52,7 @@ class PruningPlan:
     sites: tuple[Site, ...]
     kept: tuple[Tensor, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    gains: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(self.kept):
@@ -59,6 +64,13 @@ class PruningPlan:
                 raise ValueError(f"Kept indices of site {site.key} must be sorted and unique.")
             if int(index_W[0]) < 0 or int(index_W[-1]) >= site.size:
                 raise ValueError(f"Kept indices of site {site.key} must be in [0, {site.size}).")
+
+        for site, index_W, gain_W in zip(self.sites, self.kept, self.gains or (), strict=False):
+            if gain_W.shape != index_W.shape or not bool(gain_W.isfinite().all()):
+                raise ValueError(
+                    f"Gains of site {site.key} must be {len(index_W)} finite numbers, one per kept "
+                    f"entry, got {len(gain_W)}."
+                )
 
     @property
     def widths(self) -> list[int]:
@@ -96,10 +108,11 @@ class PruningPlan:
         raise KeyError(f"{block}.{name}")
 
     def gates(self) -> tuple[Tensor, ...]:
-        """Hard gates of 0 and 1 (float32), one vector of shape (I,) per site."""
+        """The gates (float32), one vector of shape (I,) per site: 0, or the gain of what stays."""
+        gains = self.gains or tuple(torch.ones(len(index_W)) for index_W in self.kept)
         return tuple(
-            torch.zeros(site.size).index_fill(0, index_W, 1.0)
-            for site, index_W in zip(self.sites, self.kept, strict=True)
+            torch.zeros(site.size).index_copy(0, index_W, gain_W)
+            for site, index_W, gain_W in zip(self.sites, self.kept, gains, strict=True)
         )
 
     def verify(self, config: PreTrainedConfig) -> None:
@@ -154,6 +167,8 @@ class PruningPlan:
             site.key: index_W.to(torch.int32)
             for site, index_W in zip(self.sites, self.kept, strict=True)
         }
+        for site, gain_W in zip(self.sites, self.gains or (), strict=False):
+            tensors[f"{site.key}{_GAIN}"] = gain_W.float()
         save_file(tensors, folder / TENSORS)
         text = json.dumps(description, indent=1, sort_keys=True)
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -185,6 +200,7 @@ class PruningPlan:
             sites=sites,
             kept=tuple(tensors[site.key].long() for site in sites),
             provenance=description["provenance"],
+            gains=_gains(tensors, sites),
         )
 
 
@@ -197,10 +213,40 @@ def full_plan(model: PreTrainedModel, base: str) -> PruningPlan:
 
 
 def plan_from_indices(
-    model: PreTrainedModel, base: str, kept: Sequence[Tensor], provenance: Mapping[str, Any]
+    model: PreTrainedModel,
+    base: str,
+    kept: Sequence[Tensor],
+    provenance: Mapping[str, Any],
+    gains: Sequence[Tensor] | None = None,
 ) -> PruningPlan:
-    """The plan of a live model from one index vector (int64, sorted) per site, in order."""
-    sites = find_sites(model, family_of(model.config))
+    """The plan of a live model.
+
+    Args:
+        model: The dense model.
+        base: Its fingerprint.
+        kept: One vector of kept indices (int64, sorted) per site, in order.
+        provenance: How they were chosen.
+        gains: One vector of gate values per site; None stands for ones.
+    """
     return PruningPlan(
-        model.config.model_type, base, tuple(sites), tuple(i.cpu() for i in kept), provenance
+        model_type=model.config.model_type,
+        base=base,
+        sites=tuple(find_sites(model, family_of(model.config))),
+        kept=tuple(index_W.cpu() for index_W in kept),
+        provenance=provenance,
+        gains=None if gains is None else tuple(gain_W.cpu() for gain_W in gains),
     )
+
+
+def _gains(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[Tensor, ...] | None:
+    """The gains in a file, None where it holds none.
+
+    Raises:
+        ValueError: It holds those of some sites only.
+    """
+    present = [f"{site.key}{_GAIN}" in tensors for site in sites]
+    if not any(present):
+        return None
+    if not all(present):
+        raise ValueError(f"{TENSORS} lacks the gains of site {sites[present.index(False)].key}.")
+    return tuple(tensors[f"{site.key}{_GAIN}"] for site in sites)

@@ -24,6 +24,10 @@ class LearnsMasks(Protocol):
     sites: list[Site]
     table: CostTable
 
+    @property
+    def mask_steps(self) -> int:
+        """Optimiser steps in which masks are learned; budget and temperature move over these."""
+
     def keep_probability(self) -> Tensor:
         """P(keep) of every gate, shape (N,)."""
 

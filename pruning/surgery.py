@@ -242,12 +242,14 @@ class _Cut:
         file: File that holds the whole tensor; None for an index buffer.
         indices: What stays along each axis, None for everything; for a buffer, its content.
         num_bytes: Size of what stays.
+        gains: What stays is multiplied by, along each axis; None for nothing.
     """
 
     name: str
     file: Path | None
     indices: tuple[Tensor | None, ...]
     num_bytes: int
+    gains: tuple[Tensor | None, ...] = ()
 
     def make(self) -> Tensor:
         if self.file is None:
@@ -259,6 +261,10 @@ class _Cut:
         for axis, index_W in enumerate(self.indices):
             if index_W is not None:
                 tensor = tensor.index_select(axis, index_W)
+        for axis, gain_W in enumerate(self.gains):
+            if gain_W is not None:  # rounded once, at the end
+                shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+                tensor = (tensor.float() * gain_W.view(shape)).to(tensor.dtype)
         return tensor
 
 
@@ -269,6 +275,10 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
     kept = {
         (site.block, site.name): index_W if len(index_W) < site.size else None
         for site, index_W in zip(plan.sites, plan.kept, strict=True)
+    }
+    gains = {
+        (site.block, site.name): gain_W
+        for site, gain_W in zip(plan.sites, plan.gains or (None,) * len(plan.sites), strict=True)
     }
     cuts = []
     for path in _weight_files(base_folder):
@@ -290,7 +300,11 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
                         entries = entries // shape[axis] * len(index_W)
                     indices.append(index_W)
                 num_bytes = entries * _bytes_of(header.get_dtype())
-                cuts.append(_Cut(name, path, tuple(indices), num_bytes))
+                folded = tuple(
+                    None if site is None else gains[block, site]
+                    for site in _axes(family, name, family.gain_axes)[1]
+                )
+                cuts.append(_Cut(name, path, tuple(indices), num_bytes, folded))
     _refuse_missing(base_folder, {cut.name for cut in cuts}, family)
     for block in range(len(plan.widths_by_block())):
         for buffer, site in index_buffers(family).items():
@@ -313,13 +327,15 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _axes(family: Family, name: str) -> tuple[int, tuple[str | None, ...]]:
-    """Block and the sites of the axes of a tensor; no axes where nothing is sliced."""
+def _axes(
+    family: Family, name: str, of: Callable[[str], tuple[str | None, ...]] | None = None
+) -> tuple[int, tuple[str | None, ...]]:
+    """Block and the sites of the axes of a tensor, by `family.axes` or another of its tables."""
     prefix = f"{family.blocks}."
     if not name.startswith(prefix):
         return -1, ()
     block, _, relative = name.removeprefix(prefix).partition(".")
-    return int(block), family.axes(relative)
+    return int(block), (of or family.axes)(relative)
 
 
 def _refuse_missing(base_folder: Path, names: set[str], family: Family) -> None:
