@@ -94,6 +94,7 @@ def token_losses(
         parameters: Parameters of the head that are trained as well.
     """
     weights = weights or LossWeights()
+    assert teacher_ND is not None or not weights.distillation
 
     def weighted(piece_CD: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         log_p_CV = head(piece_CD).float().log_softmax(-1)

@@ -77,7 +77,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     make_inputs(tmp_path)
     # 23 windows of training text make epochs of 5 batches: the kill falls into any of several.
     write_text(tmp_path / "text.json", documents=5)
-    arguments = command(tmp_path, 24, "--model.distillation=1")
+    arguments = command(tmp_path, 24, "--model.loss.distillation=1")
     whole = finish(arguments, prepare(tmp_path, "whole"))
     killed = prepare(tmp_path, "killed")
     root = kill(0, arguments, killed)

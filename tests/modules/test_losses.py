@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.losses import TokenLosses, head_of, token_losses
+from modules.losses import LossWeights, TokenLosses, head_of, token_losses
 from tests.tiny import tiny_llama
 
 N, D, V = 23, 8, 31
@@ -59,8 +59,7 @@ def test_chunks_give_the_losses_and_gradients_of_all_logits_at_once(
         inputs["labels_N"],
         head,
         teacher_ND=inputs["teacher_ND"] if kl else None,
-        cross_entropy=ce,
-        distillation=kl,
+        weights=LossWeights(ce, kl),
         chunk_tokens=chunk,
         parameters=[inputs["weight_VD"]],
     )
@@ -98,7 +97,7 @@ def test_no_more_than_a_chunk_of_logits_is_alive(inputs: dict[str, Tensor], chun
         inputs["labels_N"],
         head,
         teacher_ND=inputs["teacher_ND"],
-        distillation=1.0,
+        weights=LossWeights(1.0, 1.0),
         chunk_tokens=chunk,
     )
     losses.total.backward()
@@ -112,6 +111,12 @@ def test_without_gradients_none_are_computed(inputs: dict[str, Tensor]) -> None:
     assert not losses.total.requires_grad
 
 
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -0.5), (0.0, 0.0)])
+def test_weights_out_of_range_are_refused(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="must be 0 or more and not both 0, got "):
+        LossWeights(*weights)
+
+
 def test_the_teacher_gets_no_gradient(inputs: dict[str, Tensor]) -> None:
     teacher_ND = inputs["teacher_ND"].requires_grad_()
     losses = token_losses(
@@ -119,7 +124,7 @@ def test_the_teacher_gets_no_gradient(inputs: dict[str, Tensor]) -> None:
         inputs["labels_N"],
         capped(inputs["weight_VD"].detach(), None),
         teacher_ND=teacher_ND,
-        distillation=1.0,
+        weights=LossWeights(1.0, 1.0),
     )
     losses.total.backward()
     assert teacher_ND.grad is None

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from modules.loading import load_model
+from modules.losses import LossWeights
 from modules.mask_learning import MaskLearning
 from modules.text_data import TextData
 from pruning.budget import Budget, Parameters, log_ratio_penalty
@@ -80,7 +81,7 @@ def batch(windows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor
 def test_the_loss_is_that_of_one_sample_of_gates_on_the_whole(
     make: Make, inputs: Path, ce: float, kl: float
 ) -> None:
-    module = make(cross_entropy=ce, distillation=kl, penalty=4.0)
+    module = make(loss=LossWeights(ce, kl), penalty=4.0)
     loss = module.training_step(batch(), 0)
 
     dense: Any = load_model(inputs / "base")
@@ -108,7 +109,7 @@ def test_noise_depends_on_the_step_and_on_nothing_else(
 
 
 def test_only_the_hypernetwork_learns(make: Make) -> None:
-    module = make(distillation=1.0)
+    module = make(loss=LossWeights(distillation=1.0))
     before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
     module.training_step(batch(), 0).backward()
     assert all(parameter.grad is None for parameter in module.model.parameters())
@@ -127,7 +128,7 @@ def test_only_the_hypernetwork_learns(make: Make) -> None:
 def test_gradient_checkpointing_changes_no_gradient(make: Make) -> None:
     gradients = []
     for checkpointing in (False, True):
-        module = make(gradient_checkpointing=checkpointing, distillation=1.0)
+        module = make(gradient_checkpointing=checkpointing, loss=LossWeights(1.0, 1.0))
         assert module.model.model.layers[0].gradient_checkpointing == checkpointing
         module.training_step(batch(), 0).backward()
         gradients.append([parameter.grad for parameter in module.hypernetwork.parameters()])
@@ -278,8 +279,8 @@ def test_a_nan_budget_is_told_apart_from_a_nan_loss(
     ("settings", "message"),
     [
         ({"penalty": 0}, "`penalty` must be above 0, got 0"),
-        ({"cross_entropy": -1.0}, "`cross_entropy` and `distillation` must be 0 or more"),
-        ({"cross_entropy": 0.0}, "not both 0, got 0.0 and 0.0"),
+        ({"settle": 1.0}, r"`settle` must be in \[0, 1\), got 1.0"),
+        ({"gain_lr": 0}, "`gain_lr` must be above 0, got 0"),
         ({"loss_chunk_tokens": 0}, "`loss_chunk_tokens` must be 1 or more, got 0"),
     ],
 )
