@@ -30,8 +30,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
+	$(RUN) -m benchmarks.demo_text runs/demo
 	$(RUN) train.py fit --config configs/demo/pretrain.yaml
 	$(RUN) train.py fit --config configs/demo/disp.yaml
+	$(RUN) -m benchmarks.demo_compare runs/demo/disp runs/demo/dense/model runs/demo/text
 
 test: setup
 	$(RUN) -m pytest

@@ -102,7 +102,8 @@ class ReinMax(Relaxation):
     At temperature 1 its mean over D is 3 p (1 - p) / 2 - p (1 - p) / 2 = p (1 - p), the exact
     derivative of the mean gate: p = 0.5 gives 2 * 0.25 * 0.75 - 0.125 = 0.25 for either sample.
 
-    Use it with `Logistic` noise: the derivation takes P(keep) = sigmoid(logit).
+    Use it with `Logistic` noise: the derivation takes P(keep) = sigmoid(logit); and with a
+    temperature of 1 or more: below it the gradient of decided gates shrinks and changes its sign.
     """
 
     def __call__(
