@@ -59,10 +59,10 @@ class TrainCLI(LightningCLI):
                 _object("lightning.pytorch.loggers.CSVLogger", save_dir=root, name="metrics"),
                 _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=root, name="logs"),
             ]
-        limits = (config.trainer.max_steps, config.trainer.max_epochs, config.trainer.max_time)
-        if self.subcommand == "fit" and limits in ((-1, -1, None), (-1, None, None)):
+        limits = (config.trainer.max_steps, config.trainer.max_epochs)
+        if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)):
             raise ValueError(
-                "`trainer.max_steps` must be set, or training never ends; 1000 is a start."
+                "`trainer.max_steps` must be set: schedules end with it; 1000 is a start."
             )
         if config.weights_only is None:
             config.weights_only = True  # a checkpoint is data: nothing in it may run

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
 from modules import MaskLearning
-from modules.loading import load_model
+from modules.loading import load_config, load_model
 from modules.losses import LossWeights
 
 
@@ -41,9 +41,11 @@ def plain_step(folder: str) -> Callable[[Tensor], None]:
 def mask_step(folder: str, distillation: float) -> Callable[[Tensor], None]:
     """A whole step of MaskLearning: sample, forward, loss, backward, optimiser."""
     module = MaskLearning(folder, loss=LossWeights(1.0, distillation))
-    module.trainer = Trainer(logger=False, barebones=True)
+    # Of 1000 steps only the first, step 0, is timed over and over: masks are learned, not settled.
+    module.trainer = Trainer(logger=False, enable_checkpointing=False, max_steps=1000)
     module.configure_model()
-    optimizer = module.configure_optimizers()
+    assert module.global_step < module.mask_steps
+    optimizer = module.configure_optimizers()["optimizer"]
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
     def step(input_BT: Tensor) -> None:
@@ -86,7 +88,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = args.model or str(data_folder() / "models" / "llama7m_mha")
     generator = torch.Generator().manual_seed(0)
-    input_BT = torch.randint(3, 4000, (args.batch, WINDOW_TOKENS), generator=generator)
+    vocabulary = load_config(Path(folder)).vocab_size
+    input_BT = torch.randint(vocabulary, (args.batch, WINDOW_TOKENS), generator=generator)
 
     # Memory first: forked children must not inherit the memory of the timed steps.
     memory = {

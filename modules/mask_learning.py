@@ -52,7 +52,8 @@ class MaskLearning(LanguageModelling):
         budget: How much of the model stays, and in which shapes.
         sampler: How logits become gates.
         hypernetwork: Makes the logits; called with the list of site sizes.
-        optimizer: Trains the hypernetwork; called with its parameters.
+        optimizer: Trains the hypernetwork and the gains; called with a group of parameters for
+            each.
         penalty: Strength of the pull to the budget (the paper's lambda), above 0; 6 in the paper.
         loss: What is trained while masks are learned.
         settled_loss: What is trained while the gains are learned.
@@ -102,17 +103,21 @@ class MaskLearning(LanguageModelling):
         self.penalty = penalty
         self.loss, self.settled_loss = loss, settled_loss
         self.settle, self.gain_lr = settle, gain_lr
-        self._settled: tuple[Tensor, ...] | None = None
         self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.loss_chunk_tokens = loss_chunk_tokens
         self.keep_target = budget.keep
         self.strict_loading = False  # checkpoints hold what trains, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
+        self.gains: nn.Parameter
+        self.settled_N: Tensor
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
         """Read the frozen model, hang the gates in, make the hypernetwork."""
-        if self.model is not None:
+        if self.model is not None:  # a second fit of this object starts afresh
+            if self.trainer.ckpt_path is None:
+                torch.nn.init.ones_(self.gains)
+                torch.nn.init.zeros_(self.settled_N)
             return
         family_of(load_config(self.base_folder))  # an unknown family is told before the weights
         self.model = load_model(self.base_folder, dtype=self.dtype_name)
@@ -129,14 +134,15 @@ class MaskLearning(LanguageModelling):
         sizes = [site.size for site in self.sites]
         self.hypernetwork = self._make_hypernetwork(sizes)
         self.gains = nn.Parameter(torch.ones(sum(sizes)))
+        self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
 
     def setup(self, stage: str) -> None:
         """Check that the text suits the model before the model is read."""
         self.check_data(load_config(self.base_folder))
+        self.temperature = self.sampler.start_temperature
 
     def configure_optimizers(self) -> Any:
         """One optimiser: the hypernetwork trains until the masks settle, the gains from then on."""
-        self._settled = None
         optimizer = self._optimizer()
         begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
 
@@ -152,8 +158,21 @@ class MaskLearning(LanguageModelling):
 
     @property
     def mask_steps(self) -> int:
-        """Optimiser steps in which masks are learned; in the steps after, they have settled."""
-        return round(int(self.trainer.estimated_stepping_batches) * (1 - self.settle))
+        """Optimiser steps in which masks are learned; in the steps after, they have settled.
+
+        Raises:
+            ValueError: Training has no end, or there is no such step.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ValueError("`trainer.max_steps` must be set: masks settle near the last step.")
+        steps = round(total * (1 - self.settle))
+        if steps < 1:
+            raise ValueError(
+                f"`settle` {self.settle} of {total} steps leaves none to learn masks in; lower it "
+                "or raise `trainer.max_steps`."
+            )
+        return steps
 
     @cached_property
     def base_folder(self) -> Path:
@@ -178,7 +197,8 @@ class MaskLearning(LanguageModelling):
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
         input_BT = batch["input_ids"]
         gates = self._gates()
-        weights = self.loss if self._settled is None else self.settled_loss
+        settled = self.global_step >= self.mask_steps
+        weights = self.settled_loss if settled else self.loss
         teacher_ND = None
         if weights.distillation:
             with torch.no_grad():
@@ -193,7 +213,12 @@ class MaskLearning(LanguageModelling):
             weights=weights,
             chunk_tokens=self.loss_chunk_tokens,
         )
-        penalty, fraction = self._penalty(gates)
+        fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
+        penalty = log_ratio_penalty(fraction, self.keep_target, self.penalty)
+        if settled:  # the masks meet the budget, whatever their gains add up to
+            widths_S = [mask.sum() for mask in split(self.settled_N, self.sites)]
+            fraction = self.table.fraction(torch.stack(widths_S).double())
+            penalty = torch.zeros_like(fraction)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if not bool(loss.isfinite()):
@@ -217,7 +242,10 @@ class MaskLearning(LanguageModelling):
 
     @torch.no_grad()
     def plan(self) -> PruningPlan:
-        """The deterministic plan of the gates as they are now, exactly on budget."""
+        """The deterministic plan of the gates as they are now, exactly on budget.
+
+        Gains are part of it once they have been learned, which is after the masks have settled.
+        """
         kept, gains = self._kept(), None
         if bool((self.gains != 1).any()):  # they are trained only once the masks have settled
             of_sites = split(self.gains.detach().float().cpu(), self.sites)
@@ -231,6 +259,9 @@ class MaskLearning(LanguageModelling):
             "cost": repr(self.budget.cost),
             "min_width": self.budget.min_width,
             "width_multiple": self.budget.width_multiple,
+            "uniform": self.budget.uniform,
+            "gains": gains is not None,
+            "settle": self.settle,
         }
         return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains)
 
@@ -243,8 +274,8 @@ class MaskLearning(LanguageModelling):
         """Finalise, cut the base model's files, prove and measure the result; see `deliver`."""
         if not self.trainer.is_global_zero:
             return
-        loader = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        windows_NT = torch.cat([batch["input_ids"] for batch in loader])
+        windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
+        windows_NT = torch.stack([windows[place] for place in range(len(windows))])
         deliver(self.model, self.plan(), self.base, self.base_folder, folder, windows_NT, command)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -279,6 +310,9 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def _kept(self) -> tuple[Tensor, ...]:
         """Indices (int64) of what stays, per site, exactly on budget; deterministic."""
+        if bool(self.settled_N.any()):
+            masks = split(self.settled_N.cpu(), self.sites)
+            return tuple(mask.nonzero().squeeze(1) for mask in masks)
         logits_N = self.hypernetwork().float().cpu()
         return self.budget.finalise(logits_N, self.sites, self.table)
 
@@ -287,13 +321,13 @@ class MaskLearning(LanguageModelling):
         if self.global_step < self.mask_steps:
             gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
             return self._open(split(gates_N, self.sites))
-        if self._settled is None:  # the hypernetwork rests: its learning rate is 0 from here on
-            self._settled = tuple(
-                torch.zeros(site.size).index_fill(0, index_W, 1.0).to(self.device)
-                for site, index_W in zip(self.sites, self._kept(), strict=True)
-            )
-        gains = split(self.gains, self.sites)
-        return tuple(mask * gain for mask, gain in zip(self._settled, gains, strict=True))
+        if self.global_step == self.mask_steps:
+            kept = zip(self.sites, self._kept(), strict=True)
+            masks = [torch.zeros(s.size, dtype=torch.bool).index_fill(0, i, True) for s, i in kept]
+            self.settled_N.copy_(torch.cat(masks))
+        # Where nothing was removed there is nothing to make good: the gains get no gradient.
+        gains_N = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
+        return self._open(split(self.settled_N * gains_N, self.sites))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Ones at the sites that the budget does not prune."""
@@ -301,14 +335,6 @@ class MaskLearning(LanguageModelling):
             gate if self.budget.prunes(site) else torch.ones_like(gate)
             for gate, site in zip(gates, self.sites, strict=True)
         )
-
-    def _penalty(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Budget penalty of a sample, 0 for settled masks, and the fraction of the cost kept."""
-        if self._settled is not None:
-            fraction = self.table.fraction(torch.stack([mask.sum() for mask in self._settled]))
-            return torch.zeros_like(fraction), fraction
-        fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
-        return log_ratio_penalty(fraction, self.keep_target, self.penalty), fraction
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For a checkpointed block: of its forward pass, and of its recomputation in the backward

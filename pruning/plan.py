@@ -65,12 +65,18 @@ class PruningPlan:
             if int(index_W[0]) < 0 or int(index_W[-1]) >= site.size:
                 raise ValueError(f"Kept indices of site {site.key} must be in [0, {site.size}).")
 
-        for site, index_W, gain_W in zip(self.sites, self.kept, self.gains or (), strict=False):
-            if gain_W.shape != index_W.shape or not bool(gain_W.isfinite().all()):
+        if self.gains is None:
+            return
+        if len(self.gains) != len(self.sites):
+            raise ValueError(f"{len(self.gains)} gains were given for {len(self.sites)} sites.")
+        for site, index_W, gain_W in zip(self.sites, self.kept, self.gains, strict=True):
+            if gain_W.shape != index_W.shape:
                 raise ValueError(
-                    f"Gains of site {site.key} must be {len(index_W)} finite numbers, one per kept "
-                    f"entry, got {len(gain_W)}."
+                    f"Gains of site {site.key} must be {len(index_W)} numbers, one per kept entry, "
+                    f"got {len(gain_W)}."
                 )
+            if not bool(gain_W.isfinite().all()):
+                raise ValueError(f"Gains of site {site.key} must be finite.")
 
     @property
     def widths(self) -> list[int]:
@@ -167,8 +173,9 @@ class PruningPlan:
             site.key: index_W.to(torch.int32)
             for site, index_W in zip(self.sites, self.kept, strict=True)
         }
-        for site, gain_W in zip(self.sites, self.gains or (), strict=False):
-            tensors[f"{site.key}{_GAIN}"] = gain_W.float()
+        if self.gains is not None:
+            for site, gain_W in zip(self.sites, self.gains, strict=True):
+                tensors[f"{site.key}{_GAIN}"] = gain_W.float()
         save_file(tensors, folder / TENSORS)
         text = json.dumps(description, indent=1, sort_keys=True)
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")

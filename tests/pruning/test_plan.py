@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from pruning.families import FAMILIES
@@ -37,6 +38,46 @@ def test_widths_indices_and_gates() -> None:
     assert [gate.tolist() for gate in plan.gates()][:2] == [[1, 0, 1, 0], [0, 1, 0]]
     with pytest.raises(KeyError, match=r"2\.a"):
         plan.index(2, "a")
+
+
+GAINS = tuple(torch.linspace(0.5, 1.5, len(index)) for index in KEPT)
+
+
+def test_gains_are_the_gates_of_what_stays_and_survive_the_disk(tmp_path: Path) -> None:
+    plan = _plan(gains=GAINS)
+    assert [gate.tolist() for gate in plan.gates()][:2] == [[0.5, 0, 1.5, 0], [0, 0.5, 0]]
+    plan.save(tmp_path)
+    loaded = PruningPlan.load(tmp_path)
+    assert loaded.gains is not None
+    assert all(torch.equal(a, b) for a, b in zip(loaded.gains, GAINS, strict=True))
+    assert PruningPlan.load(_saved(tmp_path / "none", _plan())).gains is None
+
+
+def _saved(folder: Path, plan: PruningPlan) -> Path:
+    plan.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("gains", "message"),
+    [
+        ((torch.ones(1), *GAINS[1:]), r"Gains of site 0\.a must be 2 numbers"),
+        ((torch.tensor([1.0, float("nan")]), *GAINS[1:]), r"Gains of site 0\.a must be finite"),
+        (GAINS[:1], "1 gains were given for 4 sites"),
+    ],
+)
+def test_gains_are_finite_and_one_per_kept_entry(gains: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _plan(gains=gains)
+
+
+def test_gains_of_some_sites_only_are_a_damaged_plan(tmp_path: Path) -> None:
+    _plan(gains=GAINS).save(tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    del tensors["1.a.gain"]
+    save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match=r"lacks the gains of site 1\.a"):
+        PruningPlan.load(tmp_path)
 
 
 def test_description_is_a_table() -> None:

@@ -17,7 +17,7 @@ from pruning.sites import find_sites
 def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
     """Sites of block 0 keep one entry, of block 1 all, of block 2 odd numbers, of block 3 eights.
 
-    Which entries stay is drawn at random.
+    Which entries stay, and with which gains, is drawn at random.
     """
     model = skeleton(AutoConfig.from_pretrained(folder))
     sites = find_sites(model, family_of(model.config))
@@ -29,8 +29,8 @@ def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
         width = {0: 1, 1: site.size, 3: eights}.get(site.block, odd)
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
-    base, provenance = fingerprint(folder), {"seed": seed}
-    return PruningPlan(model.config.model_type, base, tuple(sites), tuple(kept), provenance)
+    gains = [torch.empty(len(i)).uniform_(0.7, 1.3, generator=generator) for i in kept]
+    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, gains)
 
 
 def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> PruningPlan:
