@@ -1,12 +1,14 @@
-"""Dense, learned, magnitude and random masks side by side, all at the budget of the learned plan.
+"""Dense, learned, magnitude and random masks side by side, all at the same fraction of block FLOPs.
 
-Reads the run that `configs/demo/disp.yaml` left, makes the two plans that learn nothing, exports
-both, and measures the four models in one go on the validation text of the run.
+Reads the run that `configs/demo/disp.yaml` left, makes the two plans that learn nothing and the
+learned one without its gains, exports them, and measures all models in one go on the validation
+text of the run.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,16 +49,18 @@ def main() -> None:
         "magnitude": magnitude_scores(models["dense"]),
         "random": random_scores(models["dense"]),
     }
+    plans = {"learned, no gains": replace(learned, gains=None)}
     for name, scores_N in scores.items():
         kept = budget.finalise(scores_N, list(learned.sites), table)
         widths_S = torch.tensor([float(len(index)) for index in kept])
         origin = {"method": name, "kept": float(table.fraction(widths_S))}
-        plan = plan_from_indices(models["dense"], learned.base, kept, origin)
-        folders[name] = args.run / "compare" / name
+        plans[name] = plan_from_indices(models["dense"], learned.base, kept, origin)
+    for name, plan in plans.items():
+        folders[name] = args.run / "compare" / name.replace(", ", "_").replace(" ", "_")
         card = ModelCard(title=f"{name} masks", base_model=str(args.dense))
         export_model(args.dense, plan, folders[name], partial(_same, card), models["dense"])
-        plot_widths(plan, args.run / "plots" / f"widths_{name}.png")
-    for name in ("learned", *scores):
+        plot_widths(plan, args.run / "plots" / f"widths_{folders[name].name}.png")
+    for name in ("learned", *plans):
         models[name] = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True)
 
     data = TextData(

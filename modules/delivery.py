@@ -93,15 +93,16 @@ def card(
     for cost in _COSTS:
         table = cost.table(model)
         kept = float(table(widths_S))
-        name = f"{type(cost).__name__}, " + ("whole model" if cost.whole_model else "blocks")  # type: ignore[attr-defined]
-        budget.append([name, f"{table.dense:,.0f}", f"{kept:,.0f}", f"{kept / table.dense:.4f}"])
+        budget.append(
+            [cost.label, f"{table.dense:,.0f}", f"{kept:,.0f}", f"{kept / table.dense:.4f}"]
+        )
     dense, pruned = report.rows
     quality = [["text", "dense perplexity", "pruned perplexity"]] + [
         [text, f"{dense.perplexity[text].value:.3f}", f"{pruned.perplexity[text].value:.3f}"]
         for text in dense.perplexity
     ]
     return ModelCard(
-        title=f"{Path(base).name}, pruned to {plan.provenance['kept']:.1%} of its blocks",
+        title=f"{Path(base).name}, {plan.provenance['kept']:.1%} of {plan.provenance['counted']}",
         base_model=os.path.relpath(base) if Path(base).exists() else base,
         budget=budget,
         quality=quality,

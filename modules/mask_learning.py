@@ -256,6 +256,7 @@ class MaskLearning(LanguageModelling):
             "step": self.global_step,
             "keep": self.budget.keep,
             "kept": float(self.table.fraction(widths_S)),
+            "counted": self.budget.cost.label,
             "cost": repr(self.budget.cost),
             "min_width": self.budget.min_width,
             "width_multiple": self.budget.width_multiple,

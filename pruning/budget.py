@@ -78,6 +78,14 @@ class CostTable:
 class Cost(ABC):
     """What is counted."""
 
+    whole_model: bool
+
+    @property
+    def label(self) -> str:
+        """What is counted, in words: `block parameters`, or `flops` of the whole model."""
+        name = type(self).__name__.lower()
+        return name if self.whole_model else f"block {name}"
+
     @abstractmethod
     def table(self, model: PreTrainedModel) -> CostTable:
         """The cost table of a model, which may live on the meta device."""

@@ -94,7 +94,7 @@ def test_the_card_has_budget_quality_command_versions_and_fingerprint(fitted: Pa
     plan = PruningPlan.load(fitted / "plan")
     report = json.loads((fitted / "report.json").read_text(encoding="utf-8"))
     quality = report["models"]["pruned"]["perplexity"]["validation"]["value"]
-    for fact in ("Flops, blocks", f"{quality:.3f}", plan.base, f"- torch: {torch.__version__}"):
+    for fact in ("block flops", f"{quality:.3f}", plan.base, f"- torch: {torch.__version__}"):
         assert fact in card
     assert "python " in card
     assert "ms" not in card.replace("torch_dtype", "").split("## Quality")[1].split("## Widths")[0]

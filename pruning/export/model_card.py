@@ -51,10 +51,12 @@ class ModelCard:
         summary, loading = (
             (_SUMMARY, _LOADING) if width is None else (_STOCK_SUMMARY, _STOCK_LOADING)
         )
+        gains = "" if plan.gains is None else ", and each kept entry a learned gain in the weights"
+        summary = summary.format(base_model=self.base_model, width=width, gains=gains)
         sections = [
             self._header(),
             f"# {self.title}",
-            summary.format(base_model=self.base_model, width=width) + _VERIFIED,
+            summary + _VERIFIED,
             loading,
         ]
         for name, rows in (
@@ -92,11 +94,11 @@ class ModelCard:
 _SUMMARY = """\
 `{base_model}`, pruned by Secateur to the widths below. Which entries of the residual stream a block
 reads and writes differs from block to block: `config.json` has the widths, the weights have the
-indices. """
+indices{gains}. """
 
 _STOCK_SUMMARY = """\
 `{base_model}`, pruned by Secateur to {width} neurons in the MLP of every block; which ones stay
-differs from block to block. This is a stock model of its family. """
+differs from block to block{gains}. This is a stock model of its family. """
 
 _VERIFIED = """\
 Before this folder was put in its place, its logits were compared with those of the masked base

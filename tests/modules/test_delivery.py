@@ -32,7 +32,9 @@ def make_plan(base: Path) -> PruningPlan:
         sum(site.size for site in sites), generator=torch.Generator().manual_seed(0)
     )
     kept = budget.finalise(scores_N, sites, budget.cost.table(model))
-    return plan_from_indices(model, fingerprint(base), kept, {"kept": 0.5})
+    return plan_from_indices(
+        model, fingerprint(base), kept, {"counted": "block flops", "kept": 0.5}
+    )
 
 
 def run(base: Path, folder: Path, **changes: Any) -> Any:
