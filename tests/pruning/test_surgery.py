@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from pruning import surgery
 from pruning.families import skeleton
 from pruning.fingerprint import fingerprint
-from pruning.plan import full_plan
+from pruning.plan import PruningPlan, full_plan
 from pruning.surgery import prune_checkpoint
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import tiny_folder, tiny_llama
@@ -26,6 +26,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def gain(plan: PruningPlan, name: str, block: int = 2) -> torch.Tensor:
+    assert plan.gains is not None
+    places = [(site.block, site.name) for site in plan.sites]
+    return plan.gains[places.index((block, name))]
+
+
 def test_every_tensor_is_the_slice_that_the_plan_names(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", attention_bias=True, mlp_bias=True)
     plan = uneven_plan(base)
@@ -35,16 +41,24 @@ def test_every_tensor_is_the_slice_that_the_plan_names(tmp_path: Path) -> None:
     attn_in, attn_out, mlp_in, mlp_mid, mlp_out = (
         plan.index(2, name) for name in ("attn_in", "attn_out", "mlp_in", "mlp_mid", "mlp_out")
     )
+    # Gains fold into the columns that read their entries, or else into the rows that write them.
+    g_in, g_out, m_in, m_mid, m_out = (
+        gain(plan, name) for name in ("attn_in", "attn_out", "mlp_in", "mlp_mid", "mlp_out")
+    )
     expected = {
-        "self_attn.q_proj.weight": dense[f"{layer}.self_attn.q_proj.weight"][:, attn_in],
+        "self_attn.q_proj.weight": dense[f"{layer}.self_attn.q_proj.weight"][:, attn_in] * g_in,
         "self_attn.q_proj.bias": dense[f"{layer}.self_attn.q_proj.bias"],
-        "self_attn.k_proj.weight": dense[f"{layer}.self_attn.k_proj.weight"][:, attn_in],
-        "self_attn.o_proj.weight": dense[f"{layer}.self_attn.o_proj.weight"][attn_out],
-        "self_attn.o_proj.bias": dense[f"{layer}.self_attn.o_proj.bias"][attn_out],
-        "mlp.up_proj.weight": dense[f"{layer}.mlp.up_proj.weight"][mlp_mid][:, mlp_in],
+        "self_attn.k_proj.weight": dense[f"{layer}.self_attn.k_proj.weight"][:, attn_in] * g_in,
+        "self_attn.o_proj.weight": (
+            dense[f"{layer}.self_attn.o_proj.weight"][attn_out] * g_out[:, None]
+        ),
+        "self_attn.o_proj.bias": dense[f"{layer}.self_attn.o_proj.bias"][attn_out] * g_out,
+        "mlp.up_proj.weight": dense[f"{layer}.mlp.up_proj.weight"][mlp_mid][:, mlp_in] * m_in,
         "mlp.up_proj.bias": dense[f"{layer}.mlp.up_proj.bias"][mlp_mid],
-        "mlp.down_proj.weight": dense[f"{layer}.mlp.down_proj.weight"][mlp_out][:, mlp_mid],
-        "mlp.down_proj.bias": dense[f"{layer}.mlp.down_proj.bias"][mlp_out],
+        "mlp.down_proj.weight": (
+            dense[f"{layer}.mlp.down_proj.weight"][mlp_out][:, mlp_mid] * m_out[:, None] * m_mid
+        ),
+        "mlp.down_proj.bias": dense[f"{layer}.mlp.down_proj.bias"][mlp_out] * m_out,
         "input_layernorm.weight": dense[f"{layer}.input_layernorm.weight"][attn_in],
         "input_layernorm.index": attn_in,
         "post_attention_layernorm.index": mlp_in,

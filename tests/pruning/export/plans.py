@@ -14,7 +14,7 @@ from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import find_sites
 
 
-def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
+def uneven_plan(folder: Path, seed: int = 0, with_gains: bool = True) -> PruningPlan:
     """Sites of block 0 keep one entry, of block 1 all, of block 2 odd numbers, of block 3 eights.
 
     Which entries stay, and with which gains, is drawn at random.
@@ -30,7 +30,9 @@ def uneven_plan(folder: Path, seed: int = 0) -> PruningPlan:
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
     gains = [torch.empty(len(i)).uniform_(0.7, 1.3, generator=generator) for i in kept]
-    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, gains)
+    return plan_from_indices(
+        model, fingerprint(folder), kept, {"seed": seed}, gains if with_gains else None
+    )
 
 
 def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> PruningPlan:
