@@ -41,7 +41,7 @@ from pruning.surgery import refuse_foreign
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05, fused=True)
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=True)
 
 
 class MaskLearning(LanguageModelling):
