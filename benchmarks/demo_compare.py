@@ -49,14 +49,14 @@ def main() -> None:
         "magnitude": magnitude_scores(models["dense"]),
         "random": random_scores(models["dense"]),
     }
-    plans = {"learned, no gains": replace(learned, gains=None)}
+    plans = {"no gains": replace(learned, gains=None)}
     for name, scores_N in scores.items():
         kept = budget.finalise(scores_N, list(learned.sites), table)
         widths_S = torch.tensor([float(len(index)) for index in kept])
         origin = {"method": name, "kept": float(table.fraction(widths_S))}
         plans[name] = plan_from_indices(models["dense"], learned.base, kept, origin)
     for name, plan in plans.items():
-        folders[name] = args.run / "compare" / name.replace(", ", "_").replace(" ", "_")
+        folders[name] = args.run / "compare" / name.replace(" ", "_")
         card = ModelCard(title=f"{name} masks", base_model=str(args.dense))
         export_model(args.dense, plan, folders[name], partial(_same, card), models["dense"])
         plot_widths(plan, args.run / "plots" / f"widths_{folders[name].name}.png")
@@ -76,7 +76,12 @@ def main() -> None:
         models,
         {"validation": windows_NT},
         folders=folders,
-        speed={"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 5},
+        speed={
+            "batch_size": 16,
+            "prompt_tokens": prompt,
+            "new_tokens": min(32, prompt),
+            "repeats": 5,
+        },
     )
     (args.run / "compare" / "report.md").write_text(report.markdown(), encoding="utf-8")
     (args.run / "compare" / "report.json").write_text(report.json(), encoding="utf-8")
