@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -228,6 +230,11 @@ class MaskLearning(LanguageModelling):
 
     def on_validation_start(self) -> None:
         """Measure what would be exported now: the hard, budget-exact plan."""
+        if self.trainer.state.fn != TrainerFn.FITTING and self.trainer.ckpt_path is None:
+            rank_zero_info(
+                "No `ckpt_path` is given: measured are gates that have not been trained; "
+                "`--ckpt_path last` measures those of the run."
+            )
         self._measured_gates = [gate.to(self.device) for gate in self.plan().gates()]
 
     def measured(self) -> AbstractContextManager[None]:
