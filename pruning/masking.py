@@ -1,6 +1,7 @@
 """Multiply gates into a live model, by hooks: the model itself is not changed.
 
-Masking with gates of 0 and 1 gives the function that the exported, smaller model computes. The
+Masking with the gates of a plan, 0 for what goes and 1 or its gain for what stays, gives the
+function that the exported, smaller model computes. The
 norms keep their statistics over the full width: an entry is normalised first, then selected.
 
 Legend: S = sites, I = entries of a site.

@@ -1,6 +1,6 @@
 """The plan: which entries of every site stay. Small, exact, reproducible.
 
-On disk a plan is a folder entry of two files: `plan.safetensors` holds the kept indices, one int32
+On disk a plan is two files of one folder: `plan.safetensors` holds the kept indices, one int32
 vector per site named `<block>.<site>`, and the gains of what stays, if there are any, as
 `<block>.<site>.gain`; `plan.json` says in words and numbers what they mean. Neither can run code.
 Equal plans are equal files, byte for byte.
