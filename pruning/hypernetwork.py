@@ -5,17 +5,26 @@ LayerNorm, GELU, one bias-free linear head per site.
 
 Differs from the paper's code: the random input is a seeded buffer and is never trained, so that it
 cannot drift apart between ranks. `FreeLogits` and `NoRecurrence` are the paper's ablations.
+`SharedHeads` is ours.
 
-Cost: the heads dominate, 128 weights per gate: 112.2 M parameters for LLaMA-2-7B.
+Cost: the heads dominate, 128 weights per gate: 112.2 M parameters for LLaMA-2-7B, 629 M at 70B, 16
+bytes each with AdamW. `SharedHeads` takes 2.8 and 9.7 M, `FreeLogits` 0.9 and 4.9 M; docs/disp.md
+compares what masks they learn.
 
-Legend: S = sites, N = all gates, H = features per site, I = entries of a site.
+What the width of a head does: AdamW moves every weight by about the learning rate, so that a step
+moves a logit by the learning rate times the sum of |feature| over its weights, 0.4 x 128 = 51 for
+GELU of normalised features. A gate with a single number of its own needs that factor written out,
+or it stands still: `step_scale`.
+
+Legend: S = sites, N = all gates, H = features per site, I = entries of a site, C = sites of one
+size.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,30 +40,42 @@ class Hypernetwork(nn.Module, ABC):
         """Logits of all N gates, in the order of the sites."""
 
 
+def _places(sizes: Sequence[int]) -> dict[int, list[int]]:
+    """The places of the sites of each size."""
+    return {size: [i for i, s in enumerate(sizes) if s == size] for size in sorted(set(sizes))}
+
+
+def _in_order(logits_CI: Mapping[int, Tensor], sizes: Sequence[int]) -> Tensor:
+    """Logits (N,) in the order of the sites, from one matrix (C, I) per size."""
+    rows = {size: iter(logits) for size, logits in logits_CI.items()}
+    return torch.cat([next(rows[size]) for size in sizes])
+
+
+def _uniform(*shape: int) -> nn.Parameter:
+    """Initial weights of linear layers; the last axis is that of the features."""
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
 class _Heads(nn.Module):
     """One bias-free linear head per site; heads of equal size share one batched product."""
 
     def __init__(self, sizes: Sequence[int], features: int) -> None:
         super().__init__()
-        self.sizes = list(sizes)
-        bound = 1 / math.sqrt(features)
+        self.sizes, self.places = list(sizes), _places(sizes)
         self.weights = nn.ParameterDict(
             {
-                str(size): nn.Parameter(
-                    torch.empty(self.sizes.count(size), size, features).uniform_(-bound, bound)
-                )
-                for size in sorted(set(self.sizes))
+                str(size): _uniform(len(places), size, features)
+                for size, places in self.places.items()
             }
         )
 
     def forward(self, features_SH: Float[Tensor, "S H"]) -> Float[Tensor, " N"]:
-        logits: list[Tensor] = [features_SH] * len(self.sizes)
-        for size, weight_SIH in self.weights.items():
-            places = [place for place, s in enumerate(self.sizes) if s == int(size)]
-            of_size_SI = torch.bmm(weight_SIH, features_SH[places].unsqueeze(-1)).squeeze(-1)
-            for place, logits_I in zip(places, of_size_SI, strict=True):
-                logits[place] = logits_I
-        return torch.cat(logits)
+        logits_CI = {
+            size: torch.bmm(self.weights[str(size)], features_SH[places].unsqueeze(-1)).squeeze(-1)
+            for size, places in self.places.items()
+        }
+        return _in_order(logits_CI, self.sizes)
 
 
 class GRUHypernetwork(Hypernetwork):
@@ -85,6 +106,56 @@ class GRUHypernetwork(Hypernetwork):
         return logits
 
 
+class SharedHeads(Hypernetwork):
+    """The hypernetwork of DISP-LLM with one head for all sites of equal size.
+
+    A site's logits are head(features of the site) + step_scale x (a number per gate). The head
+    is what entries of the residual stream have in common over the blocks; the numbers reach every
+    mask.
+
+    Args:
+        sizes: Entries of every site, in order.
+        input_size: Width of the fixed random input of a site, 1 or more.
+        hidden_size: Width of the GRU per direction, 1 or more; a head has twice as many features.
+        step_scale: How many learning rates a step of AdamW moves the logit of a gate by its own
+            number, above 0.
+        seed: Seed of the input and of the initial weights, 0 or more.
+
+    Raises:
+        ValueError: `step_scale` is not above 0.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        input_size: int = 32,
+        hidden_size: int = 64,
+        step_scale: float = 50.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.input: Tensor
+        self.sizes, self.places = list(sizes), _places(sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
+            self.register_buffer("input", torch.randn(len(sizes), 1, input_size))
+            self.gru = nn.GRU(input_size, hidden_size, bidirectional=True)
+            self.norm = nn.LayerNorm(2 * hidden_size)
+            self.heads = nn.ParameterDict(
+                {str(size): _uniform(size, 2 * hidden_size) for size in self.places}
+            )
+        self.own = FreeLogits(sizes, step_scale)
+
+    def forward(self) -> Float[Tensor, " N"]:
+        features_SH = F.gelu(self.norm(self.gru(self.input)[0].squeeze(1)))
+        logits_CI = {
+            size: features_SH[places] @ self.heads[str(size)].T
+            for size, places in self.places.items()
+        }
+        logits: Tensor = _in_order(logits_CI, self.sizes) + self.own()
+        return logits
+
+
 class NoRecurrence(Hypernetwork):
     """Ablation: every site has its own fixed features; the sites do not see each other.
 
@@ -109,15 +180,27 @@ class NoRecurrence(Hypernetwork):
 
 
 class FreeLogits(Hypernetwork):
-    """Ablation: no network, the logits themselves are trained from zero.
+    """Ablation: no network, one number per gate is trained from zero.
 
     Args:
         sizes: Entries of every site, in order.
+        step_scale: How many learning rates a step of AdamW moves a logit, above 0; 1 trains the
+            logits themselves.
+
+    Raises:
+        ValueError: `step_scale` is not above 0.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], step_scale: float = 1.0) -> None:
         super().__init__()
+        if not step_scale > 0:
+            raise ValueError(f"`step_scale` must be above 0, got {step_scale}.")
+        self.step_scale = step_scale
         self.logits = nn.Parameter(torch.zeros(sum(sizes)))
 
     def forward(self) -> Float[Tensor, " N"]:
-        return self.logits.clone()
+        return self.step_scale * self.logits
+
+    def extra_repr(self) -> str:
+        """What tells two of them apart where runs are compared."""
+        return f"step_scale={self.step_scale}"
