@@ -22,9 +22,18 @@ class ExportModel(Callback):
     def __init__(self, folder: str = "model") -> None:
         self.folder = folder
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before training whether the export can be written."""
-        exports(pl_module, "ExportModel").check_export_folder(self._path(trainer))
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find out before training whether the export can be written.
+
+        Raises:
+            ValueError: The folder holds something else, or the module cannot export.
+        """
+        exports(module, "ExportModel").check_export_folder(self._path(trainer))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The same check for those who do without our command line."""
+        if stage == "fit":
+            self.check_first(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was learned."""

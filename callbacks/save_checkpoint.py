@@ -1,17 +1,15 @@
-"""Keep what is needed to resume, and find it again."""
+"""Keep what is needed to resume."""
 
 from __future__ import annotations
 
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
-_NAME = re.compile(r"step=(\d+)\.ckpt")
+from pruning.checkpoints import FOLDER, newest_first
 
 
 class SaveCheckpoint(Checkpoint):
@@ -39,7 +37,7 @@ class SaveCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run starts over where an earlier one could be resumed."""
         self.last_model_path = str(trainer.ckpt_path or "")
-        if not self.last_model_path and (found := _newest_first(_folder(trainer))):
+        if not self.last_model_path and (found := newest_first(_folder(trainer))):
             rank_zero_warn(
                 f"{found[0]} is of an earlier run. This run starts from scratch, and its "
                 "checkpoints will take the place of the earlier ones; to go on with the earlier "
@@ -68,63 +66,9 @@ class SaveCheckpoint(Checkpoint):
             return
         trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path = path
-        for old in _newest_first(_folder(trainer))[self.keep :]:
+        for old in newest_first(_folder(trainer))[self.keep :]:
             trainer.strategy.remove_checkpoint(old)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest readable checkpoint below an output folder, None if there is none at all.
-
-    A damaged file is passed over with a warning that names it.
-
-    Raises:
-        ValueError: There are checkpoints and none of them is readable.
-    """
-    found = _newest_first(folder / "checkpoints")
-    for path in found:
-        if is_readable(path):
-            rank_zero_info(f"Resuming from {path}")
-            return path
-        rank_zero_warn(f"{path} is damaged (truncated?); trying the one before it.")
-    if found:
-        raise ValueError(
-            f"None of the {len(found)} checkpoints in {folder / 'checkpoints'} can be read."
-        )
-    return None
-
-
-def check_readable(path: Path) -> None:
-    """Check a checkpoint before anything is loaded.
-
-    Raises:
-        ValueError: It is missing or damaged; names the newest good one beside it.
-    """
-    if is_readable(path):
-        return
-    what = "is damaged (truncated?)" if path.exists() else "does not exist"
-    good = [other for other in _newest_first(path.parent) if is_readable(other)]
-    cure = f"resume from {good[0]}" if good else "there is no good one beside it; start again"
-    raise ValueError(f"`ckpt_path` {path} {what}; {cure}.")
-
-
-def is_readable(path: Path) -> bool:
-    """Whether a checkpoint is whole: every member of its archives is there with its checksum."""
-    archives = sorted(path.rglob("*.pt")) if path.is_dir() else [path]  # sharded: a folder of them
-    try:
-        return bool(archives) and all(zipfile.ZipFile(a).testzip() is None for a in archives)
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def _folder(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir) / "checkpoints"
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    """Checkpoints by the time they were written: an earlier run may have got further in steps."""
-    steps = {
-        path: int(match[1])
-        for path in folder.glob("step=*.ckpt")
-        if (match := _NAME.fullmatch(path.name))
-    }
-    return sorted(steps, key=lambda path: (path.stat().st_mtime_ns, steps[path]), reverse=True)
+    return Path(trainer.default_root_dir) / FOLDER

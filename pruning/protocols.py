@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -44,6 +44,14 @@ class Exports(Protocol):
 
     def export(self, folder: Path, command: str) -> None:
         """Write what was learned; `command` goes into the model card."""
+
+
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A callback that can tell, before anything is read, that a run would end in an error."""
+
+    def check_first(self, trainer: Any, module: Any) -> None:
+        """Raise ValueError if the run could not do what the callback is there for."""
 
 
 def learns_masks(module: object, needed_by: str) -> LearnsMasks:

@@ -12,8 +12,9 @@ from unittest.mock import patch
 
 import pytest
 
+from modules.command_line import TrainCLI
 from tests.tiny import SENTENCES, tiny_folder
-from train import TrainCLI, main
+from train import main
 
 # Of Lightning's own code: what its command line uses of jsonargparse, what it uses of torch.
 NOISE = [

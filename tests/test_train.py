@@ -289,6 +289,14 @@ def test_a_foreign_folder_is_refused_before_training(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_foreign_folder_is_refused_before_any_text_is_read(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "thesis.txt").touch()
+    refuses(learn_masks(tmp_path, tmp_path / "run"), "model exists and is not .* by Secateur")
+    assert not (tmp_path / "cache").exists()
+
+
 # Failure at the end, and after it
 
 

@@ -29,7 +29,7 @@ class Failing(Exporter):
 def test_it_exports_below_the_output_folder_and_replaces_its_own(tmp_path: Path) -> None:
     callback, trainer = ExportModel(folder="small"), fake_trainer(tmp_path)
     for _ in range(2):
-        callback.on_fit_start(trainer, Exporter())
+        callback.check_first(trainer, Exporter())
         callback.on_fit_end(trainer, Exporter())
     assert (tmp_path / "small" / "mine").read_text().startswith("python ")
 
@@ -38,7 +38,7 @@ def test_a_foreign_folder_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "theirs").touch()
     with pytest.raises(ValueError, match="exists and is not a model written by Secateur"):
-        ExportModel().on_fit_start(fake_trainer(tmp_path), Exporter())
+        ExportModel().setup(fake_trainer(tmp_path), Exporter(), "fit")
 
 
 def test_a_failure_says_how_to_repeat_the_export(tmp_path: Path) -> None:
@@ -49,4 +49,4 @@ def test_a_failure_says_how_to_repeat_the_export(tmp_path: Path) -> None:
 
 def test_a_module_that_exports_nothing_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`ExportModel` needs a module that exports"):
-        ExportModel().on_fit_start(fake_trainer(tmp_path), LightningModule())
+        ExportModel().check_first(fake_trainer(tmp_path), LightningModule())

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from callbacks import SaveCheckpoint
-from callbacks.save_checkpoint import check_readable, is_readable, latest_checkpoint
+from pruning.checkpoints import latest_checkpoint
 from tests.callbacks.fakes import fake_trainer
 
 
@@ -59,66 +57,11 @@ def test_a_step_is_saved_once_though_it_has_several_batches(tmp_path: Path) -> N
     assert path.stat().st_mtime_ns == written
 
 
-def test_last_is_the_newest_written_even_if_an_earlier_run_got_further(tmp_path: Path) -> None:
+def test_the_checkpoints_of_an_earlier_run_are_named_at_the_start(tmp_path: Path) -> None:
     train(SaveCheckpoint(every_n_steps=10, keep=2), tmp_path, range(1, 41))
     with pytest.warns(UserWarning, match="of an earlier run.* add `--ckpt_path last`"):
         train(SaveCheckpoint(every_n_steps=10, keep=2), tmp_path, range(1, 11))
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "step=10.ckpt"
-
-
-def damage(path: Path) -> None:
-    times = path.stat()
-    path.write_bytes(path.read_bytes()[:-200])
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
-    train(SaveCheckpoint(every_n_steps=5, keep=2), tmp_path, range(1, 11))
-    damage(tmp_path / "checkpoints" / "step=10.ckpt")
-    with pytest.warns(UserWarning, match="step=10.ckpt is damaged"):
-        found = latest_checkpoint(tmp_path)
-    assert found == tmp_path / "checkpoints" / "step=5.ckpt"
-
-
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    train(SaveCheckpoint(every_n_steps=5), tmp_path, range(1, 6))
-    path = tmp_path / "checkpoints" / "step=5.ckpt"
-    assert is_readable(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # in the numbers of the tensor
-    path.write_bytes(content)
-    assert not is_readable(path)
-
-
-@pytest.mark.filterwarnings("ignore:.*is damaged")
-def test_nothing_readable_is_an_error_and_nothing_at_all_is_none(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    train(SaveCheckpoint(every_n_steps=5, keep=2), tmp_path, range(1, 11))
-    for path in (tmp_path / "checkpoints").iterdir():
-        damage(path)
-    with pytest.raises(ValueError, match="None of the 2 checkpoints .* can be read"):
-        latest_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="there is no good one beside it"):
-        check_readable(tmp_path / "checkpoints" / "step=5.ckpt")
-
-
-def test_a_missing_checkpoint_is_named_with_the_one_that_is_there(tmp_path: Path) -> None:
-    train(SaveCheckpoint(every_n_steps=5), tmp_path, range(1, 6))
-    with pytest.raises(ValueError, match="step=7.ckpt does not exist; resume from .*step=5.ckpt"):
-        check_readable(tmp_path / "checkpoints" / "step=7.ckpt")
-
-
-def test_a_sharded_checkpoint_is_a_folder_of_whole_archives(tmp_path: Path) -> None:
-    train(SaveCheckpoint(every_n_steps=5), tmp_path, range(1, 6))
-    sharded = tmp_path / "step=9.ckpt"
-    sharded.mkdir()
-    assert not is_readable(sharded)
-    shutil.copy(tmp_path / "checkpoints" / "step=5.ckpt", sharded / "rank_0.pt")
-    assert is_readable(sharded)
-    damage(sharded / "rank_0.pt")
-    assert not is_readable(sharded)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step=10.ckpt"
 
 
 @pytest.mark.parametrize("name", ["every_n_steps", "keep"])

@@ -1,0 +1,94 @@
+"""The command line: Lightning's, with an output folder that holds everything of a run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+from pruning.checkpoints import check_readable, latest_checkpoint
+from pruning.protocols import ChecksFirst
+
+
+class TrainCLI(LightningCLI):
+    """Lightning's command line with an output folder that holds everything of a run."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and find out which checkpoint is meant before anybody reads it.
+
+        Raises:
+            ValueError: The checkpoint cannot be read, or there is none to measure.
+        """
+        super().parse_arguments(parser, args)
+        subcommand = self.config["subcommand"]
+        config: Any = self.config[subcommand]
+        if config.ckpt_path == "last":
+            root = config.trainer.default_root_dir
+            found = latest_checkpoint(Path(root))
+            if found:
+                rank_zero_info(f"Resuming from {found}")
+            if found is None and subcommand != "fit":
+                raise ValueError(
+                    f"`ckpt_path` is last, but {root}/checkpoints holds none; fit first."
+                )
+            config.ckpt_path = str(found) if found else None
+        elif config.ckpt_path:
+            check_readable(Path(config.ckpt_path))
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what follows from other settings.
+
+        Raises:
+            ValueError: Training would never end.
+        """
+        config: Any = self.config[self.subcommand]
+        root = config.trainer.default_root_dir
+        if config.trainer.logger is None:
+            config.trainer.logger = [
+                _object("lightning.pytorch.loggers.CSVLogger", save_dir=root, name="metrics"),
+                _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=root, name="logs"),
+            ]
+        limits = (config.trainer.max_steps, config.trainer.max_epochs)
+        if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)):
+            raise ValueError(
+                "`trainer.max_steps` must be set: schedules end with it; 1000 is a start."
+            )
+        if config.weights_only is None:
+            config.weights_only = True  # a checkpoint is data: nothing in it may run
+        if config.data.init_args.get("tokenizer") is None:
+            config.data.init_args.tokenizer = config.model.init_args.get("base")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what a constructor refuses is told in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            first: BaseException = error
+            while first.__cause__ is not None:
+                first = first.__cause__
+            raise first from None
+
+    def before_fit(self) -> None:
+        """Ask callbacks that may refuse to, before text is tokenised and a model is read."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ChecksFirst):
+                callback.check_first(self.trainer, self.model)
+
+    def after_predict(self) -> None:
+        """Write one line per window: its number and its mean negative log-likelihood in nats."""
+        rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
+        batches: Any = self.trainer.predict_loop.predictions
+        path = Path(self.trainer.default_root_dir) / f"predictions_{rank}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file)
+            lines.writerow(["window", "nll"])
+            values = (value for batch in batches for value in batch)
+            lines.writerows((rank + i * num_ranks, value) for i, value in enumerate(values))
+
+
+def _object(class_path: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": init_args}
