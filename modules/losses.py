@@ -35,8 +35,8 @@ class LossWeights:
 
     Args:
         cross_entropy: Weight of the negative log-likelihood of the next token, 0 or more.
-        distillation: Weight of the KL divergence from the same model with open gates, 0 or more;
-            costs one more forward pass per step where it is not 0.
+        distillation: Weight of the KL divergence from the dense model, 0 or more; costs one more
+            forward pass per step where it is not 0.
 
     Raises:
         ValueError: A weight is negative, or both are 0.
@@ -77,6 +77,7 @@ def token_losses(
     head: Head,
     *,
     teacher_ND: Tensor | None = None,
+    teacher_head: Head | None = None,
     weights: LossWeights | None = None,
     chunk_tokens: int = 1024,
     parameters: Sequence[Tensor] = (),
@@ -87,8 +88,8 @@ def token_losses(
         hidden_ND: Last hidden states, shape (N, D), each predicting the label of its row.
         labels_N: Token ids (int64), shape (N,).
         head: Output head.
-        teacher_ND: Hidden states of the teacher; needed where distillation counts. It goes
-            through the same head.
+        teacher_ND: Hidden states of the teacher; needed where distillation counts.
+        teacher_head: Output head of the teacher; None if it is the same.
         weights: Of cross-entropy and distillation; None stands for cross-entropy alone.
         chunk_tokens: Tokens whose logits are alive at once, 1 or more.
         parameters: Parameters of the head that are trained as well.
@@ -104,7 +105,7 @@ def token_losses(
                 [nll.detach(), torch.zeros_like(nll.detach())]
             )
         with torch.no_grad():
-            target_CV = head(teacher_ND[at]).float().log_softmax(-1)
+            target_CV = (teacher_head or head)(teacher_ND[at]).float().log_softmax(-1)
         kl = F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True) / len(labels_N)
         value = weights.cross_entropy * nll + weights.distillation * kl
         return value, torch.stack([nll, kl]).detach()

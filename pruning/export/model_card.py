@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pruning.plan import PruningPlan
 
@@ -23,6 +24,8 @@ class ModelCard:
         budget: Table of what was asked for and what stays; the first row is the heading.
         quality: Table of quality of dense and pruned; the first row is the heading.
         speed: Table of speed and memory of dense and pruned; the first row is the heading.
+        stages: Table of the models from which one after the other was made, where the base model
+            came out of Secateur itself; the first row is the heading.
         command: The command that made the model.
         versions: Package to version.
         licence: Identifier of the licence of the base model, such as `apache-2.0`, or None.
@@ -35,6 +38,7 @@ class ModelCard:
     budget: Table = ()
     quality: Table = ()
     speed: Table = ()
+    stages: Table = ()
     command: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     licence: str | None = None
@@ -53,25 +57,52 @@ class ModelCard:
         )
         gains = "" if plan.gains is None else ", and each kept entry a learned gain in the weights"
         summary = summary.format(base_model=self.base_model, width=width, gains=gains)
-        sections = [
-            self._header(),
-            f"# {self.title}",
+        origin = {"base model": self.base_model, "fingerprint of the base model": plan.base}
+        return self.page(
             summary + _VERIFIED,
             loading,
-        ]
+            widths=f"```\n{plan.describe()}\n```",
+            origin=origin | ({"date": self.date} if self.date else {}),
+            provenance=plan.provenance,
+        )
+
+    def render_stock(self, base: str, summary: str, provenance: Mapping[str, Any]) -> str:
+        """The text of README.md of a model that has no plan, because it is stock.
+
+        Args:
+            base: Fingerprint of the base model.
+            summary: What was done to the base model, in sentences.
+            provenance: How; JSON values only.
+
+        Raises:
+            ValueError: The rows of a table differ in length.
+        """
+        origin = {"base model": self.base_model, "fingerprint of the base model": base}
+        return self.page(summary, _STOCK_LOADING, None, origin, provenance)
+
+    def page(
+        self,
+        summary: str,
+        loading: str,
+        widths: str | None,
+        origin: Mapping[str, str],
+        provenance: Mapping[str, Any],
+    ) -> str:
+        """The text of README.md from its parts; see `render` and `render_stock`."""
+        sections = [self._header(), f"# {self.title}", summary, loading]
         for name, rows in (
             ("Budget", self.budget),
             ("Quality", self.quality),
             ("Speed and memory", self.speed),
+            ("Stages", self.stages),
         ):
             if rows:
                 sections += [f"## {name}", _markdown(name, rows)]
-        sections += ["## Widths", f"```\n{plan.describe()}\n```", "## Origin"]
-        origin = [("base model", self.base_model), ("fingerprint of the base model", plan.base)]
-        origin += [("date", self.date)] if self.date else []
-        origin += sorted(self.versions.items())
-        origin += [(name, json.dumps(value)) for name, value in sorted(plan.provenance.items())]
-        sections.append("\n".join(f"- {name}: {value}" for name, value in origin))
+        if widths:
+            sections += ["## Widths", widths]
+        facts = [*origin.items(), *sorted(self.versions.items())]
+        facts += [(name, json.dumps(value)) for name, value in sorted(provenance.items())]
+        sections += ["## Origin", "\n".join(f"- {name}: {value}" for name, value in facts)]
         if self.command:
             sections.append(f"```\n{self.command}\n```")
         return "\n\n".join(sections) + "\n"

@@ -70,19 +70,76 @@ def verify_export(
     exported.to(device=dense.device, dtype=dense.dtype)  # type: ignore[call-arg]
     _check_parameters(model, plan, exported)
     windows_BT = windows_BT.to(dense.device)
-    with _gated(dense, plan), torch.no_grad():
-        largest = 0.0
-        for place, ours_BTV, theirs_BTV in _logits(dense, exported, windows_BT):
-            scale = max(1.0, float(ours_BTV.abs().max()))
-            limit = tolerance if exact else ROUNDINGS * torch.finfo(model.dtype).eps * scale
-            difference = float((ours_BTV.float() - theirs_BTV.float()).abs().max())
-            if not difference <= limit:  # so that a NaN fails
-                raise ExportError(
-                    f"The exported model differs from the masked one in {place}: a logit is off by "
-                    f"{difference:.3g}, allowed is {limit:.3g}. "
-                    f"{_first_difference(dense, exported, windows_BT, limit / scale)}"
-                )
-            largest = max(largest, difference)
+    with _gated(dense, plan):
+        return _largest_difference(
+            dense, exported, windows_BT, "masked one", exact, model.dtype, tolerance
+        )
+
+
+def verify_saved(
+    model: PreTrainedModel,
+    folder: str | Path,
+    windows_BT: Int[Tensor, "B T"],
+    tolerance: float = 1e-4,
+) -> float:
+    """Compare a saved folder with the live model that it was made of.
+
+    Args:
+        model: The live model, not quantised.
+        folder: The saved model.
+        windows_BT: Token ids, at least 2 per window.
+        tolerance: Largest difference of two logits, as for `verify_export`.
+
+    Returns:
+        The largest absolute difference of two logits.
+
+    Raises:
+        ExportError: The folder cannot be loaded, has another number of parameters, or computes
+            something else; the message says from which block on.
+    """
+    small = model.num_parameters() <= FLOAT32_PARAMETERS
+    live = _in_float32(model) if small else model
+    saved = _load(folder, model.dtype)
+    saved.to(device=live.device, dtype=live.dtype)  # type: ignore[call-arg]
+    if (found := saved.num_parameters()) != (wanted := model.num_parameters()):
+        raise ExportError(f"The saved model has {found} parameters and the trained one {wanted}.")
+    training = live.training
+    live.eval()
+    try:
+        return _largest_difference(
+            live, saved, windows_BT.to(live.device), "trained one", small, model.dtype, tolerance
+        )
+    finally:
+        live.train(training)
+
+
+@torch.no_grad()
+def _largest_difference(
+    dense: PreTrainedModel,
+    exported: PreTrainedModel,
+    windows_BT: Int[Tensor, "B T"],
+    original: str,
+    exact: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> float:
+    """The largest absolute difference of two logits.
+
+    Raises:
+        ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
+    """
+    largest = 0.0
+    for place, ours_BTV, theirs_BTV in _logits(dense, exported, windows_BT):
+        scale = max(1.0, float(ours_BTV.abs().max()))
+        limit = tolerance if exact else ROUNDINGS * torch.finfo(dtype).eps * scale
+        difference = float((ours_BTV.float() - theirs_BTV.float()).abs().max())
+        if not difference <= limit:  # so that a NaN fails
+            raise ExportError(
+                f"The exported model differs from the {original} in {place}: a logit is off by "
+                f"{difference:.3g}, allowed is {limit:.3g}. "
+                f"{_first_difference(dense, exported, windows_BT, limit / scale)}"
+            )
+        largest = max(largest, difference)
     return largest
 
 
