@@ -1,0 +1,229 @@
+"""Take blocks out of a live model, for a while or for good, with all that has to follow.
+
+For good means: the list of blocks, `layer_idx` of every module, the per-block lists and
+`num_hidden_layers` of the configuration. What is left is a stock model of its family, and its
+configuration says where it comes from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pruning.depth.units import Unit
+from pruning.families import family_of
+
+PROVENANCE = "secateur"
+"""Field of the configuration that says which blocks of which model are left."""
+
+# One entry per block, and lists of block indices.
+_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_INDICES = ("mlp_only_layers",)
+# Rules that compute from the index of a block what it does, to the per-block list that, where it is
+# there, decides instead of them.
+_RULES = {
+    "max_window_layers": "layer_types",
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "first_k_dense_replace": "mlp_layer_types",
+    "decoder_sparse_step": "mlp_layer_types",
+    "num_kv_shared_layers": None,
+}
+# Lists that can be as long as the model is deep by chance.
+_UNRELATED = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def remove_blocks(
+    model: PreTrainedModel, blocks: Iterable[int], provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Take blocks out of a model for good, in place.
+
+    The model gets a configuration of its own: another model that shares the old one keeps it.
+
+    Args:
+        model: A causal language model of a known family, not quantised.
+        blocks: Indices of the blocks to remove, in any order.
+        provenance: What to record beside the blocks, such as score and data; JSON values.
+
+    Raises:
+        ValueError: An index is out of range or repeated, no block would stay, the model is
+            quantised, or its configuration has a rule that follows the index of a block.
+    """
+    refuse_quantised(model.config)
+    config = model.config
+    gone = checked_blocks(blocks, config.num_hidden_layers)
+    keep = [block for block in range(config.num_hidden_layers) if block not in gone]
+    shorter = shortened_config(config, keep, provenance)
+    parent, _, name = family_of(config).blocks.rpartition(".")
+    layers = list(model.get_submodule(f"{parent}.{name}").children())
+    setattr(model.get_submodule(parent), name, nn.ModuleList(layers[block] for block in keep))
+    for index, block in enumerate(keep):
+        for module in layers[block].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # type: ignore[assignment]
+    for owner in model.modules():
+        if getattr(owner, "config", None) is config:
+            owner.config = shorter  # type: ignore[assignment]
+
+
+@contextmanager
+def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[None]:
+    """The model without some units for the duration of a `with` block.
+
+    Blocks keep their places, so a cache of keys and values counts wrongly when block 0 is out:
+    call the model with `use_cache=False`. Parameters of the units are not the model's meanwhile.
+
+    Args:
+        model: A causal language model of a known family; quantised ones too.
+        units: Units, or indices of whole blocks, that add nothing.
+
+    Raises:
+        ValueError: A block is out of range or a unit repeated.
+    """
+    family = family_of(model.config)
+    blocks = model.get_submodule(family.blocks)
+    gone = [Unit(unit) if isinstance(unit, int) else unit for unit in units]
+    checked_units(gone, len(list(blocks.children())))
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for unit in gone:
+            for parent, name, stand_in in unit.replacements(blocks, family):
+                before.append((parent, name, getattr(parent, name)))
+                setattr(parent, name, stand_in.train(model.training))
+        yield
+    finally:
+        for parent, name, module in reversed(before):
+            setattr(parent, name, module)
+
+
+def shortened_config(
+    config: PreTrainedConfig, keep: Sequence[int], provenance: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
+    """A copy of a configuration for the model that has some of its blocks.
+
+    Args:
+        config: The configuration; it stays as it is.
+        keep: Indices of the blocks that stay, in order.
+        provenance: What to record beside the blocks; JSON values.
+
+    Raises:
+        ValueError: An index is out of range or repeated, none is given, or a rule that follows the
+            index of a block cannot be carried over.
+    """
+    shorter = copy.deepcopy(config)
+    for name, value in shortened_fields(config, keep, provenance).items():
+        setattr(shorter, name, value)
+    return shorter
+
+
+def shortened_fields(
+    config: PreTrainedConfig, keep: Sequence[int], provenance: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of a configuration that change with its blocks; see `shortened_config`."""
+    family_of(config)
+    num_blocks = config.num_hidden_layers
+    checked_blocks(keep, num_blocks)
+    if not keep:
+        raise ValueError(f"No block would stay of {num_blocks}; remove {num_blocks - 1} at most.")
+    if list(keep) != sorted(keep):
+        raise ValueError(f"`keep` must be in order, got {list(keep)}.")
+    fields = {name: value for name, value in vars(config).items() if value is not None}
+    _refuse_rules(fields, num_blocks)
+    changed: dict[str, Any] = {"num_hidden_layers": len(keep)}
+    for name in _PER_BLOCK:
+        if name in fields:
+            changed[name] = [fields[name][block] for block in keep]
+    for name in _INDICES:
+        if name in fields:
+            changed[name] = [keep.index(block) for block in fields[name] if block in keep]
+    before = fields.get(PROVENANCE) or {
+        "num_blocks": num_blocks,
+        "kept_blocks": list(range(num_blocks)),
+        "removals": [],
+    }
+    origin = before["kept_blocks"]
+    removed = [origin[block] for block in range(num_blocks) if block not in keep]
+    changed[PROVENANCE] = {
+        "num_blocks": before["num_blocks"],
+        "kept_blocks": [origin[block] for block in keep],
+        "removals": [*before["removals"], {"blocks": removed} | dict(provenance or {})],
+    }
+    return changed
+
+
+def _refuse_rules(fields: Mapping[str, Any], num_blocks: int) -> None:
+    """Whatever follows the index of a block and is not known how.
+
+    Raises:
+        ValueError: There is such a rule; names it.
+    """
+    for rule, decided_by in _RULES.items():
+        if rule in fields and (decided_by is None or decided_by not in fields):
+            cure = f"write out `{decided_by}`" if decided_by else "there is no list to replace it"
+            raise ValueError(
+                f"`{rule}` {fields[rule]} of the configuration is a function of the index of a "
+                f"block, which changes when blocks are removed; {cure}."
+            )
+    for name in _PER_BLOCK:
+        if name in fields and len(fields[name]) != num_blocks:
+            raise ValueError(
+                f"`{name}` of the configuration has {len(fields[name])} entries for {num_blocks} "
+                "blocks; correct the configuration."
+            )
+    known = {*_PER_BLOCK, *_INDICES, *_UNRELATED}
+    for name, value in fields.items():
+        if isinstance(value, list | tuple) and len(value) == num_blocks and name not in known:
+            raise ValueError(
+                f"`{name}` of the configuration is a list of {num_blocks} entries, one per block "
+                "as it seems, and nobody has said so; add it to pruning/depth/removal.py."
+            )
+
+
+def checked_blocks(blocks: Iterable[int], num_blocks: int) -> list[int]:
+    """Block indices, if all are in range and none is repeated.
+
+    Raises:
+        ValueError: One is not.
+    """
+    found = list(blocks)
+    checked_units([Unit(block) for block in found], num_blocks)
+    return found
+
+
+def checked_units(units: Sequence[Unit], num_blocks: int) -> None:
+    """Check that units exist, once each.
+
+    Raises:
+        ValueError: A block is out of range, or a unit is repeated, also as the half of a block.
+    """
+    if strange := [unit.key for unit in units if not 0 <= unit.block < num_blocks]:
+        raise ValueError(
+            f"Block {', '.join(strange)} is out of range: the model has {num_blocks} blocks, "
+            f"0 to {num_blocks - 1}."
+        )
+    whole = {unit.block for unit in units if unit.part == "block"}
+    halves = {unit.key for unit in units if unit.part != "block" and unit.block in whole}
+    repeated = {unit.key for unit in units if units.count(unit) > 1} | halves
+    if repeated:
+        raise ValueError(f"Block {', '.join(sorted(repeated))} is named more than once.")
+
+
+def refuse_quantised(config: PreTrainedConfig) -> None:
+    """Packed weights cannot be cut or written back.
+
+    Raises:
+        ValueError: The model is quantised.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The model is quantised (`quantization_config`): score blocks on it, and remove them "
+            "from the original checkpoint, as prune_blocks does."
+        )

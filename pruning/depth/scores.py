@@ -1,0 +1,173 @@
+"""What a score of blocks is, and the two that need no text: magnitude and reverse order.
+
+Legend: L = blocks, U = units, N = windows, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.depth.removal import checked_units
+from pruning.depth.units import Unit, WholeBlocks
+from pruning.families import family_of
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """How much a model needs each of its units; what has the lowest value is removed first.
+
+    Args:
+        values: Scores (float64), shape (U,), on the CPU.
+        errors: Standard errors of the values (float64), shape (U,); None where a score is not an
+            average.
+        units: What was scored, in order.
+        runs: Scores (float64) of runs of consecutive blocks, shape (L, L): row = first block,
+            column = length - 1, NaN where a run would not end in the model. None where runs are
+            worth what their blocks are.
+    """
+
+    values: Float[Tensor, " U"]
+    errors: Float[Tensor, " U"] | None
+    units: tuple[Unit, ...]
+    runs: Float[Tensor, "L L"] | None = None
+
+
+class BlockScore(ABC):
+    """Scores units of a model; higher means keep."""
+
+    reads_text = True
+    """Whether it needs windows of text."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        windows_NT: Int[Tensor, "N T"] | None = None,
+        units: Sequence[Unit] | None = None,
+    ) -> BlockScores:
+        """Score a model; weights, gradients and mode are afterwards what they were.
+
+        Args:
+            model: A causal language model of a known family. Units that are bypassed already are
+                left out by leaving them out of `units`.
+            windows_NT: Token ids of calibration text; may be left out where no text is read.
+            units: What to score; None scores every whole block.
+
+        Raises:
+            ValueError: There is no text or too little of it, a unit does not exist or cannot be
+                scored in this way, or a score is not finite (its block is named).
+        """
+        num_blocks = model.config.num_hidden_layers
+        units = WholeBlocks().of(num_blocks) if units is None else tuple(units)
+        checked_units(units, num_blocks)
+        name = type(self).__name__
+        if self.reads_text and (windows_NT is None or len(windows_NT) == 0):
+            raise ValueError(f"`{name}` needs calibration text and got none: give windows.")
+        if self.reads_text and windows_NT is not None and windows_NT.shape[1] < 2:
+            raise ValueError(
+                f"`{name}` needs windows of 2 or more tokens, got {windows_NT.shape[1]}: "
+                "the calibration text is too short."
+            )
+        windows_NT = torch.zeros(0, 2, dtype=torch.long) if windows_NT is None else windows_NT
+        was_training = model.training
+        model.eval()
+        try:
+            scores = self._score(model, windows_NT, units)
+        finally:
+            model.train(was_training)
+        finite_U = scores.values.isfinite()
+        if strange := [u.key for u, finite in zip(units, finite_U, strict=True) if not finite]:
+            raise ValueError(
+                f"`{name}` of block {', '.join(strange)} is not finite: the model computes NaN or "
+                "infinity. Check its weights, or load it in a wider type than float16."
+            )
+        return scores
+
+    @abstractmethod
+    def _score(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
+    ) -> BlockScores:
+        """Scores of a model in evaluation mode."""
+
+    def _refuse_halves(self, units: Sequence[Unit]) -> None:
+        if any(unit.part != "block" for unit in units):
+            raise ValueError(
+                f"`{type(self).__name__}` scores whole blocks only; for halves choose Perplexity, "
+                "Taylor or Magnitude."
+            )
+
+
+@dataclass(frozen=True)
+class Magnitude(BlockScore):
+    """Sum of the absolute weights, norms included and biases not (arXiv 2402.02834, eq. 2).
+
+    Needs no text and is free; the weakest score there is (it may well name the first block).
+    """
+
+    reads_text = False
+
+    def _score(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
+    ) -> BlockScores:
+        sums = [
+            sum(float(w.detach().abs().sum(dtype=torch.float64)) for w in weights(model, unit))
+            for unit in units
+        ]
+        return BlockScores(torch.tensor(sums, dtype=torch.float64), None, units)
+
+
+@dataclass(frozen=True)
+class ReverseOrder(BlockScore):
+    """The last blocks first, but for the very last ones; needs no text and is free.
+
+    What Taylor scores with protected ends choose on LLaMA-1 and 2, Vicuna and Mistral.
+
+    Args:
+        keep_last: Blocks at the end that go last of all, 0 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+
+    Example: of 6 blocks, 3 goes first, then 2, 1, 0, and only then 4 and 5.
+    """
+
+    keep_last: int = 2
+    reads_text = False
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 0:
+            raise ValueError(f"`keep_last` must be 0 or more, got {self.keep_last}.")
+
+    def _score(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
+    ) -> BlockScores:
+        self._refuse_halves(units)
+        last = model.config.num_hidden_layers - self.keep_last
+        values = [unit.block if unit.block >= last else -unit.block for unit in units]
+        return BlockScores(torch.tensor(values, dtype=torch.float64), None, units)
+
+
+def weights(model: PreTrainedModel, unit: Unit) -> list[torch.nn.Parameter]:
+    """The weights of a unit, norms included and biases not.
+
+    Raises:
+        ValueError: They are quantised, so that their numbers cannot be read.
+    """
+    family = family_of(model.config)
+    found = [
+        parameter
+        for name, parameter in unit.tensors(model.get_submodule(family.blocks), family)
+        if name.endswith(".weight")
+    ]
+    if not all(parameter.is_floating_point() for parameter in found):
+        raise ValueError(
+            f"The weights of block {unit.key} are quantised and cannot be summed; score with "
+            "Perplexity or BlockInfluence, or load the original model."
+        )
+    return found

@@ -1,0 +1,295 @@
+"""Which units to remove: by the scores of the dense model, or one by one with new scores each time.
+
+Sources: Shortened LLaMA (arXiv 2402.02834), one-shot and the "+" rule that protects both ends;
+Gromov et al. (arXiv 2403.17887), runs of consecutive blocks; SLEB (arXiv 2402.09025), greedy;
+BlockPruner (arXiv 2406.10594), greedy over halves.
+
+Greedy is no guarantee: where its set does worse on the calibration text than the one-shot set, the
+search says so and names the better one.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pruning.depth.removal import bypassed
+from pruning.depth.scores import BlockScore, BlockScores
+from pruning.depth.target import Fractions, Target, fractions
+from pruning.depth.units import Unit, Units, WholeBlocks
+from pruning.measure.perplexity import perplexity
+
+_log = logging.getLogger(__name__)
+_FEW_BLOCKS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a search chose to remove.
+
+    Args:
+        removed: The units, in the order of their removal.
+        scores: Scores of the dense model.
+        fractions: What the units make up of the model, truly.
+        perplexity: That of the calibration text without the units; None where there is no text.
+        messages: What a person should know about this choice; also logged.
+        better: The selection of one-shot search, where it does better on the calibration text
+            than the greedy one; else None.
+    """
+
+    removed: tuple[Unit, ...]
+    scores: BlockScores
+    fractions: Fractions
+    perplexity: float | None
+    messages: tuple[str, ...] = ()
+    better: Selection | None = None
+
+    @property
+    def blocks(self) -> list[int]:
+        """Indices of the whole blocks that go, in order; a block goes when both halves do."""
+        halves = [unit.block for unit in self.removed if unit.part != "block"]
+        whole = {unit.block for unit in self.removed if unit.part == "block"}
+        return sorted(whole | {block for block in halves if halves.count(block) == 2})
+
+    @property
+    def halves(self) -> list[Unit]:
+        """Halves that go while the other half of their block stays, in order."""
+        gone = self.blocks
+        return sorted(unit for unit in self.removed if unit.block not in gone)
+
+
+@dataclass(frozen=True)
+class Search(ABC):
+    """Chooses units to remove.
+
+    Args:
+        score: What decides; see `BlockScore`.
+        protect_first: Blocks at the start that stay, 0 or more; 4 is the "+" of Shortened LLaMA.
+        protect_last: Blocks at the end that stay, 0 or more; 2 is the "+" of Shortened LLaMA. On
+            models of fewer than ten blocks both shrink in proportion, with a message.
+        units: What is removed one by one: whole blocks or halves of them.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    score: BlockScore
+    protect_first: int = 0
+    protect_last: int = 0
+    units: Units = field(default_factory=WholeBlocks)
+
+    def __post_init__(self) -> None:
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+
+    @abstractmethod
+    def __call__(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
+    ) -> Selection:
+        """Score a model and choose; the model stays as it is.
+
+        Args:
+            model: A causal language model of a known family; quantised ones too, if the score can.
+            windows_NT: Token ids of calibration text; None if the score reads none.
+            target: How much to remove.
+
+        Raises:
+            ValueError: More is to be removed than can be, the protected ends leave nothing, or the
+                score cannot be computed.
+        """
+
+    def candidates(self, config: PreTrainedConfig) -> tuple[list[Unit], list[str]]:
+        """Units that may go, and what there is to say about the protected ends.
+
+        Raises:
+            ValueError: The protected ends overlap or cover everything.
+        """
+        num_blocks = config.num_hidden_layers
+        first, last, messages = self.protect_first, self.protect_last, []
+        if num_blocks < _FEW_BLOCKS:
+            first = min(first, max(1, 4 * num_blocks // _FEW_BLOCKS))
+            last = min(last, max(1, 2 * num_blocks // _FEW_BLOCKS))
+        if (first, last) != (self.protect_first, self.protect_last):
+            messages.append(
+                f"The model has {num_blocks} blocks, fewer than {_FEW_BLOCKS}: the first {first} "
+                f"and the last {last} are protected instead of {self.protect_first} and "
+                f"{self.protect_last}."
+            )
+        if first + last >= num_blocks:
+            raise ValueError(
+                f"`protect_first` {first} and `protect_last` {last} leave nothing to remove of "
+                f"{num_blocks} blocks; lower them to {num_blocks - 1} in all."
+            )
+        units = self.units.of(num_blocks)
+        return [unit for unit in units if first <= unit.block < num_blocks - last], messages
+
+    def _check(self, config: PreTrainedConfig, target: Target) -> tuple[list[Unit], list[str]]:
+        """What may go, if it is enough and something stays.
+
+        Raises:
+            ValueError: It is not.
+        """
+        units, messages = self.candidates(config)
+        sizes = target.sizes(config, units)
+        everything = len(units) == len(self.units.of(config.num_hidden_layers))
+        most = sorted(sizes)[1:] if everything else sizes  # one unit stays in any case
+        if not target.reached(most):
+            raise ValueError(
+                f"{target} cannot be reached: of {config.num_hidden_layers} blocks, "
+                f"{len(most)} removable units make up {sum(most):.4g}. Lower the target"
+                + (" or protect fewer blocks." if not everything else ".")
+            )
+        for message in messages:
+            _log.warning(message)
+        return units, messages
+
+
+@dataclass(frozen=True)
+class OneShot(Search):
+    """Remove what scores lowest in the dense model.
+
+    Args:
+        score: What decides; see `BlockScore`.
+        protect_first: Blocks at the start that stay, 0 or more; 4 is the "+" of Shortened LLaMA.
+        protect_last: Blocks at the end that stay, 0 or more; 2 is the "+" of Shortened LLaMA. On
+            models of fewer than ten blocks both shrink in proportion, with a message.
+        units: What is removed: whole blocks or halves of them.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    def __call__(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
+    ) -> Selection:
+        self._check(model.config, target)
+        scores = self.score(model, windows_NT, self.units.of(model.config.num_hidden_layers))
+        return measured(model, windows_NT, self.choose(scores, model.config, target))
+
+    def choose(self, scores: BlockScores, config: PreTrainedConfig, target: Target) -> Selection:
+        """Choose by scores that are there already; needs neither model nor text.
+
+        Args:
+            scores: Scores of all units of the dense model.
+            config: Its configuration.
+            target: How much to remove.
+
+        Raises:
+            ValueError: As for the search itself.
+        """
+        units, messages = self._check(config, target)
+        if scores.runs is not None:
+            removed = _lowest_run(scores, units, config, target)
+        else:
+            order = ranking(scores, units)
+            sizes = target.sizes(config, order)
+            needed = next(n for n in range(1, len(order) + 1) if target.reached(sizes[:n]))
+            removed = order[:needed]
+        return Selection(tuple(removed), scores, fractions(config, removed), None, tuple(messages))
+
+
+@dataclass(frozen=True)
+class Greedy(Search):
+    """Remove the unit that scores lowest, score again without it, and so on.
+
+    A score of runs of blocks counts as that of runs of one.
+
+    Args:
+        score: What decides; see `BlockScore`.
+        protect_first: Blocks at the start that stay, 0 or more; 4 is the "+" of Shortened LLaMA.
+        protect_last: Blocks at the end that stay, 0 or more; 2 is the "+" of Shortened LLaMA. On
+            models of fewer than ten blocks both shrink in proportion, with a message.
+        units: What is removed one by one: whole blocks or halves of them.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    def __call__(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
+    ) -> Selection:
+        config = model.config
+        candidates, messages = self._check(config, target)
+        everything = self.units.of(config.num_hidden_layers)
+        dense = scores = self.score(model, windows_NT, everything)
+        removed: list[Unit] = []
+        while True:
+            left = [unit for unit in candidates if unit not in removed]
+            removed.append(ranking(scores, left)[0])
+            if target.reached(target.sizes(config, removed)):
+                break
+            with bypassed(model, removed):
+                staying = [unit for unit in everything if unit not in removed]
+                scores = self.score(model, windows_NT, staying)
+        chosen = Selection(tuple(removed), dense, fractions(config, removed), None, tuple(messages))
+        return self._compared(model, windows_NT, measured(model, windows_NT, chosen), target)
+
+    def _compared(
+        self,
+        model: PreTrainedModel,
+        windows_NT: Int[Tensor, "N T"] | None,
+        chosen: Selection,
+        target: Target,
+    ) -> Selection:
+        """The selection, with the better one of one-shot search where that is better."""
+        single = OneShot(self.score, self.protect_first, self.protect_last, self.units)
+        plain = replace(chosen.scores, runs=None)
+        other = measured(model, windows_NT, single.choose(plain, model.config, target))
+        if chosen.perplexity is None or other.perplexity is None:
+            return chosen
+        if other.perplexity >= chosen.perplexity:
+            return chosen
+        message = (
+            f"Greedy search chose {names(chosen.removed)} with a perplexity of "
+            f"{chosen.perplexity:.4g} on the calibration text; one-shot search would remove "
+            f"{names(other.removed)} with {other.perplexity:.4g}, which is better."
+        )
+        _log.warning(message)
+        return replace(chosen, messages=(*chosen.messages, message), better=other)
+
+
+def ranking(scores: BlockScores, candidates: Sequence[Unit]) -> list[Unit]:
+    """Candidates in the order of their removal: lowest score first, ties to the earlier unit."""
+    value = dict(zip(scores.units, scores.values.tolist(), strict=True))
+    return sorted(candidates, key=lambda unit: value[unit])
+
+
+def names(units: Sequence[Unit]) -> str:
+    """Units for people: `4, 6.attn`."""
+    return ", ".join(unit.key for unit in units)
+
+
+def measured(
+    model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, chosen: Selection
+) -> Selection:
+    """A selection with its perplexity, if there is text."""
+    if windows_NT is None or len(windows_NT) == 0:
+        return chosen
+    with bypassed(model, chosen.removed):
+        return replace(chosen, perplexity=perplexity(model, windows_NT).value)
+
+
+def _lowest_run(
+    scores: BlockScores, candidates: Sequence[Unit], config: PreTrainedConfig, target: Target
+) -> list[Unit]:
+    """The shortest run of consecutive blocks that reaches the target; of these, the lowest."""
+    assert scores.runs is not None
+    first, last = candidates[0].block, candidates[-1].block
+    size = dict(zip(candidates, target.sizes(config, candidates), strict=True))
+    for length in range(1, len(candidates) + 1):
+        runs = [
+            [Unit(block) for block in range(start, start + length)]
+            for start in range(first, last - length + 2)
+        ]
+        runs = [run for run in runs if target.reached([size[unit] for unit in run])]
+        if runs:
+            column = scores.runs[:, length - 1].tolist()
+            return min(runs, key=lambda run: column[run[0].block])
+    raise AssertionError("the target was found to be reachable")

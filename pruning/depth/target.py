@@ -1,0 +1,184 @@
+"""How much to remove, and what that is in blocks, parameters and FLOPs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from pruning.depth.units import Unit
+from pruning.families import family_of, skeleton
+from pruning.measure.report import count
+
+CONTEXT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """What units make up of a whole model, each in [0, 1).
+
+    Args:
+        blocks: Of the blocks; a half counts one half.
+        parameters: Of all parameters, embeddings included, tied ones once.
+        flops: Of the forward operations per token: blocks, attention scores, output head.
+    """
+
+    blocks: float
+    parameters: float
+    flops: float
+
+
+def fractions(
+    config: PreTrainedConfig, units: Sequence[Unit], context_tokens: int = CONTEXT_TOKENS
+) -> Fractions:
+    """What units make up together of the model of a configuration.
+
+    Args:
+        config: The model before anything is removed.
+        units: The units.
+        context_tokens: Tokens that a query attends to, 1 or more; counts for the FLOPs.
+    """
+    each = fractions_of_each(config, units, context_tokens)
+    return Fractions(
+        blocks=sum(own.blocks for own in each),
+        parameters=sum(own.parameters for own in each),
+        flops=sum(own.flops for own in each),
+    )
+
+
+def fractions_of_each(
+    config: PreTrainedConfig, units: Sequence[Unit], context_tokens: int = CONTEXT_TOKENS
+) -> list[Fractions]:
+    """What every unit makes up of the model of a configuration; see `fractions`."""
+    family, model = family_of(config), skeleton(config)
+    blocks, total = model.get_submodule(family.blocks), count(model)
+    attention_output = next(p.path for p in family.projections if p.output == "attn_out")
+    found = []
+    for unit in units:
+        flops = 0
+        for linear in unit.linears(blocks, family):
+            flops += 2 * linear.weight.numel()
+            flops += linear.bias.numel() if linear.bias is not None else 0
+        if unit.part != "mlp":
+            width = blocks.get_submodule(f"{unit.block}.{attention_output}").in_features
+            flops += 4 * context_tokens * int(width)  # type: ignore[arg-type]
+        parameters = sum(tensor.numel() for _, tensor in unit.tensors(blocks, family))
+        found.append(
+            Fractions(
+                blocks=unit.num_blocks / config.num_hidden_layers,
+                parameters=parameters / total.parameters,
+                flops=flops / total.flops_per_token(context_tokens),
+            )
+        )
+    return found
+
+
+class Target(ABC):
+    """How much to remove: the fewest units, in the order of a search, that reach `goal`."""
+
+    @property
+    @abstractmethod
+    def goal(self) -> float:
+        """What has to be removed, in the units of `sizes`."""
+
+    @abstractmethod
+    def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
+        """What each unit counts."""
+
+    def reached(self, sizes: Sequence[float]) -> bool:
+        """Whether units of these sizes are enough."""
+        return sum(sizes) >= self.goal * (1 - 1e-9)
+
+
+@dataclass(frozen=True)
+class Blocks(Target):
+    """A number of blocks; two halves are one.
+
+    Args:
+        count: Blocks to remove, 1 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"`count` must be 1 or more, got {self.count}.")
+
+    @property
+    def goal(self) -> float:
+        return float(self.count)
+
+    def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
+        return [unit.num_blocks for unit in units]
+
+
+@dataclass(frozen=True)
+class _Fraction(Target):
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"`fraction` must be in (0, 1), got {self.fraction}.")
+
+    @property
+    def goal(self) -> float:
+        return self.fraction
+
+
+@dataclass(frozen=True)
+class BlockFraction(_Fraction):
+    """A fraction of the blocks, at least.
+
+    Args:
+        fraction: Fraction of the blocks to remove, in (0, 1).
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
+        return [own.blocks for own in fractions_of_each(config, units)]
+
+
+@dataclass(frozen=True)
+class ParameterFraction(_Fraction):
+    """A fraction of all parameters of the model, at least.
+
+    Args:
+        fraction: Fraction of the parameters to remove, in (0, 1); what is in the embeddings cannot
+            be removed.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
+        return [own.parameters for own in fractions_of_each(config, units)]
+
+
+@dataclass(frozen=True)
+class FlopsFraction(_Fraction):
+    """A fraction of the forward operations per token of the whole model, at least.
+
+    Args:
+        fraction: Fraction of the FLOPs to remove, in (0, 1); those of the output head cannot be.
+        context_tokens: Tokens that a query attends to, 1 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    context_tokens: int = CONTEXT_TOKENS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context_tokens < 1:
+            raise ValueError(f"`context_tokens` must be 1 or more, got {self.context_tokens}.")
+
+    def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
+        return [own.flops for own in fractions_of_each(config, units, self.context_tokens)]

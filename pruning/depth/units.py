@@ -1,0 +1,138 @@
+"""What depth pruning removes: whole blocks, or the attention or MLP half of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pruning.families import Family
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One thing that can be removed.
+
+    Args:
+        block: Index of the block, 0 or more.
+        part: The whole block, its attention, or its MLP.
+    """
+
+    block: int
+    part: Literal["block", "attn", "mlp"] = "block"
+
+    @property
+    def key(self) -> str:
+        """Name used in files and messages: `4`, `4.attn` or `4.mlp`."""
+        return str(self.block) if self.part == "block" else f"{self.block}.{self.part}"
+
+    @property
+    def num_blocks(self) -> float:
+        """What it counts: 1, or 0.5 for a half."""
+        return 1.0 if self.part == "block" else 0.5
+
+    def tensors(self, blocks: nn.Module, family: Family) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names, relative to the list of blocks, and parameters of the unit.
+
+        Args:
+            blocks: The list of blocks of the model.
+            family: Its row of the table.
+        """
+        inside = tuple(f"{path}." for path in self._stand_ins(family))
+        for name, parameter in blocks.get_submodule(str(self.block)).named_parameters():
+            if self.part == "block" or name.startswith(inside):
+                yield f"{self.block}.{name}", parameter
+
+    def linears(self, blocks: nn.Module, family: Family) -> Iterator[nn.Linear]:
+        """The linear layers of the unit."""
+        block = blocks.get_submodule(str(self.block))
+        roots = [block]
+        if self.part != "block":
+            roots = [block.get_submodule(path) for path in self._stand_ins(family)]
+        for root in roots:
+            yield from (module for module in root.modules() if isinstance(module, nn.Linear))
+
+    def replacements(
+        self, blocks: nn.Module, family: Family
+    ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """What to put where so that the unit adds nothing: parent, name of the child, new child."""
+        if self.part == "block":
+            yield blocks, str(self.block), _Skip()
+            return
+        for path, stand_in in self._stand_ins(family).items():
+            parent, _, name = f"{self.block}.{path}".rpartition(".")
+            yield blocks.get_submodule(parent), name, stand_in
+
+    def _stand_ins(self, family: Family) -> dict[str, nn.Module]:
+        """Path inside the block to what stands in for it when a half is silent.
+
+        A norm that both halves read belongs to neither and stays.
+        """
+        if self.part == "block":
+            return {}
+        sites = [name for name in family.gates if name.startswith(f"{self.part}_")]
+        linears = [p.path for p in family.projections if {p.input, p.output} & set(sites)]
+        modules: dict[str, nn.Module] = {
+            norm.path: nn.Identity() for norm in family.norms if norm.output in sites
+        }
+        # Attention and most MLPs are one child of the block; OPT has two layers in their place.
+        *before, last = dict.fromkeys(path.split(".")[0] for path in linears)
+        modules |= {name: nn.Identity() for name in before}
+        modules[last] = _NoAttention() if self.part == "attn" else _Nothing()
+        return modules
+
+
+class Units(ABC):
+    """What a search may remove one by one."""
+
+    @abstractmethod
+    def of(self, num_blocks: int) -> tuple[Unit, ...]:
+        """All units of a model, first to last."""
+
+
+@dataclass(frozen=True)
+class WholeBlocks(Units):
+    """Whole blocks: what stays is a stock model of its family."""
+
+    def of(self, num_blocks: int) -> tuple[Unit, ...]:
+        return tuple(Unit(block) for block in range(num_blocks))
+
+
+@dataclass(frozen=True)
+class HalfBlocks(Units):
+    """Attention and MLP of every block, each on its own (BlockPruner, arXiv 2406.10594)."""
+
+    def of(self, num_blocks: int) -> tuple[Unit, ...]:
+        return tuple(Unit(block, part) for block in range(num_blocks) for part in ("attn", "mlp"))
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among what a block or its attention is called with."""
+    found = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(found, Tensor)
+    return found
+
+
+class _Skip(nn.Module):
+    """In the place of a block: gives what it got."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return first_input(args, kwargs)
+
+
+class _NoAttention(nn.Module):
+    """In the place of an attention: adds nothing to the residual stream."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(first_input(args, kwargs)), None
+
+
+class _Nothing(nn.Module):
+    """In the place of an MLP: adds nothing to the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
