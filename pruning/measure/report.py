@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pruning.measure.perplexity import Perplexity, perplexity
 from pruning.measure.speed import Speed, measure_speed
+from pruning.measure.zero_shot import Question, ZeroShot, zero_shot
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Row:
         counts: Its sizes.
         speed: Its speed, if it was measured.
         file_bytes: Bytes of its weights on disk, if it lies there.
+        zero_shot: Task name to the answers right.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Row:
     counts: Counts
     speed: Speed | None = None
     file_bytes: int | None = None
+    zero_shot: Mapping[str, ZeroShot] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,11 @@ def _cells_of(row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
     cells = {"model": row.name}
     for text, result in row.perplexity.items():
         cells[f"perplexity {text}"] = f"{result.value:.2f}"
+    for task, answers in row.zero_shot.items():
+        cells[f"accuracy {task}"] = _with_error(answers.accuracy, answers.accuracy_error)
+        cells[f"accuracy {task}, by length"] = _with_error(
+            answers.normalised, answers.normalised_error
+        )
     cells["parameters"] = f"{row.counts.parameters:,}"
     cells["parameters in blocks"] = f"{row.counts.block_projection_parameters:,}"
     cells["kept in blocks"] = f"{figures['kept_block_parameters']:.4f}"
@@ -204,12 +212,17 @@ def _cells_of(row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
+
+
 def measure(
     models: Mapping[str, Any],
     texts: Mapping[str, Int[Tensor, "N T"]],
     folders: Mapping[str, str | Path] | None = None,
     batch_size: int = 8,
     speed: Mapping[str, int] | None = None,
+    tasks: Mapping[str, Sequence[Question]] | None = None,
 ) -> Report:
     """Measure models side by side; the dense one comes first.
 
@@ -219,6 +232,7 @@ def measure(
         folders: Name to the folder that a model lies in, for its file size.
         batch_size: Windows that a model sees at once, 1 or more.
         speed: Settings of `measure_speed` other than its models; None does not measure it.
+        tasks: Name to multiple-choice questions, see `read_questions`; None asks none.
 
     Raises:
         ValueError: There is no model or no text, or a folder belongs to no model.
@@ -239,6 +253,9 @@ def measure(
             counts=count(model),
             speed=speeds.get(name),
             file_bytes=file_bytes(folders[name]) if name in folders else None,
+            zero_shot={
+                task: zero_shot(model, questions) for task, questions in (tasks or {}).items()
+            },
         )
         for name, model in models.items()
     ]

@@ -37,10 +37,14 @@ def uneven_plan(folder: Path, seed: int = 0, with_gains: bool = True) -> Pruning
 
 def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> PruningPlan:
     """What `Budget(uniform=True)` makes of random scores."""
+    return random_plan(folder, Budget(keep, Parameters(), uniform=True), seed)
+
+
+def random_plan(folder: Path, budget: Budget, seed: int = 0) -> PruningPlan:
+    """What a budget makes of random scores."""
     model = skeleton(AutoConfig.from_pretrained(folder))
     sites = find_sites(model, family_of(model.config))
     count = sum(site.size for site in sites)
     scores_N = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-    budget = Budget(keep, Parameters(), uniform=True)
     kept = budget.finalise(scores_N, sites, budget.cost.table(model))
     return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed})

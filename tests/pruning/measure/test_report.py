@@ -16,6 +16,7 @@ from pruning.families import skeleton
 from pruning.measure.perplexity import Perplexity
 from pruning.measure.report import Counts, Report, Row, count, file_bytes, measure
 from pruning.measure.speed import Speed
+from pruning.measure.zero_shot import Ending, Question
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama, tiny_llama_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -144,7 +145,9 @@ def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     texts = {"a": torch.randint(VOCABULARY, (3, 12), generator=draw)}
     speed = {"batch_size": 1, "prompt_tokens": 4, "new_tokens": 2, "repeats": 1}
-    result = measure(models, texts, {"dense": folder}, speed=speed)
+    endings = (Ending((1, 5, 6), 1, 4), Ending((1, 7), 1, 2))
+    tasks = {"b": [Question(endings, 0), Question(endings, 1)]}
+    result = measure(models, texts, {"dense": folder}, speed=speed, tasks=tasks)
     dense, narrow = result.rows
     assert dense.file_bytes == (folder / "model.safetensors").stat().st_size
     assert narrow.file_bytes is None
@@ -155,7 +158,12 @@ def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
     assert dense.speed is not None
     assert result.context_tokens == 12
     assert result.conditions == {"device": "cpu", "dtype": "float32", **speed}
-    assert json.loads(result.json())["models"]["narrow"]["kept_block_flops"] < 1
+    # Of two equal questions with other labels, one is right whatever the model says.
+    assert dense.zero_shot["b"].accuracy == narrow.zero_shot["b"].normalised == 0.5
+    assert "| accuracy b | 0.5000 +- 0.5000 | 0.5000 +- 0.5000 |" in result.markdown()
+    narrow_figures = json.loads(result.json())["models"]["narrow"]
+    assert narrow_figures["kept_block_flops"] < 1
+    assert narrow_figures["zero_shot"]["b"]["num_questions"] == 2
 
 
 def test_bad_requests_are_told(tmp_path: Path) -> None:
