@@ -1,24 +1,43 @@
-"""Train a language model the ordinary way: from scratch, or further from a checkpoint."""
+"""Train a language model the ordinary way: from scratch, or further from a checkpoint.
+
+Further means fine-tuning, and recovery after pruning: callbacks take blocks or weights out of the
+model, and what stays is trained on its text, on what the dense model says of it (distillation,
+arXiv 1503.02531, at temperature 1), or on both; all weights or low-rank updates of them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    get_cosine_schedule_with_warmup,
+)
 
+from modules.delivery import MARK, Origin, deliver_weights, is_trained
 from modules.language_modelling import LanguageModelling, describe_optimizer
 from modules.loading import check_base, load_config, load_model, resolve
-from modules.losses import head_of, token_losses
+from modules.lora import LoRA, merged
+from modules.losses import LossWeights, head_of, token_losses
+from modules.shares import dtype_of
+from pruning.depth.removal import remove_blocks
 from pruning.fingerprint import fingerprint
-from pruning.surgery import refuse_foreign, replaced_folder
-
-_MARK = "secateur.json"
-"""Tells a folder of ours from others; says how the model was trained."""
+from pruning.surgery import COMPANIONS, refuse_foreign, replaced_folder
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -26,21 +45,30 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 class CausalLM(LanguageModelling):
-    """Next-token training of a causal language model.
+    """Next-token training of a causal language model, and recovery of one that is pruned.
 
     Args:
         architecture: Configuration of a model to start from scratch: `model_type` and whatever the
             family's configuration takes, such as `hidden_size`. Exclusive with `base`.
         base: A model to train further: a folder or a hub id. Exclusive with `architecture`.
-        optimizer: Called with the parameters.
+        optimizer: Called with the parameters that train.
         warmup_steps: Steps over which the learning rate rises from 0, 0 or more; it then falls to
             0 along a cosine until the last step.
-        dtype: Type of the weights of `base`: "auto" or a torch name such as "bfloat16".
+        loss: What is trained. Distillation needs a teacher, which takes the memory of one more
+            model and the time of one more forward pass.
+        teacher: The model to distil from: a folder or a hub id with the vocabulary of `base`. If
+            not given, `base` itself, as it was before anything was pruned.
+        lora: Train low-rank updates instead of all weights; they are added up at export.
+        dtype: Type of the weights of `base`: "auto" or a torch name such as "bfloat16". Small
+            steps are lost in bfloat16: train all weights in "float32".
+        export_dtype: Type of the weights that are exported: "auto" is that of the files of `base`.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
+            more time.
         loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
 
     Raises:
-        ValueError: Both or neither of `architecture` and `base` are given, or a setting is out of
-            range.
+        ValueError: Both or neither of `architecture` and `base` are given, what needs a `base`
+            has none, or a setting is out of range.
     """
 
     def __init__(
@@ -49,7 +77,12 @@ class CausalLM(LanguageModelling):
         base: str | None = None,
         optimizer: OptimizerCallable = _adamw,
         warmup_steps: int = 100,
+        loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
+        teacher: str | None = None,
+        lora: LoRA | None = None,
         dtype: str = "auto",
+        export_dtype: str = "auto",
+        gradient_checkpointing: bool = False,
         loss_chunk_tokens: int = 1024,
     ) -> None:
         super().__init__()
@@ -59,29 +92,62 @@ class CausalLM(LanguageModelling):
             raise ValueError(f"`warmup_steps` must be 0 or more, got {warmup_steps}.")
         if loss_chunk_tokens < 1:
             raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
-        if base is not None:
-            check_base(base)
+        if base is None and (lora or (loss.distillation and teacher is None)):
+            what = "`lora`" if lora else "`loss.distillation`"
+            raise ValueError(f"{what} needs a `base` to start from; `architecture` has none.")
+        if teacher is not None and not loss.distillation:
+            raise ValueError(
+                "`teacher` is given and `loss.distillation` is 0, so that nothing is learned from "
+                "it; raise the one or leave out the other."
+            )
+        for model in (base, teacher):
+            if model is not None:
+                check_base(model)
         self.architecture, self.base, self.dtype_name = architecture, base, dtype
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
+        self.loss, self.teacher, self.lora = loss, teacher or base, lora
+        self.export_dtype, self.gradient_checkpointing = export_dtype, gradient_checkpointing
+        self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
+        self.kept_blocks: list[int] = []
+        self.removals: list[dict[str, Any]] = []
+        self.provenance: dict[str, Any] = {}
         self._make_optimizer = optimizer
+        # In a tuple it is no part of the module: not trained, saved, sharded or counted.
+        self._teacher: tuple[PreTrainedModel, ...] = ()
 
     def configure_model(self) -> None:
-        """Make or read the model; called once, on every rank."""
+        """Make or read the model, and the teacher; called once, on every rank."""
         if self.model is not None:
             return
         if self.base is not None:
-            self.model = load_model(resolve(self.base), dtype=self.dtype_name)
+            self.model = load_model(self.base_folder, dtype=self.dtype_name)
         else:
             self.model = AutoModelForCausalLM.from_config(self._config())
+        self.kept_blocks = list(range(self.model.config.num_hidden_layers))
+        self.removals, self.provenance = [], {}
+        if self.lora is not None:
+            self.lora.inject(self.model)
+        if self.gradient_checkpointing:
+            # Renamed in transformers 5.23, which deprecates the old name.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            enable = getattr(self.model, new if hasattr(self.model, new) else old)
+            enable({"use_reentrant": False})
         self.model.train()
+        if self.loss.distillation and not self._teacher:
+            self._teacher = (self._load_teacher(),)
 
     def setup(self, stage: str) -> None:
         """Check that the text suits the model before the model is made."""
         self.check_data(self._config())
 
+    def on_fit_start(self) -> None:
+        """Bring the teacher to where the model is."""
+        for teacher in self._teacher:
+            teacher.to(self.device)  # type: ignore[arg-type]
+
     def configure_optimizers(self) -> Any:
         """The optimiser, with warm-up and cosine decay over the whole of training."""
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = self._optimizer()
         schedule = get_cosine_schedule_with_warmup(
             optimizer,
             num_warmup_steps=self.warmup_steps,
@@ -93,44 +159,248 @@ class CausalLM(LanguageModelling):
         }
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy on one batch of windows, `input_ids` (B, T)."""
+        """Mean loss per token of one batch of windows, `input_ids` (B, T)."""
         input_BT = batch["input_ids"]
-        output = self.model.get_decoder()(input_ids=input_BT, use_cache=False)
+        teacher_ND, teacher_head = None, None
+        if self._teacher:
+            with torch.no_grad():
+                teacher_ND = _hidden(self._teacher[0], input_BT)
+            teacher_head = head_of(self._teacher[0])
+        with self._seeded(batch_idx):
+            hidden_ND = _hidden(self.model, input_BT)
+        head = self.model.get_output_embeddings().parameters()
         losses = token_losses(
-            output.last_hidden_state[:, :-1].flatten(0, 1),
+            hidden_ND,
             input_BT[:, 1:].flatten(),
             head_of(self.model),
+            teacher_ND=teacher_ND,
+            teacher_head=teacher_head,
+            weights=self.loss,
             chunk_tokens=self.loss_chunk_tokens,
-            parameters=list(self.model.get_output_embeddings().parameters()),
+            parameters=[parameter for parameter in head if parameter.requires_grad],
         )
         self.log("train_loss", losses.cross_entropy, prog_bar=True)
+        if self._teacher:
+            self.log("train_kl", losses.distillation)
         if not bool(losses.total.isfinite()):
             self.stop_diverged("the loss", losses.total)
         return losses.total
 
     def recipe(self) -> dict[str, Any]:
-        """Where the model came from, its warm-up and its optimiser."""
+        """Where the model came from, what it learns, its warm-up and its optimiser."""
+        distils = self.teacher if self.loss.distillation else None
         return {
             "architecture": self.architecture,
-            "base": self.base and fingerprint(resolve(self.base)),
+            "base": self.base and self.base_fingerprint,
+            "teacher": distils and self._teacher_fingerprint,
+            "loss": repr(self.loss),
+            "lora": self.lora and repr(self.lora),
             "dtype": self.dtype_name,
             "warmup_steps": self.warmup_steps,
-            "optimizer": describe_optimizer(self._make_optimizer(self.parameters())),
+            "optimizer": describe_optimizer(self._optimizer()),
         }
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """Local folder of the base model.
+
+        Raises:
+            ValueError: There is none: training starts from an `architecture`.
+        """
+        if self.base is None:
+            raise ValueError(
+                "A model that starts from `architecture` has no base that could be pruned; train "
+                "it, and give the exported folder as `base`."
+            )
+        return resolve(self.base)
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Content hash of the base model."""
+        return fingerprint(self.base_folder)
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """The model as it would be exported now: in evaluation mode, low-rank updates added up.
+
+        At the end everything is put back, to the bit.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with merged(self.model):
+                yield self.model
+        finally:
+            self.model.train(training)
+
+    def remove_blocks(self, blocks: Sequence[int], provenance: Mapping[str, Any]) -> None:
+        """Take blocks out of the model, of the optimiser and its state; the teacher keeps them.
+
+        Args:
+            blocks: Their numbers in the base model.
+            provenance: Why these, for the model card: JSON values only.
+
+        Raises:
+            ValueError: A block is not there (any more), none would stay, or the model is sharded.
+        """
+        if gone := sorted(set(blocks) - set(self.kept_blocks)):
+            raise ValueError(f"Blocks {gone} are not among the kept ones, {self.kept_blocks}.")
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"Blocks cannot be removed under `trainer.strategy` {type(strategy).__name__}, "
+                "which has divided them among the ranks. Prune on one device with "
+                "`--trainer.max_steps 0`, then train the exported model under the strategy, with "
+                "`teacher` for distillation from the dense one."
+            )
+        remove_blocks(self.model, [self.kept_blocks.index(b) for b in blocks], provenance)
+        self.kept_blocks = [block for block in self.kept_blocks if block not in blocks]
+        self.removals.append({"blocks": list(blocks), "provenance": dict(provenance)})
+        left = {id(parameter) for parameter in self.parameters()}
+        for optimizer in strategy.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) in left]
+            for parameter in [p for p in optimizer.state if id(p) not in left]:
+                del optimizer.state[parameter]
+        if isinstance(strategy.model, DistributedDataParallel):  # it waits for every gradient
+            assert isinstance(strategy, DDPStrategy)
+            strategy.model = self
+            strategy.configure_ddp()
+
+    def record(self, method: str, provenance: Mapping[str, Any]) -> None:
+        """Note that a callback has changed weights, for the model card.
+
+        Args:
+            method: What it is called there, such as `weights`.
+            provenance: How they were changed: JSON values only.
+        """
+        self.provenance[method] = dict(provenance)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store which blocks are left; of a model with low-rank updates only these are stored.
+
+        Frozen weights that a callback has changed are stored as well.
+        """
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pruning"] = {"removals": self.removals, "provenance": self.provenance}
+        if self.lora is not None and not self.provenance:
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in sorted(trained)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings, and remove what had been removed.
+
+        The weights are loaded and the optimiser is made after this.
+
+        Raises:
+            ValueError: The settings differ, or the checkpoint lacks weights.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint["pruning"]["removals"]
+        if self.removals != saved[: len(self.removals)]:  # an earlier fit has removed others
+            self.model = None
+            self.configure_model()
+        for removal in saved[len(self.removals) :]:
+            self.remove_blocks(removal["blocks"], removal["provenance"])
+        self.provenance = checkpoint["pruning"]["provenance"]
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if missing := sorted(trained - checkpoint["state_dict"].keys()):
+            raise ValueError(f"The checkpoint lacks {len(missing)} weights, {missing[0]} first.")
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
-        refuse_foreign(folder, _is_ours)
+        refuse_foreign(folder, is_trained)
 
     def export(self, folder: Path, command: str) -> None:
-        """Save model and tokenizer in the form of transformers."""
+        """Save model and tokenizer as transformers does; see `deliver_weights` for the rest.
+
+        A model that was made from scratch has no dense model to be compared with.
+        """
         if not self.trainer.is_global_zero:
             return
-        with replaced_folder(folder, _is_ours) as partial:
-            self.model.save_pretrained(partial)
-            self.trainer.datamodule.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
-            mark = {"command": command, "steps": self.global_step}
-            (partial / _MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if self.base is None:
+            with replaced_folder(folder, is_trained) as partial:
+                self.model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                mark = {"command": command, "steps": self.global_step, "stages": []}
+                (partial / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+            return
+
+        def write(partial: Path) -> None:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _copy_companions(self.base_folder, partial)  # those of the base, if it has any
+
+        windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
+        windows_NT = torch.stack([windows[place] for place in range(len(windows))])
+        with self.plain() as model, _rounded(model, dtype_of(self.base_folder, self.export_dtype)):
+            deliver_weights(model, self._dense(), self._origin(command), write, folder, windows_NT)
+
+    def _origin(self, command: str) -> Origin:
+        assert self.base is not None
+        provenance = dict(self.provenance)
+        if self.removals:
+            depth = {"kept_blocks": self.kept_blocks, "removals": self.removals}
+            provenance = {"depth": depth} | provenance
+        training: dict[str, Any] = {}
+        if self.global_step:
+            given = ("loss", "lora", "warmup_steps", "optimizer")
+            training = {name: self.recipe()[name] for name in given}
+            training["teacher"] = self.teacher if self.loss.distillation else None
+        steps = self.global_step
+        return Origin(
+            self.base, self.base_folder, self.base_fingerprint, command, steps, provenance, training
+        )
+
+    def _dense(self) -> PreTrainedModel:
+        """The base model as it was, where this rank computes."""
+        if self._teacher and self.teacher == self.base:
+            dense = self._teacher[0]
+        else:
+            dense = load_model(self.base_folder, dtype=self.dtype_name)
+        dense.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        dense.eval()
+        return dense
+
+    def _load_teacher(self) -> PreTrainedModel:
+        """The teacher, frozen, in the type of its files.
+
+        Raises:
+            ValueError: Its vocabulary is not that of the model.
+        """
+        assert self.teacher is not None
+        teacher = load_model(resolve(self.teacher))
+        ours, theirs = self.model.config.vocab_size, teacher.config.vocab_size
+        if ours != theirs:
+            raise ValueError(
+                f"`teacher` {self.teacher!r} has a vocabulary of {theirs} and the model one of "
+                f"{ours}; distillation needs the same."
+            )
+        teacher.requires_grad_(False)
+        teacher.eval()
+        return teacher
+
+    @cached_property
+    def _teacher_fingerprint(self) -> str:
+        if self.teacher == self.base:
+            return self.base_fingerprint
+        assert self.teacher is not None
+        return fingerprint(resolve(self.teacher))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+    @contextmanager
+    def _seeded(self, batch_idx: int) -> Iterator[None]:
+        """Dropout as a pure function of seed, step, batch and rank: a resumed run repeats it."""
+        seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where `seed_everything` leaves it
+        place = f"{seed} {self.global_step} {batch_idx} {self.global_rank}"
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(random.Random(place).getrandbits(63))
+            yield
 
     def _config(self) -> Any:
         """The configuration of the model.
@@ -139,7 +409,7 @@ class CausalLM(LanguageModelling):
             ValueError: It names no model, or none that transformers knows.
         """
         if self.base is not None:
-            return load_config(resolve(self.base))
+            return load_config(self.base_folder)
         settings = dict(self.architecture or {})
         model_type = settings.pop("model_type", None)
         if model_type is None:
@@ -152,5 +422,30 @@ class CausalLM(LanguageModelling):
             ) from error
 
 
-def _is_ours(folder: Path) -> bool:
-    return (folder / _MARK).is_file()
+def _hidden(model: Any, input_BT: Tensor) -> Tensor:
+    """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""
+    output = model.get_decoder()(input_ids=input_BT, use_cache=False)
+    hidden_ND: Tensor = output.last_hidden_state[:, :-1].flatten(0, 1)
+    return hidden_ND
+
+
+@contextmanager
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """The model with all weights in a type; they are what they were at the end."""
+    before = {p: p.data for p in model.parameters() if p.dtype != dtype}
+    try:
+        for parameter in before:
+            parameter.grad, parameter.data = None, parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+
+
+def _copy_companions(base_folder: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in sorted(base_folder.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, folder / path.name)

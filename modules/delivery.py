@@ -1,8 +1,11 @@
-"""What a run that learned masks leaves behind: the smaller model, proven, measured, described."""
+"""What a run leaves behind: the smaller model, proven, measured, described."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,46 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pruning import __version__
 from pruning.budget import Cost, Flops, Parameters
 from pruning.export.model_card import ModelCard
+from pruning.export.verify import verify_saved
 from pruning.export.writer import export_model
 from pruning.measure.plots import plot_widths
-from pruning.measure.report import Report, measure
+from pruning.measure.report import Report, Row, measure
 from pruning.plan import DESCRIPTION, PruningPlan
 from pruning.surgery import replaced_folder
 
+MARK = "secateur.json"
+"""In a model folder of ours: how the model was made, and the models that came before it."""
+
 _PACKAGES = ("torch", "transformers", "lightning")
 _COSTS: tuple[Cost, ...] = (Parameters(), Parameters(True), Flops(), Flops(True))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from.
+
+    Args:
+        base: Name of the base model, for the model card.
+        folder: Its folder.
+        fingerprint: Its content hash.
+        command: The command that made the model.
+        steps: Optimiser steps that it took.
+        provenance: How the model was pruned, by method: JSON values only.
+        training: How its weights were trained: JSON values only.
+    """
+
+    base: str
+    folder: Path
+    fingerprint: str
+    command: str
+    steps: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The base model as the model card calls it: paths relative, so that they can be shown."""
+        return os.path.relpath(self.base) if Path(self.base).exists() else self.base
 
 
 def deliver(
@@ -52,31 +87,147 @@ def deliver(
         ValueError: The exported model is not the masked one, or `folder` holds something else.
     """
     report: list[Report] = []
+    masks = {"masks": dict(plan.provenance)}
+    origin = Origin(base, base_folder, plan.base, command, plan.provenance.get("step", 0), masks)
 
     def describe(partial: Path) -> ModelCard:
-        pruned: Any = AutoModelForCausalLM.from_pretrained(
-            partial, trust_remote_code=True, dtype=model.dtype
-        )
-        pruned.to(model.device)
-        prompt = max(1, windows_NT.shape[1] // 2)
-        report.append(
-            measure(
-                {"dense": model, "pruned": pruned},
-                {"validation": windows_NT},
-                folders={"dense": base_folder, "pruned": partial},
-                speed={"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3},
-            )
-        )
-        return card(report[0], plan, model, base, command)
+        report.append(compare(model, partial, base_folder, windows_NT))
+        stages = write_mark(partial, origin, report[0])
+        return card(report[0], plan, model, origin, stages)
 
     export_model(base_folder, plan, folder, describe, model, windows_NT[:2])
     with replaced_folder(folder.parent / "plan", is_plan) as partial:
         plan.save(partial)
-    (folder.parent / "report.json").write_text(report[0].json(), encoding="utf-8")
-    (folder.parent / "report.md").write_text(report[0].markdown(), encoding="utf-8")
     plot_widths(plan, folder.parent / "plots" / "widths.png")
-    Console().print(report[0].table())
+    publish(report[0], folder)
     return report[0]
+
+
+def deliver_weights(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    origin: Origin,
+    write: Callable[[Path], None],
+    folder: Path,
+    windows_NT: Tensor,
+) -> Report:
+    """Save a model whose own weights were trained or pruned; else as `deliver`.
+
+    Args:
+        model: The live model, which the saved one has to equal.
+        dense: The base model.
+        origin: Where the model came from.
+        write: Writes weights, configuration and tokenizer into an empty folder.
+        folder: Where the model goes.
+        windows_NT: Token windows (int64) to verify and measure on.
+
+    Raises:
+        ValueError: The saved model is not the live one, or `folder` holds something else.
+    """
+    name = "pruned" if origin.provenance else "trained"
+    with replaced_folder(folder, is_trained) as partial:
+        write(partial)
+        verify_saved(model, partial, windows_NT[:2])
+        report = compare(dense, partial, origin.folder, windows_NT, name)
+        stages = write_mark(partial, origin, report)
+        text = stock_card(report, origin, stages)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+    publish(report, folder)
+    return report
+
+
+def compare(
+    dense: PreTrainedModel,
+    folder: Path,
+    base_folder: Path,
+    windows_NT: Tensor,
+    name: str = "pruned",
+) -> Report:
+    """Measure a model folder beside the dense model, on the device that this one is on."""
+    pruned: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=dense.dtype
+    )
+    pruned.to(dense.device)
+    prompt = max(1, windows_NT.shape[1] // 2)
+    return measure(
+        {"dense": dense, name: pruned},
+        {"validation": windows_NT},
+        folders={"dense": base_folder, name: folder},
+        speed={"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3},
+    )
+
+
+def publish(report: Report, folder: Path) -> None:
+    """Write a report beside a model folder, the stages before it included, and show it."""
+    stages = read_stages(folder)
+    figures = report.as_dict() | {"stages": stages}
+    text = json.dumps(figures, indent=1) + "\n"
+    (folder.parent / "report.json").write_text(text, encoding="utf-8")
+    lines = report.markdown()
+    if len(stages) > 1:
+        table = stages_table(stages)
+        rows = (table[0], ["---"] * len(table[0]), *table[1:])
+        lines += "\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    (folder.parent / "report.md").write_text(lines, encoding="utf-8")
+    Console().print(report.table())
+
+
+def write_mark(folder: Path, origin: Origin, report: Report) -> list[dict[str, Any]]:
+    """Write `secateur.json` into a model folder; returns all stages that led to the model.
+
+    The stages of the base model, if it came out of Secateur, are the first. No times are among the
+    figures: equal runs write equal files.
+    """
+    stage = {
+        "base": origin.name,
+        "base_fingerprint": origin.fingerprint,
+        "command": origin.command,
+        "steps": origin.steps,
+        "provenance": dict(origin.provenance),
+        "training": dict(origin.training),
+        "context_tokens": report.context_tokens,
+        "models": {row.name: _figures(row, report.context_tokens) for row in report.rows},
+    }
+    stages = [*read_stages(origin.folder), stage]
+    mark = {"command": origin.command, "steps": origin.steps, "stages": stages}
+    (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+    return stages
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """The stages that led to a model, none if it did not come out of Secateur.
+
+    Raises:
+        ValueError: `secateur.json` is damaged.
+    """
+    path = folder / MARK
+    if not path.is_file():
+        return []
+    try:
+        stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; export the model again.") from error
+    return stages
+
+
+def stages_table(stages: list[dict[str, Any]]) -> list[list[str]]:
+    """The models of a chain, one after the other: the first dense one and what each stage made."""
+    table = [["model", "parameters", "FLOPs per token", "perplexity"]]
+    for number, stage in enumerate(stages, start=1):
+        dense, made = list(stage["models"].values())[:2]
+        first = [(f"`{stage['base']}`", dense)] if number == 1 else []
+        made_by = ", ".join(stage["provenance"]) or "training"
+        for name, figures in [*first, (f"stage {number}: {made_by}", made)]:
+            quality = " / ".join(f"{value:.3f}" for value in figures["perplexity"].values())
+            table.append(
+                [
+                    name,
+                    f"{figures['parameters']:,}",
+                    f"{figures['flops_per_token']:,} at {stage['context_tokens']} tokens",
+                    quality,
+                ]
+            )
+    return table
 
 
 def is_plan(folder: Path) -> bool:
@@ -84,8 +235,17 @@ def is_plan(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
+def is_trained(folder: Path) -> bool:
+    """Whether a folder holds a model of ours that may be replaced."""
+    return (folder / MARK).is_file()
+
+
 def card(
-    report: Report, plan: PruningPlan, model: PreTrainedModel, base: str, command: str
+    report: Report,
+    plan: PruningPlan,
+    model: PreTrainedModel,
+    origin: Origin,
+    stages: list[dict[str, Any]],
 ) -> ModelCard:
     """The model card of a measured export; without times, so that equal runs give equal cards."""
     widths_S = torch.tensor([float(width) for width in plan.widths])
@@ -96,16 +256,62 @@ def card(
         budget.append(
             [cost.label, f"{table.dense:,.0f}", f"{kept:,.0f}", f"{kept / table.dense:.4f}"]
         )
+    name = Path(origin.base).name
+    return ModelCard(
+        title=f"{name}, {plan.provenance['kept']:.1%} of {plan.provenance['counted']}",
+        base_model=origin.name,
+        budget=budget,
+        quality=_quality(report),
+        stages=stages_table(stages) if len(stages) > 1 else (),
+        command=origin.command,
+        versions=_versions(),
+    )
+
+
+def stock_card(report: Report, origin: Origin, stages: list[dict[str, Any]]) -> str:
+    """The text of the model card of a stock model; without times, as `card`."""
+    dense, made = (_figures(row, report.context_tokens) for row in report.rows)
+    names = {"parameters": "all parameters", "flops_per_token": "FLOPs per token"}
+    budget = [["counted", "dense", "kept", "fraction"]] + [
+        [label, f"{dense[key]:,}", f"{made[key]:,}", f"{made[key] / dense[key]:.4f}"]
+        for key, label in names.items()
+    ]
+    name, done = Path(origin.base).name, " and ".join(origin.provenance)
+    kept = made["parameters"] / dense["parameters"]
+    return ModelCard(
+        title=f"{name}, {kept:.1%} of its parameters" if done else f"{name}, trained further",
+        base_model=origin.name,
+        budget=budget,
+        quality=_quality(report),
+        stages=stages_table(stages) if len(stages) > 1 else (),
+        command=origin.command,
+        versions=_versions(),
+        tags=tuple(origin.provenance),
+    ).render_stock(
+        origin.fingerprint,
+        f"`{origin.name}`, {f'pruned ({done}) and ' if done else ''}trained for {origin.steps} "
+        "steps by Secateur. This is a stock model of its family. Before this folder was put in its "
+        "place, its logits were compared with those of the model in training, on whole windows and "
+        "in a cached decode.",
+        {**origin.provenance, "training": dict(origin.training)},
+    )
+
+
+def _figures(row: Row, context_tokens: int) -> dict[str, Any]:
+    return {
+        "parameters": row.counts.parameters,
+        "flops_per_token": row.counts.flops_per_token(context_tokens),
+        "perplexity": {text: round(found.value, 4) for text, found in row.perplexity.items()},
+    }
+
+
+def _quality(report: Report) -> list[list[str]]:
     dense, pruned = report.rows
-    quality = [["text", "dense perplexity", "pruned perplexity"]] + [
+    return [["text", "dense perplexity", f"{pruned.name} perplexity"]] + [
         [text, f"{dense.perplexity[text].value:.3f}", f"{pruned.perplexity[text].value:.3f}"]
         for text in dense.perplexity
     ]
-    return ModelCard(
-        title=f"{Path(base).name}, {plan.provenance['kept']:.1%} of {plan.provenance['counted']}",
-        base_model=os.path.relpath(base) if Path(base).exists() else base,
-        budget=budget,
-        quality=quality,
-        command=command,
-        versions={"secateur": __version__} | {name: version(name) for name in _PACKAGES},
-    )
+
+
+def _versions() -> dict[str, str]:
+    return {"secateur": __version__} | {name: version(name) for name in _PACKAGES}

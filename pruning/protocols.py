@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pruning.budget import Budget, CostTable
 from pruning.plan import PruningPlan
@@ -81,3 +85,77 @@ def _unsuited(module: object, needed_by: str, what: str) -> ValueError:
         f"`{needed_by}` needs a module that {what}; got {type(module).__name__}. "
         "Remove the callback or choose another module."
     )
+
+
+@runtime_checkable
+class TrainsWeights(Protocol):
+    """A module that trains the weights of a base model, which a callback may prune meanwhile."""
+
+    model: Any
+    """The live model."""
+    base_folder: Path
+    """Folder of the base model; ValueError where training started from nothing."""
+    base_fingerprint: str
+    """Content hash of the base model."""
+    kept_blocks: list[int]
+    """Numbers, in the base model, of the blocks that are left; empty before the model is read."""
+
+    def plain(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as it would be exported now, in evaluation mode, to score and to measure; what
+        is done to it inside is undone, in part or in whole, at the end.
+        """
+
+    def remove_blocks(self, blocks: Sequence[int], provenance: Mapping[str, Any]) -> None:
+        """Take blocks, by their numbers in the base model, out of all that trains.
+
+        Raises:
+            ValueError: They cannot be taken out, or not under this strategy.
+        """
+
+    def record(self, method: str, provenance: Mapping[str, Any]) -> None:
+        """Note for the model card how weights were changed: JSON values only."""
+
+
+def trains_weights(module: object, needed_by: str) -> TrainsWeights:
+    """The module itself, if it trains the weights of a base model.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not isinstance(module, TrainsWeights):
+        raise _unsuited(module, needed_by, "trains the weights of a base model, such as CausalLM")
+    return module
+
+
+@runtime_checkable
+class HoldsWindows(Protocol):
+    """A data module with windows of tokens to train on."""
+
+    train_windows: Any
+    """Indexed by a list of numbers through `__getitems__`: int64 of shape (B, T)."""
+
+
+def calibration_windows(data: object, count: int, seed: int, needed_by: str) -> Tensor:
+    """Windows to score on, drawn from the training data: int64 of shape (N, T).
+
+    Args:
+        data: The data module.
+        count: Number of windows, 1 or more.
+        seed: Seed of the draw.
+        needed_by: Who asks, for the message.
+
+    Raises:
+        ValueError: The data has no windows, or fewer than `count`.
+    """
+    if not isinstance(data, HoldsWindows):
+        raise ValueError(
+            f"`{needed_by}` needs data that holds windows of tokens, as TextData does."
+        )
+    if count > (found := len(data.train_windows)):
+        raise ValueError(
+            f"`calibration_windows` is {count} and the training data has {found} windows; give "
+            "more text or lower it."
+        )
+    order_N = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
+    windows_NT: Tensor = data.train_windows.__getitems__(order_N[:count].sort().values.tolist())
+    return windows_NT
