@@ -109,9 +109,10 @@ class SelectiveRMSNormGather(nn.Module):
         self.size, self.eps = size, eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
+        # The gathered entries are a copy of our own: scaling it in place makes no further one. The
+        # products are computed in float32 and rounded one by one, as in the stock norm.
         scale_BT1 = _inverse_rms(hidden_BTD, self.size, self.eps)
-        normed_BTW = _gather(hidden_BTD, self.index).float() * scale_BT1
-        return self.weight * normed_BTW.to(hidden_BTD.dtype)
+        return _gather(hidden_BTD, self.index).mul_(scale_BT1).mul_(self.weight)
 
 
 class SelectiveCentredRMSNormGather(SelectiveRMSNormGather):
@@ -119,8 +120,8 @@ class SelectiveCentredRMSNormGather(SelectiveRMSNormGather):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         scale_BT1 = _inverse_rms(hidden_BTD, self.size, self.eps)
-        normed_BTW = _gather(hidden_BTD, self.index).float() * scale_BT1
-        return (normed_BTW * (1 + self.weight.float())).to(hidden_BTD.dtype)
+        normed_BTW = _gather(hidden_BTD, self.index) * scale_BT1  # float32, as the scale
+        return normed_BTW.mul_(1 + self.weight.float()).to(hidden_BTD.dtype)
 
 
 class NarrowCentredRMSNormOutput(nn.Module):
