@@ -88,7 +88,7 @@ def perplexity(model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8) 
     model.eval()
     try:
         nll_N = torch.cat(
-            [_window_nll(model, batch.to(device)) for batch in windows_NT.split(batch_size)]
+            [window_nll(model, batch.to(device)) for batch in windows_NT.split(batch_size)]
         )
     finally:
         model.train(was_training)
@@ -98,7 +98,7 @@ def perplexity(model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8) 
     return Perplexity(value, mean, error, num_windows * (window_tokens - 1))
 
 
-def _window_nll(model: Any, input_BT: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+def window_nll(model: Any, input_BT: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
     """Mean negative log-likelihood of each window, float64 on the CPU."""
     logits_BTV = model(input_ids=input_BT, use_cache=False).logits
     nll_P = [
