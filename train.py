@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from typing import TYPE_CHECKING
-
-from lightning.pytorch import LightningDataModule, LightningModule
 
 if TYPE_CHECKING:
     from modules.command_line import TrainCLI
@@ -50,7 +49,9 @@ def quieten() -> None:
 def main(args: list[str] | None = None) -> TrainCLI:
     """Parse the command line (or a list of arguments) and run it."""
     quieten()
-    # Here, because these imports are not quiet; the first is there for configs to name its classes.
+    # Here, because these imports are not quiet; callbacks are there for configs to name them.
+    from lightning.pytorch import LightningDataModule, LightningModule
+
     import callbacks  # noqa: F401
     from modules.command_line import TrainCLI
 
@@ -67,6 +68,8 @@ def main(args: list[str] | None = None) -> TrainCLI:
 
 
 if __name__ == "__main__":
+    # Asked to stop while libraries and models load: that waits for SaveCheckpoint, which unblocks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:

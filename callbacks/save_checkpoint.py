@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from callbacks._preemption import Preempted, Signals, requeue
 from pruning.checkpoints import FOLDER, newest_first
+
+_PARTIAL = ".{}.partial"
 
 
 class SaveCheckpoint(Checkpoint):
@@ -17,6 +21,10 @@ class SaveCheckpoint(Checkpoint):
 
     A checkpoint holds what trains, the optimiser, the loops and the position in the data; the
     frozen base model is named by its fingerprint. Files are written whole or not at all.
+
+    A run that is asked to stop, by SIGUSR1 or SIGTERM on any of its ranks, ends the step, saves,
+    and exits with code 75. If it is a step of a SLURM job, the job is requeued first; see
+    docs/slurm.md.
 
     Args:
         every_n_steps: Optimiser steps between two checkpoints, 1 or more.
@@ -33,15 +41,41 @@ class SaveCheckpoint(Checkpoint):
         self.every_n_steps, self.keep = every_n_steps, keep
         self.last_model_path = ""
         """The newest checkpoint of this run, under the name that Lightning looks for."""
+        self._step = 0
+        self._signals = Signals()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run starts over where an earlier one could be resumed."""
+        self._signals.listen()  # before Lightning does, so that after training it is us again
         self.last_model_path = str(trainer.ckpt_path or "")
         if not self.last_model_path and (found := newest_first(_folder(trainer))):
             rank_zero_warn(
                 f"{found[0]} is of an earlier run. This run starts from scratch, and its "
                 "checkpoints will take the place of the earlier ones; to go on with the earlier "
                 "run, stop now and add `--ckpt_path last`."
+            )
+        if trainer.is_global_zero:
+            for stale in _folder(trainer).glob(_PARTIAL.format("*")):
+                _remove(stale)  # what a killed run was writing
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take signals over from Lightning."""
+        self._signals.listen()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take signals over from Lightning, and see that all ranks start at one place.
+
+        Raises:
+            ValueError: They do not.
+        """
+        self._signals.listen()
+        self._step = trainer.global_step
+        first = trainer.strategy.broadcast(self._step)
+        if not trainer.strategy.reduce_boolean_decision(first == self._step, all=True):
+            raise ValueError(
+                f"Rank {trainer.global_rank} starts at step {self._step}, rank 0 at step {first}: "
+                f"they do not see the same checkpoints. `default_root_dir` "
+                f"{trainer.default_root_dir} must be on a file system that all nodes share."
             )
 
     def on_train_batch_end(
@@ -52,23 +86,72 @@ class SaveCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save every `every_n_steps` optimiser steps."""
-        if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+        """Save every `every_n_steps` optimiser steps, and when a signal has arrived."""
+        if trainer.global_step == self._step:  # a further batch of the same optimiser step
+            return
+        self._step = trainer.global_step
+        stop = self._asked_to_stop(trainer)
+        if stop or self._step % self.every_n_steps == 0:
             self._save(trainer)
+        if stop:
+            self._leave(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what training ended with, from which an export can be repeated."""
         self._save(trainer)
+        if self._asked_to_stop(trainer):
+            self._leave(trainer)
+        self._signals.at_once = True
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say what becomes of a run that was stopped while it exported."""
+        if isinstance(exception, Preempted) and self._signals.at_once:
+            self._say(trainer)
+        self._signals.ignore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the signals to whoever comes after."""
+        self._signals.ignore()
+
+    def _asked_to_stop(self, trainer: Trainer) -> bool:
+        """Whether a signal has arrived on any rank: one that arrives on all does so in between two
+        steps of one rank and in the middle of a step of another.
+        """
+        return trainer.strategy.reduce_boolean_decision(self._signals.arrived, all=False)
+
+    def _leave(self, trainer: Trainer) -> None:
+        self._say(trainer)
+        raise Preempted
+
+    def _say(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            rank_zero_info(f"Asked to stop; {self.last_model_path} is written. {requeue()}")
 
     def _save(self, trainer: Trainer) -> None:
-        path = str(_folder(trainer) / f"step={trainer.global_step}.ckpt")
-        if path == self.last_model_path:  # a later batch of the same optimiser step
+        path = _folder(trainer) / f"step={trainer.global_step}.ckpt"
+        if str(path) == self.last_model_path:
             return
-        trainer.save_checkpoint(path, weights_only=False)
-        self.last_model_path = path
-        for old in newest_first(_folder(trainer))[self.keep :]:
-            trainer.strategy.remove_checkpoint(old)
+        partial = path.with_name(_PARTIAL.format(path.name))
+        trainer.save_checkpoint(partial, weights_only=False)  # returns when all ranks have written
+        if trainer.is_global_zero:
+            if path.is_dir():  # of an earlier run; a file is replaced by the renaming
+                _remove(path)
+            partial.rename(path)
+            for old in newest_first(_folder(trainer))[self.keep :]:
+                _remove(old)
+        trainer.strategy.barrier("SaveCheckpoint")  # no rank goes, or is killed, before it is there
+        self.last_model_path = str(path)
 
 
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint: a file, or a folder of shards."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +11,34 @@ import torch
 from lightning.pytorch import LightningModule
 
 from callbacks import SaveCheckpoint
+from callbacks._preemption import SIGNALS, Preempted, requeue
 from pruning.checkpoints import latest_checkpoint
 from tests.callbacks.fakes import fake_trainer
 
 
 class _Strategy:
-    def remove_checkpoint(self, path: Path) -> None:
-        path.unlink()
+    """Of one rank; or of two, of which the other has got a signal or starts at another step."""
+
+    def __init__(self, other_asked: bool = False, first: int | None = None) -> None:
+        self.other_asked, self.first = other_asked, first
+
+    def barrier(self, name: str) -> None:
+        pass
+
+    def broadcast(self, step: int) -> int:
+        return step if self.first is None else self.first
+
+    def reduce_boolean_decision(self, decision: bool, all: bool) -> bool:
+        return decision if all else decision or self.other_asked
 
 
 def trainer_at(root: Path, step: int, **more: Any) -> Any:
-    trainer = fake_trainer(root, step, strategy=_Strategy(), ckpt_path=None, **more)
+    settings = {"strategy": _Strategy(), "ckpt_path": None, "global_rank": 0} | more
+    trainer = fake_trainer(root, step, **settings)
 
-    def save(path: str, weights_only: bool) -> None:
+    def save(path: Path, weights_only: bool) -> None:
         assert weights_only is False
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"step": trainer.global_step, "x": torch.arange(1000)}, path)
 
     trainer.save_checkpoint = save
@@ -35,6 +51,7 @@ def train(callback: SaveCheckpoint, root: Path, steps: range) -> None:
     for step in steps:
         callback.on_train_batch_end(trainer_at(root, step), module, None, None, 0)
     callback.on_train_end(trainer_at(root, steps[-1]), module)
+    callback.teardown(trainer_at(root, steps[-1]), module, "fit")
 
 
 def names(root: Path) -> set[str]:
@@ -68,3 +85,142 @@ def test_the_checkpoints_of_an_earlier_run_are_named_at_the_start(tmp_path: Path
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be 1 or more, got 0"):
         SaveCheckpoint(**{name: 0})
+
+
+def test_a_write_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    callback, module = SaveCheckpoint(every_n_steps=2), LightningModule()
+    callback.on_train_batch_end(trainer_at(tmp_path, 2), module, None, None, 0)
+    trainer = trainer_at(tmp_path, 4)
+
+    def die(path: Path, weights_only: bool) -> None:
+        path.write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    trainer.save_checkpoint = die
+    with pytest.raises(OSError, match="No space left"):
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert callback.last_model_path.endswith("step=2.ckpt")
+    assert names(tmp_path) == {"step=2.ckpt", ".step=4.ckpt.partial"}
+    again = SaveCheckpoint()
+    again.on_fit_start(trainer_at(tmp_path, 0, ckpt_path="step=2.ckpt"), module)
+    again.teardown(trainer, module, "fit")
+    assert names(tmp_path) == {"step=2.ckpt"}
+
+
+def test_ranks_that_start_at_different_steps_are_refused(tmp_path: Path) -> None:
+    callback, module = SaveCheckpoint(), LightningModule()
+    trainer = trainer_at(tmp_path, 3, strategy=_Strategy(first=6), global_rank=1)
+    with pytest.raises(ValueError, match="Rank 1 starts at step 3, rank 0 at step 6: .* share"):
+        callback.on_train_start(trainer, module)
+    callback.teardown(trainer, module, "fit")
+
+
+# Signals
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[SaveCheckpoint]:
+    """A callback of a run that has made one step; what signals did before is there again after."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    callback, module = SaveCheckpoint(every_n_steps=5), LightningModule()
+    callback.on_fit_start(trainer_at(tmp_path, 0), module)
+    callback.on_train_start(trainer_at(tmp_path, 0), module)
+    callback.on_train_batch_end(trainer_at(tmp_path, 1), module, None, None, 0)
+    yield callback
+    callback.teardown(trainer_at(tmp_path, 1), module, "fit")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+def test_a_signal_ends_the_step_and_saves(
+    number: int, running: SaveCheckpoint, tmp_path: Path
+) -> None:
+    os.kill(os.getpid(), number)
+    assert not (tmp_path / "checkpoints").exists()
+    # A batch that ends no optimiser step: what it has accumulated is in no checkpoint.
+    running.on_train_batch_end(trainer_at(tmp_path, 1), LightningModule(), None, None, 1)
+    with pytest.raises(Preempted) as stop:
+        running.on_train_batch_end(trainer_at(tmp_path, 2), LightningModule(), None, None, 2)
+    assert stop.value.code == 75
+    assert names(tmp_path) == {"step=2.ckpt"}
+
+
+def test_a_signal_of_one_rank_stops_all(running: SaveCheckpoint, tmp_path: Path) -> None:
+    trainer = trainer_at(tmp_path, 2, strategy=_Strategy(other_asked=True))
+    with pytest.raises(Preempted):
+        running.on_train_batch_end(trainer, LightningModule(), None, None, 0)
+    assert names(tmp_path) == {"step=2.ckpt"}
+
+
+def test_after_training_there_is_nothing_to_wait_for(
+    running: SaveCheckpoint, tmp_path: Path
+) -> None:
+    running.on_train_end(trainer_at(tmp_path, 2), LightningModule())
+    with pytest.raises(Preempted):
+        signal.raise_signal(signal.SIGTERM)
+    assert names(tmp_path) == {"step=2.ckpt"}
+
+
+def test_a_handler_that_lightning_puts_back_passes_the_signal_on(
+    running: SaveCheckpoint, tmp_path: Path
+) -> None:
+    ours = signal.getsignal(signal.SIGUSR1)
+    running.teardown(trainer_at(tmp_path, 1), LightningModule(), "fit")
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    running._signals._before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, ours)
+    signal.raise_signal(signal.SIGUSR1)
+    assert received == [signal.SIGUSR1]
+    running._signals._before[signal.SIGUSR1] = before
+
+
+# Requeueing, against programs of these names that note how they are called
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder first in PATH whose `squeue` says RUNNING; what is called goes into `calls`."""
+    for name, answer in (("squeue", "echo RUNNING"), ("scontrol", "exit 0")):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n{answer}\n')
+        script.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    return tmp_path
+
+
+def test_a_running_job_is_requeued(slurm: Path) -> None:
+    assert requeue() == "Job 7 is requeued and will go on from there."
+    assert "scontrol requeue 7\n" in (slurm / "calls").read_text()
+
+
+def test_of_an_array_only_the_task_is_requeued(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert "Job 5_2 is requeued" in requeue()
+    assert "scontrol requeue 5_2\n" in (slurm / "calls").read_text()
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: Path) -> None:
+    (slurm / "squeue").write_text("#!/bin/sh\necho COMPLETING\n")
+    assert requeue() == "Job 7 is COMPLETING: whether it runs again is up to SLURM."
+    assert not (slurm / "calls").exists()
+
+
+def test_a_refusal_is_told_with_what_to_do(slurm: Path) -> None:
+    (slurm / "scontrol").write_text("#!/bin/sh\necho operation is disabled >&2\nexit 1\n")
+    said = requeue()
+    assert "Job 7 could not be requeued (operation is disabled); the same command with" in said
+
+
+@pytest.mark.usefixtures("slurm")
+def test_outside_of_slurm_the_user_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SLURM_STEP_ID")  # as in a batch script that does not use `srun`
+    assert requeue() == "Run again: the same command with `--ckpt_path last` goes on."
+    assert not (tmp_path / "calls").exists()

@@ -1,0 +1,86 @@
+"""What a run does when somebody wants its machine back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Preempted(SystemExit):
+    """Ends the program with the code that asks for another run: 75, EX_TEMPFAIL of sysexits.h."""
+
+    def __init__(self) -> None:
+        super().__init__(os.EX_TEMPFAIL)
+
+
+class Signals:
+    """Notes SIGUSR1 and SIGTERM, which would end the program where it stands.
+
+    Lightning has handlers of its own, which save in the middle of whatever runs; `listen` takes
+    their place and has to be called again after they were set.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = False
+        """Whether there was one since the first `listen`."""
+        self.at_once = False
+        """Whether the next one need not wait for a step to end: there is nothing to save."""
+        self._listening = False
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Note signals from now on; only the main thread can, in others nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if not self._listening:
+            self.arrived = self.at_once = False
+        self._listening = True
+        for number in SIGNALS:
+            previous = signal.signal(number, self._note)
+            if previous != self._note:
+                self._before.setdefault(number, previous)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # train.py makes early ones wait
+
+    def ignore(self) -> None:
+        """Let signals do again what they did before."""
+        self._listening = False
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._listening:  # Lightning puts back the handlers that it found
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
+        self.arrived = True
+        if self.at_once:
+            raise Preempted
+
+
+def requeue() -> str:
+    """Ask SLURM, if it runs this program, to run the job again; returns what came of it."""
+    again = "the same command with `--ckpt_path last` goes on"
+    if "SLURM_STEP_ID" not in os.environ:  # that is, no `srun`
+        return f"Run again: {again}."
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # by its plain number, all of an array may be meant
+        job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(os.environ)
+    try:
+        state = _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
+        if state != "RUNNING":  # cancelled, or taken off its nodes by SLURM, which then requeues it
+            return f"Job {job} is {state or 'gone'}: whether it runs again is up to SLURM."
+        _slurm("scontrol", "requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", None) or error
+        return f"Job {job} could not be requeued ({str(words).strip()}); {again}."
+    return f"Job {job} is requeued and will go on from there."
+
+
+def _slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
