@@ -3,7 +3,15 @@
 from callbacks.anneal_sparsity import AnnealSparsity
 from callbacks.export_model import ExportModel
 from callbacks.plot_widths import PlotWidths
+from callbacks.prune_blocks import PruneBlocks
 from callbacks.save_checkpoint import SaveCheckpoint
 from callbacks.track_budget import TrackBudget
 
-__all__ = ["AnnealSparsity", "ExportModel", "PlotWidths", "SaveCheckpoint", "TrackBudget"]
+__all__ = [
+    "AnnealSparsity",
+    "ExportModel",
+    "PlotWidths",
+    "PruneBlocks",
+    "SaveCheckpoint",
+    "TrackBudget",
+]

@@ -1,0 +1,250 @@
+"""Remove blocks while a model trains: score, choose, remove, train on.
+
+Sources: "Shortened LLaMA" (arXiv 2402.02834), at once and then recovery; "SLEB" (arXiv 2402.09025)
+scores again after every block, which the gradual schedule does with training in between.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoConfig, PreTrainedConfig
+
+from pruning.depth import Blocks, OneShot, Search, Target, WholeBlocks
+from pruning.depth.perplexity import Perplexity
+from pruning.measure.perplexity import perplexity
+from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+from pruning.recipe import refuse_other
+
+
+class Removals(ABC):
+    """When blocks go; a pure function of the optimiser step."""
+
+    @abstractmethod
+    def due(self, step: int, total: int) -> int:
+        """Blocks that are gone when a step begins.
+
+        Args:
+            step: Number of the optimiser step, 0 or more.
+            total: Blocks that go in all, 1 or more.
+        """
+
+    @abstractmethod
+    def last_step(self, total: int) -> int:
+        """The step before which the last block goes."""
+
+
+@dataclass(frozen=True)
+class AtOnce(Removals):
+    """All blocks before the first step; without any step, the model is pruned only."""
+
+    def due(self, step: int, total: int) -> int:
+        return total
+
+    def last_step(self, total: int) -> int:
+        return -1
+
+
+@dataclass(frozen=True)
+class OneByOne(Removals):
+    """One block every few steps; the model is scored anew each time.
+
+    Args:
+        every_n_steps: Optimiser steps from one removal to the next, 1 or more.
+        first_step: The step before which the first block goes, 0 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+
+    Example: every 20 steps from step 10 on, two of three blocks are gone when step 30 begins.
+    """
+
+    every_n_steps: int
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("every_n_steps", self.every_n_steps, 1),
+            ("first_step", self.first_step, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+
+    def due(self, step: int, total: int) -> int:
+        if step < self.first_step:
+            return 0
+        return min(total, 1 + (step - self.first_step) // self.every_n_steps)
+
+    def last_step(self, total: int) -> int:
+        return self.first_step + (total - 1) * self.every_n_steps
+
+
+class PruneBlocks(Callback):
+    """Score the blocks of the model, remove those that it needs least, and train on.
+
+    Around every removal the loss and the perplexity of the calibration windows are logged. Below
+    `folder` come the scores, as files that a later run with the same model, text and score reuses,
+    and a picture of them.
+
+    Args:
+        target: How much to remove, counted on the base model.
+        search: How to choose; whole blocks only. One-shot by perplexity if not given.
+        removals: When blocks go; all at once before training if not given.
+        calibration_windows: Windows of the training text to score on, 1 or more.
+        calibration_seed: Seed of the draw of these windows, 0 or more.
+        folder: Where scores and pictures go, relative to `trainer.default_root_dir`.
+
+    Raises:
+        ValueError: A setting is outside its range, or halves of blocks are to be removed.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        search: Search | None = None,
+        removals: Removals | None = None,
+        calibration_windows: int = 128,
+        calibration_seed: int = 0,
+        folder: str = "depth",
+    ) -> None:
+        for name, value, least in (
+            ("calibration_windows", calibration_windows, 1),
+            ("calibration_seed", calibration_seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        self.target, self.search = target, search or OneShot(Perplexity())
+        if not isinstance(self.search.units, WholeBlocks):
+            raise ValueError(
+                f"`search.units` is {self.search.units}: training goes on with whole blocks only, "
+                "which leave a stock model. Choose WholeBlocks."
+            )
+        self.removals = removals or AtOnce()
+        self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
+        self.folder = folder
+        self.history: list[dict[str, Any]] = []
+        """What was removed so far, with loss and perplexity before and after."""
+        self._num_blocks = self._total = 0
+
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find out at once whether there are blocks to remove.
+
+        Raises:
+            ValueError: The module trains no base model.
+        """
+        trains_weights(module, "PruneBlocks")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether the target can be reached in time; remove what is due at once.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        module = trains_weights(pl_module, "PruneBlocks")
+        config = AutoConfig.from_pretrained(module.base_folder)
+        self._num_blocks = config.num_hidden_layers
+        self._total = blocks_to_remove(config, self.search, self.target)
+        last, steps = self.removals.last_step(self._total), trainer.estimated_stepping_batches
+        if last >= steps:
+            raise ValueError(
+                f"`removals` {self.removals} would take out the last of {self._total} blocks "
+                f"before step {last}, and training has {steps} steps; raise `trainer.max_steps` "
+                "or let blocks go sooner."
+            )
+        if trainer.ckpt_path is None:  # else the optimiser of the checkpoint is still to be read
+            self._catch_up(trainer, module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remove what is due at this step."""
+        self._catch_up(trainer, trains_weights(pl_module, "PruneBlocks"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was removed, and the settings that decide the rest."""
+        settings = {
+            "target": repr(self.target),
+            "search": repr(self.search),
+            "removals": repr(self.removals),
+            "calibration_windows": self.calibration_windows,
+            "calibration_seed": self.calibration_seed,
+        }
+        return {"settings": settings, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: It was written under other settings.
+        """
+        refuse_other(state_dict["settings"], self.state_dict()["settings"], "PruneBlocks")
+        self.history = state_dict["history"]
+
+    def _catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
+        done = self._num_blocks - len(module.kept_blocks)
+        if (due := self.removals.due(trainer.global_step, self._total)) > done:
+            self._remove(trainer, module, due - done)
+
+    def _remove(self, trainer: Trainer, module: TrainsWeights, count: int) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        windows_NT = calibration_windows(
+            data, self.calibration_windows, self.calibration_seed, "PruneBlocks"
+        )
+        with module.plain() as model:
+            before = perplexity(model, windows_NT)
+            chosen = self.search(model, windows_NT, Blocks(count))
+            chosen = chosen.better or chosen  # the search has said so
+        blocks: list[int] = trainer.strategy.broadcast(
+            [module.kept_blocks[block] for block in chosen.blocks]
+        )
+        provenance = {
+            "step": trainer.global_step,
+            "search": repr(self.search),
+            "calibration_windows": len(windows_NT),
+            "calibration_seed": self.calibration_seed,
+        }
+        module.remove_blocks(blocks, provenance)
+        with module.plain() as model:
+            after = perplexity(model, windows_NT)
+        figures = {
+            "kept_blocks": float(len(module.kept_blocks)),
+            "calibration_loss_before": before.mean_nll,
+            "calibration_loss_after": after.mean_nll,
+            "calibration_perplexity_before": before.value,
+            "calibration_perplexity_after": after.value,
+        }
+        self.history.append({"blocks": blocks, "step": trainer.global_step} | figures)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        rank_zero_info(
+            f"Step {trainer.global_step}: removed block {', '.join(map(str, blocks))} of the base "
+            f"model, {len(module.kept_blocks)} are left; perplexity of the calibration windows "
+            f"{before.value:.2f} -> {after.value:.2f}."
+        )
+
+
+def blocks_to_remove(config: PreTrainedConfig, search: Search, target: Target) -> int:
+    """Blocks of the base model, all of one size, that reach a target.
+
+    Args:
+        config: Configuration of the base model.
+        search: Says which blocks may go.
+        target: How much to remove.
+
+    Raises:
+        ValueError: All that may go are not enough.
+    """
+    units, _ = search.candidates(config)
+    sizes = target.sizes(config, units)
+    most = min(len(units), config.num_hidden_layers - 1)  # one block stays in any case
+    for count in range(1, most + 1):
+        if target.reached(sizes[:count]):
+            return count
+    raise ValueError(
+        f"`target` {target} cannot be reached: the {most} blocks of {config.num_hidden_layers} "
+        f"that may go make up {sum(sizes[:most]):.4g}. Lower it or protect fewer blocks."
+    )

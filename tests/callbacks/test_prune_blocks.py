@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from callbacks import PruneBlocks
+from callbacks.prune_blocks import AtOnce, OneByOne, blocks_to_remove
+from modules.causal_lm import CausalLM
+from modules.lora import LoRA
+from modules.text_data import TextData
+from pruning.depth import (
+    BlockFraction,
+    Blocks,
+    Greedy,
+    HalfBlocks,
+    Magnitude,
+    OneShot,
+    ParameterFraction,
+    ReverseOrder,
+)
+from pruning.depth.perplexity import Perplexity
+from pruning.measure.perplexity import perplexity
+from pruning.protocols import calibration_windows
+from tests.runs import NOISE, make_inputs
+
+pytestmark = NOISE
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"), num_hidden_layers=5)
+
+
+def text(inputs: Path) -> TextData:
+    return TextData(
+        str(inputs / "text.json"),
+        tokenizer=str(inputs / "base"),
+        window_tokens=16,
+        batch_size=4,
+        validation_windows=6,
+        cache_dir=str(inputs / "cache"),
+    )
+
+
+def fit(
+    inputs: Path, root: Path, callback: PruneBlocks, max_steps: int = 8, **settings: Any
+) -> tuple[CausalLM, Trainer]:
+    module = CausalLM(base=str(inputs / "base"), warmup_steps=0, **settings)
+    trainer = Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        logger=CSVLogger(root, name="metrics"),
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, text(inputs))
+    return module, trainer
+
+
+def test_schedules_say_how_many_are_gone() -> None:
+    assert [AtOnce().due(step, 3) for step in (0, 9)] == [3, 3]
+    every = OneByOne(every_n_steps=20, first_step=10)
+    assert [every.due(step, 3) for step in (0, 9, 10, 29, 30, 49, 50, 500)] == [
+        0, 0, 1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
+    assert every.last_step(3) == 50
+    assert every.due(every.last_step(3), 3) == 3
+    assert every.due(every.last_step(3) - 1, 3) == 2
+
+
+def test_all_at_once_without_training_removes_what_the_search_chooses(
+    inputs: Path, tmp_path: Path
+) -> None:
+    search = OneShot(Perplexity())
+    callback = PruneBlocks(Blocks(2), search, calibration_windows=8)
+    module, trainer = fit(inputs, tmp_path, callback, max_steps=0)
+    windows_NT = calibration_windows(trainer.datamodule, 8, 0, "")  # type: ignore[attr-defined]
+    dense: Any = AutoModelForCausalLM.from_pretrained(inputs / "base")
+    expected = search(dense, windows_NT, Blocks(2))
+    assert module.kept_blocks == [b for b in range(5) if b not in expected.blocks]
+    (removal,) = callback.history
+    assert removal["blocks"] == expected.blocks
+    assert removal["calibration_perplexity_before"] == pytest.approx(
+        perplexity(dense, windows_NT).value
+    )
+    # Measured after the surgery, where the search had bypassed the blocks.
+    assert removal["calibration_perplexity_after"] == pytest.approx(expected.perplexity)
+    (log,) = (tmp_path / "metrics").rglob("metrics.csv")
+    (row,) = csv.DictReader(log.read_text(encoding="utf-8").splitlines())
+    assert float(row["kept_blocks"]) == 3
+    assert float(row["calibration_loss_after"]) == pytest.approx(removal["calibration_loss_after"])
+
+
+def test_one_by_one_scores_the_model_as_it_is_then(inputs: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, list[int]]] = []
+
+    class Watched(PruneBlocks):
+        def _remove(self, trainer: Trainer, module: Any, count: int) -> None:
+            windows_NT = calibration_windows(trainer.datamodule, 8, 0, "")  # type: ignore[attr-defined]
+            with module.plain() as model:
+                (lowest,) = self.search(model, windows_NT, Blocks(1)).blocks
+            seen.append((trainer.global_step, [module.kept_blocks[lowest]]))
+            super()._remove(trainer, module, count)
+
+    callback = Watched(
+        Blocks(2), OneShot(Magnitude()), OneByOne(3, first_step=1), calibration_windows=8
+    )
+    module, _ = fit(inputs, tmp_path, callback)
+    assert [(removal["step"], removal["blocks"]) for removal in callback.history] == seen
+    assert [step for step, _ in seen] == [1, 4]
+    assert len(module.kept_blocks) == 3
+    assert module.model.config.num_hidden_layers == len(module.model.model.layers) == 3
+
+
+def test_scoring_leaves_the_model_and_its_updates_as_they_were(
+    inputs: Path, tmp_path: Path
+) -> None:
+    class Still(PruneBlocks):
+        def _remove(self, trainer: Trainer, module: Any, count: int) -> None:
+            before = {name: value.clone() for name, value in module.state_dict().items()}
+            asked = {name: p.requires_grad for name, p in module.named_parameters()}
+            module.remove_blocks = lambda blocks, _: module.kept_blocks.remove(blocks[0])
+            super()._remove(trainer, module, count)
+            after = module.state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(value, after[name]) for name, value in before.items())
+            assert asked == {name: p.requires_grad for name, p in module.named_parameters()}
+            assert module.model.training
+            calls.append(trainer.global_step)
+
+    for search in (OneShot(Perplexity()), Greedy(Perplexity())):
+        calls: list[int] = []
+        callback = Still(Blocks(1), search, OneByOne(2, first_step=3), calibration_windows=4)
+        fit(inputs, tmp_path, callback, max_steps=6, lora=LoRA(rank=2))
+        assert calls == [3]
+
+
+@pytest.mark.parametrize(
+    ("target", "search", "count"),
+    [
+        (Blocks(2), OneShot(Magnitude()), 2),
+        (BlockFraction(0.5), OneShot(Magnitude()), 3),  # of 5: at least
+        (Blocks(4), OneShot(Magnitude()), 4),
+        (ParameterFraction(0.1), OneShot(Magnitude()), 1),
+    ],
+)
+def test_targets_are_counted_on_the_base_model(
+    inputs: Path, target: Any, search: Any, count: int
+) -> None:
+    config = AutoConfig.from_pretrained(inputs / "base")
+    assert blocks_to_remove(config, search, target) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"calibration_windows": 0}, "`calibration_windows` must be 1 or more, got 0"),
+        ({"calibration_seed": -1}, "`calibration_seed` must be 0 or more"),
+        ({"search": OneShot(Magnitude(), units=HalfBlocks())}, "`search.units` is HalfBlocks"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruneBlocks(**{"target": Blocks(1)} | settings)
+
+
+@pytest.mark.parametrize(("every", "first"), [(0, 0), (1, -1)])
+def test_schedules_that_cannot_be_are_refused(every: int, first: int) -> None:
+    with pytest.raises(ValueError, match="must be [01] or more"):
+        OneByOne(every, first)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            PruneBlocks(Blocks(5), OneShot(Magnitude())),
+            "`target` Blocks.count=5. cannot be reached",
+        ),
+        (
+            PruneBlocks(Blocks(4), OneShot(Magnitude(), protect_first=1, protect_last=1)),
+            "the 3 blocks of 5 that may go make up 3. Lower it or protect fewer",
+        ),
+        (
+            PruneBlocks(Blocks(3), OneShot(Magnitude()), OneByOne(4)),
+            "the last of 3 blocks before step 8, and training has 8 steps",
+        ),
+        (
+            PruneBlocks(Blocks(1), OneShot(Magnitude()), calibration_windows=10_000),
+            "`calibration_windows` is 10000 and the training data has",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_the_first_step(
+    callback: PruneBlocks, message: str, inputs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(inputs, tmp_path, callback)
+
+
+def test_a_module_without_a_base_is_refused(tmp_path: Path) -> None:
+    module = CausalLM(architecture={"model_type": "llama"})
+    with pytest.raises(ValueError, match="starts from `architecture` has no base"):
+        PruneBlocks(Blocks(1)).check_first(None, module)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`PruneBlocks` needs a module that trains the weights"):
+        PruneBlocks(Blocks(1)).check_first(None, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint() -> None:
+    state = PruneBlocks(Blocks(1), OneShot(ReverseOrder())).state_dict()
+    json.dumps(state)
+    with pytest.raises(ValueError, match="`target` was 'Blocks.count=1.' and is now"):
+        PruneBlocks(Blocks(2), OneShot(ReverseOrder())).load_state_dict(state)
