@@ -3,5 +3,6 @@
 from modules.causal_lm import CausalLM
 from modules.mask_learning import MaskLearning
 from modules.text_data import TextData
+from modules.zero import Zero
 
-__all__ = ["CausalLM", "MaskLearning", "TextData"]
+__all__ = ["CausalLM", "MaskLearning", "TextData", "Zero"]

@@ -5,17 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
 
+from modules.loading import load_model
 from modules.text_data import check_vocabulary, check_window
 from pruning.recipe import refuse_other
+
+
+@runtime_checkable
+class ReadsModels(Protocol):
+    """A strategy that divides models among the ranks as they are read."""
+
+    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
+        """This rank's share of the model in a folder."""
 
 
 class LanguageModelling(LightningModule, ABC):
@@ -32,6 +43,25 @@ class LanguageModelling(LightningModule, ABC):
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
         """The settings that decide a run: a checkpoint goes on only under the same ones."""
+
+    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
+        """Read a model as the strategy keeps it: whole, or this rank's share of it.
+
+        Args:
+            folder: Model folder.
+            dtype: "auto" or the name of a torch type.
+
+        Raises:
+            ValueError: The folder cannot be read as a causal language model.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReadsModels):
+            return strategy.read_model(folder, dtype)
+        return load_model(folder, dtype=dtype)
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """Parameters that every rank keeps whole, however the strategy divides the others."""
+        return []
 
     def measured(self) -> AbstractContextManager[None]:
         """The state in which the model is measured; unless overridden, as it is."""

@@ -29,10 +29,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from modules.delivery import deliver, is_plan
 from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import check_base, load_config, load_model, resolve
+from modules.loading import check_base, load_config, resolve
 from modules.losses import LossWeights, head_of, token_losses
 from pruning.budget import Budget, log_ratio_penalty
-from pruning.families import family_of
+from pruning.families import family_of, skeleton
 from pruning.fingerprint import fingerprint
 from pruning.gates import GateSampler
 from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
@@ -122,7 +122,7 @@ class MaskLearning(LanguageModelling):
                 torch.nn.init.zeros_(self.settled_N)
             return
         family_of(load_config(self.base_folder))  # an unknown family is told before the weights
-        self.model = load_model(self.base_folder, dtype=self.dtype_name)
+        self.model = self.read_model(self.base_folder, self.dtype_name)
         freeze(self.model)
         if self.gradient_checkpointing:
             # Renamed in transformers 5.23, which deprecates the old name.
@@ -131,7 +131,7 @@ class MaskLearning(LanguageModelling):
             enable({"use_reentrant": False, "context_fn": self._contexts})
         self.hooks = GateHooks(self.model)
         self.sites = self.hooks.sites
-        self.table = self.budget.cost.table(self.model)
+        self.table = self.budget.cost.table(skeleton(self.model.config))
         self.budget.check(self.sites, self.table)
         sizes = [site.size for site in self.sites]
         self.hypernetwork = self._make_hypernetwork(sizes)
@@ -194,6 +194,10 @@ class MaskLearning(LanguageModelling):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self.sampler.temperature = value
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """All that trains: gates are made, and plans are drawn up, on every rank."""
+        return [*self.hypernetwork.parameters(), self.gains]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
@@ -313,7 +317,9 @@ class MaskLearning(LanguageModelling):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         gains = {"params": [self.gains], "lr": self.gain_lr, "weight_decay": 0.0}
-        return self._make_optimizer([{"params": self.hypernetwork.parameters()}, gains])
+        optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, gains])
+        optimizer.register_step_pre_hook(_rest)
+        return optimizer
 
     @torch.no_grad()
     def _kept(self) -> tuple[Tensor, ...]:
@@ -362,6 +368,16 @@ class MaskLearning(LanguageModelling):
         self.log("target", self.keep_target, prog_bar=True)
         self.log("penalty", penalty.float())
         self.log("train_kl", kl)
+
+
+def _rest(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A group at learning rate 0 takes no part in the step, even if a strategy has given it
+    gradients of zero: they would age the averages with which it begins when its turn comes.
+    """
+    for group in optimizer.param_groups:
+        if group["lr"] == 0:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def freeze(model: nn.Module) -> None:
