@@ -1,0 +1,136 @@
+"""AlphaPruning: "Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning",
+arXiv 2410.10912.
+
+How heavy the tail of a weight matrix's spectrum is says how well trained it is, and a block with
+heavier tails (a smaller exponent) loses less of its weights. With lambda the eigenvalues of W^T W,
+sorted, the exponent of the tail that begins at xmin = lambda_k is the Hill estimate
+
+    alpha = 1 + m / sum(ln(lambda_i / xmin))     over the m eigenvalues i >= k,
+
+for the xmin, up to 1.5 x the peak of the histogram of log lambda, that lies closest to the power
+law in the Kolmogorov-Smirnov distance. The mean over the matrices of a block is mapped linearly to
+[1 - spread, 1 + spread], times the sparsity, so that the whole has the sparsity asked for.
+
+Worked by hand: two blocks of equal size with exponents 2 and 4, spread 0.2, sparsity 0.5: factors
+0.8 and 1.2 have the mean 1, so the sparsities are 0.4 and 0.6.
+
+Needs no data: one singular value decomposition per matrix. It knows nothing of what a block does:
+on a model whose first block is critical and has a light tail, it harms (docs/weights.md), so check
+it on held-back text.
+
+Legend: O = output features, I = input features, E = eigenvalues, L = blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pruning.weights.parts import Allocation
+from pruning.weights.pattern import Pattern, Unstructured
+
+_LEAST_EIGENVALUE = 1e-5  # smaller ones are rounding
+_HIGHEST = 0.99  # a block keeps something
+
+
+def tail_exponent(weight_OI: Float[Tensor, "O I"]) -> float:
+    """Exponent of the power law that the largest eigenvalues of W^T W follow, above 1.
+
+    Args:
+        weight_OI: Weights.
+
+    Raises:
+        ValueError: Fewer than two eigenvalues are above 1e-5.
+    """
+    lambda_E = torch.linalg.svdvals(weight_OI.float()).double().square().flip(0)
+    lambda_E = lambda_E[lambda_E > _LEAST_EIGENVALUE]
+    if len(lambda_E) < 2:
+        raise ValueError("A weight matrix has fewer than two eigenvalues above 1e-5: no tail.")
+    log_E = lambda_E.log()
+    low, high = log_E.min().item(), log_E.max().item()
+    bins = torch.histc(log_E.cpu(), bins=100, min=low, max=high)
+    peak = low + int(bins.argmax()) * (high - low) / 100
+    best = (float("inf"), float("nan"))
+    for first in range(len(lambda_E) - 1):
+        if first > 0 and log_E[first] > peak + torch.tensor(1.5).log():
+            break
+        tail_E = log_E[first:] - log_E[first]
+        mean = tail_E.mean().item()
+        if mean == 0:
+            break
+        alpha = 1 + 1 / mean
+        steps_E = torch.arange(len(tail_E), device=tail_E.device) / len(tail_E)
+        distance = (1 - (tail_E * (1 - alpha)).exp() - steps_E).abs().max().item()
+        best = min(best, (distance, alpha))
+    return best[1]
+
+
+def spread_sparsity(
+    alphas_L: Sequence[float], sizes_L: Sequence[int], sparsity: float, spread: float
+) -> list[float]:
+    """Sparsity of every block, in [0, 1), with the weighted mean `sparsity`.
+
+    What a block at the limit of 0.99 cannot lose, the others lose in its place.
+
+    Args:
+        alphas_L: Mean exponent of every block.
+        sizes_L: Entries of every block, for the mean.
+        sparsity: Of the whole, in [0, 1).
+        spread: How far the factors reach to both sides of 1, in [0, 1].
+    """
+    low, high = min(alphas_L), max(alphas_L)
+    width = high - low or 1.0
+    factors = [1 - spread + 2 * spread * (alpha - low) / width for alpha in alphas_L]
+    clamped: set[int] = set()
+    while True:
+        free = [block for block in range(len(factors)) if block not in clamped]
+        budget = sparsity * sum(sizes_L) - _HIGHEST * sum(sizes_L[block] for block in clamped)
+        scale = budget / sum(factors[block] * sizes_L[block] for block in free)
+        over = {block for block in free if factors[block] * scale > _HIGHEST}
+        if not over:
+            return [
+                _HIGHEST if block in clamped else factor * scale
+                for block, factor in enumerate(factors)
+            ]
+        clamped |= over
+
+
+@dataclass(frozen=True)
+class AlphaPruning(Allocation):
+    """Blocks whose weights have heavier-tailed spectra lose less.
+
+    Args:
+        spread: How far the factors of the sparsity reach to both sides of 1, in [0, 1]. Published
+            at a sparsity of 0.7: 0.3 for magnitude, 0.2 for Wanda and SparseGPT (LLaMA 7B).
+
+    Raises:
+        ValueError: `spread` is not in [0, 1].
+    """
+
+    spread: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.spread <= 1:
+            raise ValueError(f"`spread` must be in [0, 1], got {self.spread}.")
+
+    def refuse(self, pattern: Pattern) -> str | None:
+        if isinstance(pattern, Unstructured):
+            return None
+        return (
+            "`allocation` AlphaPruning gives every block its own sparsity, and `pattern` "
+            f"{type(pattern).__name__} has only one; use Unstructured, or Uniform."
+        )
+
+    def sparsities(
+        self, blocks: Callable[[], Iterator[Sequence[Tensor]]], sparsity: float
+    ) -> list[float] | None:
+        alphas, sizes = [], []
+        for weights in blocks():
+            exponents = [tail_exponent(weight_OI) for weight_OI in weights]
+            alphas.append(sum(exponents) / len(exponents))
+            sizes.append(sum(weight_OI.numel() for weight_OI in weights))
+        return spread_sparsity(alphas, sizes, sparsity, self.spread)

@@ -1,0 +1,84 @@
+"""Prune one block: statistics, masks, refinement, compensation; and how much of each block goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pruning.weights.collect import collect
+from pruning.weights.parts import BlockCall, BlockTask, Linear, Matrix, PrunedBlock, weight_of
+from pruning.weights.recipe import WeightRecipe
+from pruning.weights.source import BlockSource
+
+
+@torch.no_grad()
+def prune_block(
+    block: nn.Module,
+    linears: Sequence[Linear],
+    recipe: WeightRecipe,
+    sparsity: float,
+    calls: Callable[[], Iterator[BlockCall]],
+) -> PrunedBlock:
+    """Prune the matrices of one block, in place.
+
+    Args:
+        block: The block, with its weights.
+        linears: Its layers that are pruned.
+        recipe: How.
+        sparsity: Fraction to remove, in [0, 1).
+        calls: What the block is called with, batch by batch, from the start each time.
+
+    Raises:
+        ValueError: Weights or activations are not finite.
+    """
+    notes: list[str] = []
+    read = {linear.path for linear in linears}
+    middles = {linear.middle for linear in linears if linear.middle is not None}
+    inputs = collect(block, sorted(read | middles), recipe.needs, calls())
+    matrices = []
+    for linear in linears:
+        weight = weight_of(block, linear.path)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{linear.name} has weights that are not finite; repair the model.")
+        matrices.append(
+            Matrix(
+                linear=linear,
+                weight_OI=weight.detach().float(),
+                inputs=inputs[linear.path],
+                middle=inputs[linear.middle] if linear.middle else None,
+                pattern=recipe.pattern.with_sparsity(sparsity),
+                group=recipe.group(linear),
+                note=partial(_note, notes, linear.name),
+            )
+        )
+    for matrix in matrices:
+        matrix.mask_OI = recipe.score.mask(matrix)
+    if recipe.refinement is not None:
+        masks = recipe.refinement.refine(BlockTask(block, matrices, calls))
+        for matrix, mask_OI in zip(matrices, masks, strict=True):
+            matrix.mask_OI = mask_OI
+    for matrix in matrices:
+        weight_OI = matrix.weight_OI
+        if recipe.compensation is not None:
+            weight_OI = recipe.compensation.weight(matrix, matrix.mask_OI)
+        weight_of(block, matrix.linear.path).copy_(weight_OI * matrix.mask_OI)
+    return PrunedBlock({m.linear.path: m.mask_OI.cpu() for m in matrices}, notes)
+
+
+def _note(notes: list[str], name: str, text: str) -> None:
+    notes.append(f"{name}: {text}")
+
+
+def allocate(source: BlockSource, recipe: WeightRecipe) -> list[float]:
+    """Sparsity of every block."""
+
+    def weights() -> Iterator[Sequence[Tensor]]:
+        for index, linears in enumerate(source.linears):
+            block = source.block(index)
+            yield [weight_of(block, linear.path) for linear in recipe.pruned(linears)]
+
+    sparsity = recipe.pattern.sparsity
+    return recipe.allocation.sparsities(weights, sparsity) or [sparsity] * len(source.linears)

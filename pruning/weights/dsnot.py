@@ -1,0 +1,134 @@
+"""DSnoT: "Dynamic Sparse No Training", arXiv 2310.08915.
+
+A row's removed weights shift the mean of its output by e_i = sum over removed j of W_ij s_j, with
+s_j the mean over windows of the sum of input j. Up to `cycles` times, one weight of every row with
+|e_i| > threshold is grown and one is removed:
+
+    grow     the removed j with the largest sign(e_i) W_ij s_j / var_j            (eq. 4)
+    remove   the kept k with W_ik s_k of the other sign than e_i that has the smallest Wanda score
+             |W_ik| a_k, within the N:M group of j where there are such           (eq. 5)
+
+A row stops as soon as a pair would not make |e_i| smaller.
+
+Worked by hand: W = (1, 2, -1, 3), s = a = 1, removed are 0 and 1: e = 3. Growing 1 leaves e = 1;
+of the kept ones only 2 has the other sign; removing it leaves e = 0: the new mask keeps 1 and 3.
+
+Differs from the paper: rows stop as above, where the released code goes on; N:M groups are kept by
+the pairs themselves.
+
+It looks at the mean of the output alone. Where inputs have means close to zero, as behind an
+RMSNorm, e_i says little about the error, and weights with large scores are given up to bring it to
+zero: check it on held-back text (docs/weights.md).
+
+Legend: O = output features, R = rows that are not done, I = input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pruning.weights.parts import BlockTask, Linear, Refinement
+from pruning.weights.pattern import NM, Group, Pattern, PerColumn
+from pruning.weights.statistics import SquareSums, Statistic, Sums
+from pruning.weights.wanda import wanda_score
+
+
+def regrow(
+    mask_OI: Bool[Tensor, "O I"],
+    shift_OI: Float[Tensor, "O I"],
+    variance_I: Float[Tensor, " I"],
+    score_OI: Float[Tensor, "O I"],
+    cycles: int,
+    threshold: float,
+    group_size: int,
+) -> Bool[Tensor, "O I"]:
+    """A mask whose removed weights shift the outputs less; every group keeps its number of entries.
+
+    Args:
+        mask_OI: True for what stays.
+        shift_OI: What every weight adds to the mean output of its row, W_ij s_j.
+        variance_I: Variance of every input feature.
+        score_OI: Wanda scores.
+        cycles: Pairs to exchange in a row at most.
+        threshold: A row with a smaller |e| is done.
+        group_size: Consecutive inputs within which a pair is exchanged.
+    """
+    mask_OI = mask_OI.clone()
+    error_O = (shift_OI * ~mask_OI).sum(1)
+    rows_R = torch.arange(len(mask_OI), device=mask_OI.device)
+    place_I = torch.arange(mask_OI.shape[1], device=mask_OI.device) // group_size
+    for _ in range(cycles):
+        rows_R = rows_R[error_O[rows_R].abs() > threshold]
+        if len(rows_R) == 0:
+            break
+        keep_RI, error_R = mask_OI[rows_R], error_O[rows_R]
+        along_RI = shift_OI[rows_R] * error_R.sign()[:, None]
+        gain_R, grown_R = (along_RI / variance_I).masked_fill(keep_RI, float("-inf")).max(1)
+        removable_RI = keep_RI & (along_RI < 0) & (place_I == place_I[grown_R][:, None])
+        cost_R, removed_R = score_OI[rows_R].masked_fill(~removable_RI, float("inf")).min(1)
+        pick_R = torch.arange(len(rows_R), device=rows_R.device)
+        after_R = error_R.abs() - along_RI[pick_R, grown_R] + along_RI[pick_R, removed_R]
+        better_R = (gain_R > 0) & cost_R.isfinite() & (after_R.abs() < error_R.abs())
+        rows_R, grown_R, removed_R = rows_R[better_R], grown_R[better_R], removed_R[better_R]
+        mask_OI[rows_R, grown_R] = True
+        mask_OI[rows_R, removed_R] = False
+        error_O[rows_R] = (after_R * error_R.sign())[better_R]
+    return mask_OI
+
+
+@dataclass(frozen=True)
+class DSnoT(Refinement):
+    """Exchanges removed and kept weights until the mean output of every row is as before.
+
+    Args:
+        cycles: Pairs to exchange in a row at most, 1 or more.
+        threshold: A row is done at a shift of at most this, summed over the tokens of a window; 0
+            or more.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    cycles: int = 50
+    threshold: float = 0.1
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Sums, SquareSums})
+
+    def __post_init__(self) -> None:
+        if self.cycles < 1:
+            raise ValueError(f"`cycles` must be 1 or more, got {self.cycles}.")
+        if not self.threshold >= 0:
+            raise ValueError(f"`threshold` must be 0 or more, got {self.threshold}.")
+
+    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+        if isinstance(group, PerColumn):
+            return (
+                "`refinement` DSnoT exchanges weights of one row, and here the weights of a column "
+                "compete, which would lose their number; use Barber, or a score that compares rows."
+            )
+        return None
+
+    def refine(self, task: BlockTask) -> list[Bool[Tensor, "O I"]]:
+        masks = []
+        for matrix in task.matrices:
+            inputs = matrix.inputs
+            mean_I = inputs[Sums].total_I / inputs.num_tokens
+            variance_I = inputs[SquareSums].total_I / inputs.num_tokens - mean_I.square()
+            sums_I = (inputs[Sums].total_I / inputs.num_windows).float()
+            whole = matrix.weight_OI.shape[1]
+            masks.append(
+                regrow(
+                    matrix.mask_OI,
+                    matrix.weight_OI * sums_I,
+                    variance_I.float().clamp(min=torch.finfo(torch.float32).tiny),
+                    wanda_score(matrix.weight_OI, inputs.norms_I()),
+                    self.cycles,
+                    self.threshold,
+                    matrix.pattern.m if isinstance(matrix.pattern, NM) else whole,
+                )
+            )
+        return masks

@@ -1,0 +1,118 @@
+"""The one loop of weight pruning: block by block, statistics, masks, compensation, and on.
+
+Calibration windows enter block 0 as the embeddings leave them. In every block they run once while
+statistics are collected, with the block as it is (its inputs come from blocks that are pruned
+already); the parts of the recipe choose masks and weights; then they run again, through the pruned
+block, and are the input of the next.
+
+Memory: one block; the calibration states, windows x T x D numbers; the statistics of one block (a
+Hessian is I x I, float32, one per tensor that is read); and working copies of one matrix. With
+`StreamedBlocks` that is all, besides embeddings and head: the model may be larger than memory.
+
+Legend: B = windows of a batch, T = tokens of a window, N = windows, D = width of the residual
+stream, O = output features, I = input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from jaxtyping import Int
+from torch import Tensor
+
+from pruning.weights.block import allocate, prune_block
+from pruning.weights.guard import drop_what_harms
+from pruning.weights.masks import WeightMasks
+from pruning.weights.parts import PrunedBlock
+from pruning.weights.recipe import WeightRecipe
+from pruning.weights.source import BlockSource, CalibrationStates
+from pruning.weights.store import BlockStore
+
+Progress = Callable[[int, int], None]
+"""Called with the blocks that are done and the blocks in all."""
+
+
+@dataclass(frozen=True)
+class WeightPruning:
+    """What a run did.
+
+    Args:
+        masks: What stays.
+        recipe: What was applied, without the parts that were dropped.
+        sparsities: Sparsity that every block was given.
+        notes: Sentences about what went otherwise than asked: parts dropped, repairs.
+    """
+
+    masks: WeightMasks
+    recipe: WeightRecipe
+    sparsities: list[float]
+    notes: list[str]
+
+
+def prune_weights(
+    source: BlockSource,
+    recipe: WeightRecipe,
+    windows_NT: Int[Tensor, "N T"],
+    *,
+    held_back_NT: Int[Tensor, "M T"] | None = None,
+    batch_size: int = 8,
+    store: BlockStore | None = None,
+    progress: Progress | None = None,
+) -> WeightPruning:
+    """Prune the weights of a model.
+
+    Args:
+        source: Its blocks. Those of a live model are changed; streamed ones go to the store.
+        recipe: How.
+        windows_NT: Calibration windows, token ids; 128 or more are usual.
+        held_back_NT: Windows that no statistic sees. With them, allocation, refinement and
+            compensation are first tried on some of the calibration windows, and what raises the
+            perplexity of the windows held back is dropped and noted. None applies all parts.
+        batch_size: Windows that a block sees at once, 1 or more.
+        store: Keeps every finished block, so that a run that was killed goes on at the next one.
+        progress: Called after every block.
+
+    Raises:
+        ValueError: The parts do not go together or not with the model, the calibration windows do
+            not fit, weights or activations are not finite, or there is no place for the result.
+    """
+    recipe.check(source.linears)
+    if store is None and not source.keeps_changes:
+        raise ValueError("`store` is needed for blocks that are streamed: they are kept there.")
+    notes: list[str] = []
+    if held_back_NT is not None:
+        recipe, notes = drop_what_harms(source, recipe, windows_NT, held_back_NT, batch_size)
+    sparsities = allocate(source, recipe)
+    masks = WeightMasks()
+    finished = _prune(source, recipe, sparsities, windows_NT, batch_size, store, progress)
+    for index, block in enumerate(finished):
+        for path, mask_OI in block.masks.items():
+            masks.add(f"{source.prefix}{index}.{path}.weight", mask_OI)
+        notes += block.notes
+    return WeightPruning(masks, recipe, sparsities, notes)
+
+
+def _prune(
+    source: BlockSource,
+    recipe: WeightRecipe,
+    sparsities: Sequence[float],
+    windows_NT: Int[Tensor, "N T"],
+    batch_size: int,
+    store: BlockStore | None,
+    progress: Progress | None,
+) -> Iterator[PrunedBlock]:
+    states = CalibrationStates(source, windows_NT, batch_size)
+    for index, sparsity in enumerate(sparsities):
+        block = source.block(index)
+        done = store.load(index, block) if store is not None else None
+        if done is None:
+            own = recipe.pruned(source.linears[index])
+            done = prune_block(block, own, recipe, sparsity, partial(states.calls, index))
+            if store is not None:
+                store.save(index, block, done)
+        states.advance(index, block)
+        yield done
+        if progress is not None:
+            progress(index + 1, len(sparsities))

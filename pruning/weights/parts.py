@@ -1,0 +1,265 @@
+"""The axes of weight pruning: what an allocation, a score, a refinement and a compensation are.
+
+Each part is one small class. They meet in `pruning.weights.recipe`, and the loop of
+`pruning.weights.loop` calls them, block by block, in this order: the allocation once, before all
+blocks; then per block the score (which makes masks), the refinement (which changes masks) and the
+compensation (which changes the weights that stay).
+
+Legend: O = output features, I = input features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from pruning.families import blocks_of, family_of
+from pruning.weights.pattern import Group, Pattern
+from pruning.weights.statistics import Inputs, Statistic
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block: what is known of it before anything runs.
+
+    Args:
+        block: Number of its block.
+        path: Module, relative to the block.
+        shape: Output features, input features.
+        in_mlp: Whether it belongs to the MLP; otherwise to attention.
+        middle: The layer that reads the gated product of which its output is a factor; None where
+            its output is no such factor.
+        plain_mlp: Whether it belongs to an MLP without a gate.
+    """
+
+    block: int
+    path: str
+    shape: tuple[int, int]
+    in_mlp: bool
+    middle: str | None
+    plain_mlp: bool
+
+    @property
+    def name(self) -> str:
+        """Block and module, such as `3.mlp.up_proj`."""
+        return f"{self.block}.{self.path}"
+
+
+def linears_of(model: PreTrainedModel) -> list[list[Linear]]:
+    """The prunable linear layers of a model, live or on the meta device, block by block.
+
+    Raises:
+        ValueError: The family is unknown, or the weights are quantised.
+    """
+    family = family_of(model.config)
+    readers = {p.input: p.path for p in family.projections if p.input == "mlp_mid"}
+    factors = [p.path for p in family.projections if p.output == "mlp_mid"]
+    gated = factors if len(factors) == 2 else []
+    linears = []
+    for number, block in enumerate(blocks_of(model, family)):
+        own = []
+        for projection in family.projections:
+            weight = weight_of(block, projection.path)
+            if not weight.is_floating_point() or weight.dim() != 2:
+                raise ValueError(
+                    f"Block {number} has a quantised weight in {projection.path}: its numbers "
+                    "cannot be zeroed one by one. Prune the original checkpoint, then quantise."
+                )
+            sites = (projection.input or "", projection.output or "")
+            in_mlp = any(site.startswith("mlp") for site in sites)
+            own.append(
+                Linear(
+                    block=number,
+                    path=projection.path,
+                    shape=(weight.shape[0], weight.shape[1]),
+                    in_mlp=in_mlp,
+                    middle=readers["mlp_mid"] if projection.path in gated else None,
+                    plain_mlp=in_mlp and not gated,
+                )
+            )
+        linears.append(own)
+    return linears
+
+
+def weight_of(block: nn.Module, path: str) -> Tensor:
+    """The weight (O, I) of a linear layer of a block."""
+    weight = block.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@dataclass
+class Matrix:
+    """One weight matrix while its block is pruned.
+
+    Args:
+        linear: Which one it is.
+        weight_OI: Its weights as they were, float32.
+        inputs: What is known of what it reads.
+        middle: What is known of the gated product of which its output is a factor, if it is one.
+        pattern: How much of it goes.
+        group: Which of its entries compete.
+        note: Takes a sentence for the report.
+        mask_OI: True for what stays; set by the score, changed by the refinement.
+        swept: Damping, mask and weights of the sweep that chose the mask, if one did.
+    """
+
+    linear: Linear
+    weight_OI: Tensor
+    inputs: Inputs
+    middle: Inputs | None
+    pattern: Pattern
+    group: Group
+    note: Callable[[str], None]
+    mask_OI: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    swept: tuple[float, Tensor, Tensor] | None = None
+
+
+@dataclass
+class BlockCall:
+    """What a block is called with for one batch of windows.
+
+    Args:
+        hidden_BTD: Its input.
+        args: Further positional arguments of the real call.
+        kwargs: Keyword arguments of the real call.
+    """
+
+    hidden_BTD: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Output (B, T, D) of a block.
+
+        Args:
+            block: The block.
+            weights: Parameter name, relative to the block, to the value to compute with instead.
+        """
+        inputs = (self.hidden_BTD, *self.args)
+        output = functional_call(block, weights or {}, inputs, self.kwargs)
+        output_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+        return output_BTD
+
+
+@dataclass
+class BlockTask:
+    """A block while it is pruned; its own weights are dense until the end.
+
+    Args:
+        block: The module.
+        matrices: Its matrices that are pruned.
+        calls: What it is called with, one entry per batch of calibration windows.
+    """
+
+    block: nn.Module
+    matrices: Sequence[Matrix]
+    calls: Callable[[], Iterator[BlockCall]]
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """A block that is finished.
+
+    Args:
+        masks: Layer, relative to the block, to mask (O, I), True for what stays; on the CPU.
+        notes: Sentences about what went otherwise than asked.
+    """
+
+    masks: dict[str, Tensor]
+    notes: list[str]
+
+
+class Allocation(ABC):
+    """How the sparsity of the whole is spread over the blocks."""
+
+    @abstractmethod
+    def refuse(self, pattern: Pattern) -> str | None:
+        """Why it does not go with a pattern, and the cure; None if it does."""
+
+    @abstractmethod
+    def sparsities(
+        self, blocks: Callable[[], Iterator[Sequence[Tensor]]], sparsity: float
+    ) -> list[float] | None:
+        """Sparsity of every block, in [0, 1); None where all have that of the pattern.
+
+        Args:
+            blocks: Goes through the blocks, in order: the weights (O, I) of the matrices that are
+                pruned.
+            sparsity: Of all these matrices together.
+        """
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every block has the sparsity of the pattern."""
+
+    def refuse(self, pattern: Pattern) -> str | None:
+        return None
+
+    def sparsities(
+        self, blocks: Callable[[], Iterator[Sequence[Tensor]]], sparsity: float
+    ) -> list[float] | None:
+        return None
+
+
+class Score(ABC):
+    """Which entries of a matrix stay.
+
+    Attributes:
+        needs: Statistics to collect of the inputs.
+    """
+
+    needs: ClassVar[frozenset[type[Statistic]]]
+
+    @abstractmethod
+    def group(self, linear: Linear, pattern: Pattern) -> Group:
+        """Which entries compete in this layer where the pattern does not say."""
+
+    @abstractmethod
+    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+        """Why a layer cannot be scored like that, and the cure; None if it can."""
+
+    @abstractmethod
+    def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:
+        """True for what stays, by the pattern of the matrix."""
+
+
+class Refinement(ABC):
+    """Changes masks without training; every group keeps its number of entries.
+
+    Attributes:
+        needs: Statistics to collect of the inputs.
+    """
+
+    needs: ClassVar[frozenset[type[Statistic]]]
+
+    @abstractmethod
+    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+        """Why a layer cannot be refined, and the cure; None if it can."""
+
+    @abstractmethod
+    def refine(self, task: BlockTask) -> list[Bool[Tensor, "O I"]]:
+        """Better masks, one per matrix of the block."""
+
+
+class Compensation(ABC):
+    """Changes the weights that stay so that they make up for those that go.
+
+    Attributes:
+        needs: Statistics to collect of the inputs.
+    """
+
+    needs: ClassVar[frozenset[type[Statistic]]]
+
+    @abstractmethod
+    def weight(self, matrix: Matrix, mask_OI: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        """New weights, float32, zero where the mask is False."""

@@ -1,0 +1,251 @@
+"""How many entries of a matrix go, and which of them compete: patterns of zeros and their groups.
+
+A pattern splits a matrix into groups of equal size and removes the same number of entries, those of
+the lowest score, from every group. Entries of equal score go in the order of their places, so that
+equal scores give equal masks on every machine.
+
+Legend: O = output features, I = input features, G = groups, E = entries of a group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+
+class Group(ABC):
+    """Which entries of a matrix compete with each other."""
+
+    @abstractmethod
+    def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
+        """The entries of a matrix, one row per group."""
+
+    @abstractmethod
+    def join(self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size) -> Shaped[Tensor, "O I"]:
+        """The inverse of `split`, for a matrix of this shape."""
+
+
+@dataclass(frozen=True)
+class PerRow(Group):
+    """The inputs of one output feature compete."""
+
+    def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
+        return x_OI
+
+    def join(self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size) -> Shaped[Tensor, "O I"]:
+        return x_GE
+
+
+@dataclass(frozen=True)
+class PerColumn(Group):
+    """The output features that one input feature feeds compete."""
+
+    def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
+        return x_OI.T
+
+    def join(self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size) -> Shaped[Tensor, "O I"]:
+        return x_GE.T
+
+
+@dataclass(frozen=True)
+class PerMatrix(Group):
+    """All entries of a matrix compete."""
+
+    def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
+        return x_OI.reshape(1, -1)
+
+    def join(self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size) -> Shaped[Tensor, "O I"]:
+        return x_GE.reshape(shape)
+
+
+class Pattern(ABC):
+    """How many entries of every group are removed.
+
+    Attributes:
+        group: Which entries compete; None leaves it to the score, as its paper has it.
+        sparsity: Fraction removed, in [0, 1).
+    """
+
+    group: Group | None
+    sparsity: float
+
+    @abstractmethod
+    def split(self, x_OI: Shaped[Tensor, "O I"], group: Group) -> Shaped[Tensor, "G E"]:
+        """The entries of a matrix, one row per set of competitors."""
+
+    @abstractmethod
+    def join(
+        self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size, group: Group
+    ) -> Shaped[Tensor, "O I"]:
+        """The inverse of `split`, for a matrix of this shape."""
+
+    @abstractmethod
+    def num_removed(self, entries: int) -> int:
+        """Entries that go from a group of so many."""
+
+    @abstractmethod
+    def column_step(self, group: Group, columns: int) -> int:
+        """Columns to decide at once where columns are decided from left to right.
+
+        Args:
+            group: Which entries compete.
+            columns: Columns that are swept as one block.
+        """
+
+    @abstractmethod
+    def sweep_columns(self, columns: int) -> int:
+        """At most so many columns, such that no group is cut by the end of them."""
+
+    @abstractmethod
+    def with_sparsity(self, sparsity: float) -> Pattern:
+        """The same pattern at another sparsity in [0, 1).
+
+        Raises:
+            ValueError: The pattern has only one sparsity.
+        """
+
+    @abstractmethod
+    def refuse(self, shape: tuple[int, int], group: Group) -> str | None:
+        """Why a matrix of shape (O, I) cannot have the pattern, and the cure; None if it can."""
+
+    def mask(self, score_OI: Shaped[Tensor, "O I"], group: Group) -> Bool[Tensor, "O I"]:
+        """True for the entries that stay: the highest scores of every group.
+
+        Args:
+            score_OI: Higher stays.
+            group: Which entries compete.
+        """
+        score_GE = self.split(score_OI, group)
+        keep_GE = keep_highest(score_GE, self.num_removed(score_GE.shape[1]))
+        return self.join(keep_GE, score_OI.shape, group)
+
+
+def keep_highest(score_GE: Shaped[Tensor, "G E"], num_removed: int) -> Bool[Tensor, "G E"]:
+    """False for the `num_removed` lowest scores of every row, of equal ones the first."""
+    order_GE = score_GE.argsort(dim=1, stable=True)
+    keep_GE = torch.ones(score_GE.shape, dtype=torch.bool, device=score_GE.device)
+    return keep_GE.scatter_(1, order_GE[:, :num_removed], False)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Zeros anywhere, the same number in every group.
+
+    A group of E entries loses floor(E x sparsity) of them: 0.7 of 256 are 179.
+
+    Args:
+        sparsity: Fraction removed, in [0, 1).
+        group: Which entries compete; None leaves it to the score, as its paper has it.
+
+    Raises:
+        ValueError: `sparsity` is not in [0, 1).
+    """
+
+    sparsity: float
+    group: Group | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}.")
+
+    def split(self, x_OI: Shaped[Tensor, "O I"], group: Group) -> Shaped[Tensor, "G E"]:
+        return group.split(x_OI)
+
+    def join(
+        self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size, group: Group
+    ) -> Shaped[Tensor, "O I"]:
+        return group.join(x_GE, shape)
+
+    def num_removed(self, entries: int) -> int:
+        return int(entries * self.sparsity + 1e-6)  # 0.29 of 100 are 29, whatever floats say
+
+    def column_step(self, group: Group, columns: int) -> int:
+        return columns
+
+    def sweep_columns(self, columns: int) -> int:
+        return columns
+
+    def with_sparsity(self, sparsity: float) -> Unstructured:
+        return replace(self, sparsity=sparsity)
+
+    def refuse(self, shape: tuple[int, int], group: Group) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """`n` of every `m` consecutive entries are removed: 2:4 is `NM(2, 4)`, 4:8 is `NM(4, 8)`.
+
+    Kernels for 2:4 need the groups along the inputs (`PerRow`).
+
+    Args:
+        n: Entries removed of every group, 1 or more and less than `m`.
+        m: Consecutive entries of a group, 2 or more; divides the axis that it runs along.
+        group: Whether groups run along the inputs (`PerRow`) or along the outputs (`PerColumn`);
+            None leaves it to the score, as its paper has it.
+
+    Raises:
+        ValueError: `n` or `m` is out of its range, or `group` is `PerMatrix`.
+    """
+
+    n: int
+    m: int
+    group: Group | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"`n` must be 1 or more and less than `m`: got n {self.n} and m {self.m}; n of m "
+                "consecutive entries are removed."
+            )
+        if isinstance(self.group, PerMatrix):
+            raise ValueError(
+                "`group` PerMatrix does not go with NM: its groups are consecutive entries of a "
+                "row or a column. Use PerRow or PerColumn."
+            )
+
+    @property
+    def sparsity(self) -> float:  # type: ignore[override]
+        """Fraction removed."""
+        return self.n / self.m
+
+    def split(self, x_OI: Shaped[Tensor, "O I"], group: Group) -> Shaped[Tensor, "G E"]:
+        return group.split(x_OI).reshape(-1, self.m)
+
+    def join(
+        self, x_GE: Shaped[Tensor, "G E"], shape: torch.Size, group: Group
+    ) -> Shaped[Tensor, "O I"]:
+        rows = shape[1] if isinstance(group, PerColumn) else shape[0]
+        return group.join(x_GE.reshape(rows, -1), shape)
+
+    def num_removed(self, entries: int) -> int:
+        return self.n
+
+    def column_step(self, group: Group, columns: int) -> int:
+        return self.m if isinstance(group, PerRow) else columns
+
+    def sweep_columns(self, columns: int) -> int:
+        return max(columns // self.m, 1) * self.m
+
+    def with_sparsity(self, sparsity: float) -> NM:
+        if abs(sparsity - self.sparsity) > 1e-9:
+            raise ValueError(
+                f"`pattern` NM({self.n}, {self.m}) removes {self.sparsity:.4f} everywhere and "
+                f"cannot remove {sparsity:.4f}; use Unstructured for a sparsity that varies."
+            )
+        return self
+
+    def refuse(self, shape: tuple[int, int], group: Group) -> str | None:
+        axis = 0 if isinstance(group, PerColumn) else 1
+        if shape[axis] % self.m == 0:
+            return None
+        fits = [m for m in range(2, 65) if shape[axis] % m == 0]
+        cure = f"choose `m` among {', '.join(map(str, fits[:6]))}" if fits else "use Unstructured"
+        return (
+            f"`m` {self.m} does not divide its {('output', 'input')[axis]} features, "
+            f"{shape[axis]}; {cure}, or leave the matrix out by `matrices`."
+        )

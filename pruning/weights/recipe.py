@@ -1,0 +1,81 @@
+"""A recipe: one choice per axis, checked against a model before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from pruning.weights.parts import (
+    Allocation,
+    Compensation,
+    Linear,
+    Refinement,
+    Score,
+    Uniform,
+)
+from pruning.weights.pattern import Group, Pattern
+from pruning.weights.selection import AllLinears, Selection
+from pruning.weights.statistics import Statistic
+from pruning.weights.wanda import Wanda
+
+
+@dataclass(frozen=True)
+class WeightRecipe:
+    """How weights are pruned.
+
+    Args:
+        pattern: How many entries of every group go: `Unstructured` or `NM`.
+        score: Which ones stay: `Magnitude`, `Wanda`, `DaSS` or `ObsSaliency`.
+        allocation: How the sparsity is spread over the blocks: `Uniform` or `AlphaPruning`.
+        refinement: Changes the masks: `DSnoT` or `Barber`; None leaves them.
+        compensation: Changes the weights that stay: `SparseGPTSweep` or `LeastSquares`; None
+            leaves them.
+        matrices: Which matrices are pruned: `AllLinears`, `MlpOnly` or `AttentionOnly`.
+    """
+
+    pattern: Pattern
+    score: Score = field(default_factory=Wanda)
+    allocation: Allocation = field(default_factory=Uniform)
+    refinement: Refinement | None = None
+    compensation: Compensation | None = None
+    matrices: Selection = field(default_factory=AllLinears)
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """Statistics to collect of the inputs of every matrix that is pruned."""
+        parts = (self.score, self.refinement, self.compensation)
+        return frozenset().union(*(part.needs for part in parts if part is not None))
+
+    def group(self, linear: Linear) -> Group:
+        """Which entries of a layer compete."""
+        return self.pattern.group or self.score.group(linear, self.pattern)
+
+    def pruned(self, linears: Sequence[Linear]) -> list[Linear]:
+        """Those of the layers that are pruned."""
+        return [linear for linear in linears if self.matrices.takes(linear)]
+
+    def check(self, blocks: Sequence[Sequence[Linear]]) -> None:
+        """Refuse what cannot work, before any work.
+
+        Args:
+            blocks: The layers of every block, from `linears_of`.
+
+        Raises:
+            ValueError: Parts do not go together, or not with the model; names the matrix.
+        """
+        if reason := self.allocation.refuse(self.pattern):
+            raise ValueError(reason)
+        chosen = [linear for block in blocks for linear in self.pruned(block)]
+        if not chosen:
+            raise ValueError(f"`matrices` {type(self.matrices).__name__} selects no matrix.")
+        for linear in chosen:
+            group = self.group(linear)
+            judges = [part for part in (self.score, self.refinement) if part is not None]
+            reasons = [self.pattern.refuse(linear.shape, group)]
+            reasons += [part.refuse(linear, self.pattern, group) for part in judges]
+            if reason := next(filter(None, reasons), None):
+                raise ValueError(f"{linear.name} cannot be pruned like this: {reason}")
+
+    def settings(self) -> dict[str, str]:
+        """Every part with its settings, for telling two recipes apart and for reports."""
+        return {each.name: repr(getattr(self, each.name)) for each in fields(self)}

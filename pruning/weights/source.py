@@ -1,0 +1,263 @@
+"""Where the blocks of a run come from: a live model, or a checkpoint that is read block by block.
+
+What a block is called with is taken from a real call of the model: every block's forward is
+replaced for the time by one that notes its arguments and hands its input on. So position
+embeddings, masks and whatever else a release of transformers passes reach the block, per block,
+and no weight of a block is needed for it.
+
+Legend: B = windows of a batch, T = tokens of a window, N = windows, D = width of the residual
+stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from pruning.families import blocks_of, family_of, skeleton
+from pruning.measure.perplexity import Perplexity, perplexity
+from pruning.surgery import _weight_files as weight_files
+from pruning.weights.parts import BlockCall, Linear, linears_of
+
+
+class BlockSource(ABC):
+    """The blocks of a model, one at a time.
+
+    Attributes:
+        model: The model: embeddings, final norm and head have their weights; blocks may have none.
+        device: Where blocks and calibration states are.
+        linears: The prunable layers of every block.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    linears: list[list[Linear]]
+    keeps_changes: bool
+    """Whether what is changed in a block stays changed when it is asked for again."""
+
+    @abstractmethod
+    def block(self, index: int) -> nn.Module:
+        """A block with its weights, which may be changed."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the parameters of all blocks begin with, such as `model.layers.`."""
+        return f"{family_of(self.model.config).blocks}."
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, with or without weights."""
+        return blocks_of(self.model, family_of(self.model.config))
+
+
+class LiveBlocks(BlockSource):
+    """The blocks of a loaded model; what is pruned in them is pruned in the model.
+
+    Args:
+        model: A causal language model of a known family, not quantised.
+
+    Raises:
+        ValueError: The family is unknown or the model is quantised.
+    """
+
+    keeps_changes = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _refuse_quantised(model.config)
+        self.model = model
+        self.linears = linears_of(model)
+        self.device = next(model.parameters()).device
+
+    def block(self, index: int) -> nn.Module:
+        return self.blocks[index]
+
+
+class StreamedBlocks(BlockSource):
+    """The blocks of a model folder, read when they are asked for and forgotten after that.
+
+    Memory: one block, the embeddings and the head.
+
+    Args:
+        folder: Model folder with config.json and safetensors, in one file or several.
+        device: Where blocks and calibration states go.
+
+    Raises:
+        ValueError: The family is unknown, the folder is quantised, or tensors are missing.
+    """
+
+    keeps_changes = False
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        config = AutoConfig.from_pretrained(folder)
+        _refuse_quantised(config)
+        self.model = skeleton(config).eval()
+        self.linears = linears_of(self.model)
+        self._files: dict[str, Path] = {}
+        for path in weight_files(self.folder):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+        self._load_what_is_not_in_blocks()
+
+    def block(self, index: int) -> nn.Module:
+        block = copy.deepcopy(self.blocks[index])
+        names = {name: f"{self.prefix}{index}.{name}" for name in block.state_dict()}
+        block.load_state_dict(self._read(names), assign=True)
+        return block.requires_grad_(False)
+
+    def _load_what_is_not_in_blocks(self) -> None:
+        model: Any = self.model
+        for name, module in model.named_modules():
+            buffers = list(module.buffers(recurse=False))
+            if not f"{name}.".startswith(self.prefix) and any(b.is_meta for b in buffers):
+                for key, buffer in module.named_buffers(recurse=False):
+                    setattr(module, key, torch.empty_like(buffer, device=self.device))
+                model._init_weights(module)  # buffers that no checkpoint holds, such as rotations
+        outside = {name for name in model.state_dict() if not name.startswith(self.prefix)}
+        tied = set(model.all_tied_weights_keys)  # files hold the other name of the same tensor
+        names = {name: name for name in outside if name in self._files or name not in tied}
+        model.load_state_dict(self._read(names), assign=True, strict=False)
+        model.tie_weights()
+        model.requires_grad_(False)
+
+    def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """Tensors of the checkpoint, under other names."""
+        if missing := [name for name in names.values() if name not in self._files]:
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} tensors of a "
+                f"{self.model.config.model_type!r} causal language model, {missing[0]!r} first. "
+                "Save it as a causal language model."
+            )
+        tensors = {}
+        for ours, theirs in names.items():
+            with safe_open(self._files[theirs], framework="pt", device=str(self.device)) as file:
+                tensors[ours] = file.get_tensor(theirs)
+        return tensors
+
+
+def _refuse_quantised(config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The model is quantised: its numbers cannot be set to zero one by one. Prune the "
+            "original checkpoint, then quantise."
+        )
+
+
+class CalibrationStates:
+    """Calibration windows on their way through the blocks: the input of the next block.
+
+    Memory: 1 x windows x T x D numbers of the model's type, and the arguments of the calls.
+
+    Args:
+        source: The model.
+        windows_NT: Token ids.
+        batch_size: Windows that a block sees at once, 1 or more.
+
+    Raises:
+        ValueError: There are no windows, or they are longer than the positions of the model.
+    """
+
+    def __init__(
+        self, source: BlockSource, windows_NT: Int[Tensor, "N T"], batch_size: int
+    ) -> None:
+        _check_windows(source.model.config, windows_NT, batch_size)
+        self.source, self.windows_NT, self.batch_size = source, windows_NT, batch_size
+        self.hidden: list[Tensor] = []
+        self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+
+        def note(index: int, hidden_BTD: Tensor, args: Any, kwargs: Any) -> Tensor:
+            if index == 0:
+                self.hidden.append(hidden_BTD)
+                self._arguments.append([])
+            self._arguments[-1].append((args, kwargs))
+            return hidden_BTD
+
+        body: Any = source.model.base_model
+        with torch.no_grad(), _evaluation(source.model), _replaced(source.blocks, note):
+            for batch_BT in windows_NT.split(batch_size):
+                body(input_ids=batch_BT.to(source.device), use_cache=False)
+
+    def calls(self, index: int) -> Iterator[BlockCall]:
+        """What block `index` is called with, batch by batch; it must be the next block."""
+        for hidden_BTD, arguments in zip(self.hidden, self._arguments, strict=True):
+            yield BlockCall(hidden_BTD, *arguments[index])
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Run the windows through block `index` as it is now."""
+        for batch, call in enumerate(self.calls(index)):
+            self.hidden[batch] = call.run(block)
+
+    def perplexity(self) -> Perplexity:
+        """Perplexity of the windows, from what came out of the last block."""
+        last = len(self.source.blocks) - 1
+        outputs = iter(self.hidden)
+
+        def hand_in(index: int, hidden_BTD: Tensor, args: Any, kwargs: Any) -> Tensor:
+            return next(outputs) if index == last else hidden_BTD
+
+        with _replaced(self.source.blocks, hand_in):
+            return perplexity(self.source.model, self.windows_NT, self.batch_size)
+
+
+def _check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+    if len(windows_NT) == 0:
+        raise ValueError("There are no calibration windows; give 1 or more, 128 are usual.")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and windows_NT.shape[1] > positions:
+        raise ValueError(
+            f"Calibration windows have {windows_NT.shape[1]} tokens, the model has {positions} "
+            "positions (`max_position_embeddings`); cut shorter windows."
+        )
+    if int(windows_NT.max()) >= config.vocab_size or int(windows_NT.min()) < 0:
+        raise ValueError(
+            f"Calibration windows hold token {int(windows_NT.max())}, the vocabulary has "
+            f"{config.vocab_size}; use the tokenizer of this model."
+        )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _replaced(
+    blocks: Sequence[nn.Module],
+    forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor],
+) -> Iterator[None]:
+    """Every block computes `forward(index, hidden, args, kwargs)` for the time."""
+
+    def replacement(index: int) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                return forward(index, args[0], args[1:], kwargs)
+            hidden_BTD = kwargs.pop("hidden_states")
+            return forward(index, hidden_BTD, (), kwargs)
+
+        return call
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = replacement(index)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)

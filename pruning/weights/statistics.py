@@ -1,0 +1,132 @@
+"""What is collected of the inputs of linear layers while calibration windows run through a block.
+
+Layers that read the same tensor (queries, keys and values; gate and up) share one collection, and
+only what the parts of a recipe ask for is collected.
+
+Legend: N = tokens of a batch, I = input features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_CHUNK = 256  # rows of the Gram matrix at once: what lies left of them is known by symmetry
+
+
+class Statistic(ABC):
+    """A sum over all tokens that a layer reads.
+
+    Args:
+        width: Input features of the layer.
+        device: Where it is kept.
+    """
+
+    @abstractmethod
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
+        """Take in a batch, float32."""
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether all that was taken in is finite."""
+
+
+class Sums(Statistic):
+    """Sum of every input feature, float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total_I = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
+        self.total_I += x_NI.sum(0)
+
+    def is_finite(self) -> bool:
+        return bool(self.total_I.isfinite().all())
+
+
+class SquareSums(Statistic):
+    """Sum of squares of every input feature, float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total_I = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
+        self.total_I += x_NI.square().sum(0)
+
+    def is_finite(self) -> bool:
+        return bool(self.total_I.isfinite().all())
+
+
+class Gram(Statistic):
+    """Sum of x x^T, float32, by products of rank N of which only the upper half is computed."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._upper_II = torch.zeros(width, width, device=device)
+        self.memo: dict[float, tuple[Tensor, str | None]] = {}
+        """What was derived from the finished sum, by damping."""
+
+    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
+        for start in range(0, x_NI.shape[1], _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            self._upper_II[rows, start:].addmm_(x_NI[:, rows].T, x_NI[:, start:])
+
+    @property
+    def total_II(self) -> Float[Tensor, "I I"]:
+        """The whole matrix."""
+        return self._upper_II.triu() + self._upper_II.triu(1).T
+
+    def is_finite(self) -> bool:
+        return bool(self._upper_II.diagonal().isfinite().all())
+
+
+_S = TypeVar("_S", bound=Statistic)
+
+
+class Inputs:
+    """Everything that is known of what one or several layers read.
+
+    Args:
+        kinds: What to collect.
+        width: Input features.
+        device: Where to keep it.
+    """
+
+    def __init__(
+        self, kinds: Collection[type[Statistic]], width: int, device: torch.device
+    ) -> None:
+        self._by_kind = {kind: kind(width, device) for kind in kinds}
+        self.num_windows = 0
+        self.num_tokens = 0
+
+    def update(self, x: Tensor, num_windows: int) -> None:
+        """Take in what the layers read of a batch, of shape (..., I)."""
+        x_NI = x.detach().flatten(0, -2).float()
+        for statistic in self._by_kind.values():
+            statistic.update(x_NI)
+        self.num_windows += num_windows
+        self.num_tokens += len(x_NI)
+
+    def __getitem__(self, kind: type[_S]) -> _S:
+        statistic = self._by_kind[kind]
+        assert isinstance(statistic, kind)
+        return statistic
+
+    def is_finite(self) -> bool:
+        """Whether all that was taken in is finite."""
+        return all(statistic.is_finite() for statistic in self._by_kind.values())
+
+    def norms_I(self) -> Float[Tensor, " I"]:
+        """Norm of every input feature, float32: sqrt(mean over windows of the sum of squares)."""
+        return (self[SquareSums].total_I / self.num_windows).sqrt().float()
+
+    def hessian_II(self) -> Float[Tensor, "I I"]:
+        """Hessian of the squared error of an output: 2 sum(x x^T) / windows, float32."""
+        return self[Gram].total_II * (2 / self.num_windows)

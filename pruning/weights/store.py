@@ -1,0 +1,85 @@
+"""Finished blocks on disk: what a run that was killed goes on from, and what a model is made of.
+
+One file per block, `block-00003.safetensors`: the new weights and the packed masks of its matrices.
+A file appears when it is complete. `run.json` says what run they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pruning.recipe import refuse_other
+from pruning.weights.masks import pack, unpack
+from pruning.weights.parts import PrunedBlock, weight_of
+
+RUN = "run.json"
+_MASK = ".mask"
+
+
+class BlockStore:
+    """The finished blocks of a run.
+
+    Args:
+        folder: Where they are; made if needed.
+        settings: What decides the run, JSON values: recipe, model and calibration data.
+
+    Raises:
+        ValueError: The folder holds the blocks of a run with other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / RUN
+        if path.is_file():
+            refuse_other(json.loads(path.read_text(encoding="utf-8")), settings, str(self.folder))
+        _replace(path, lambda partial: partial.write_text(json.dumps(dict(settings), indent=1)))
+
+    def path(self, index: int) -> Path:
+        """The file of a block."""
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def save(self, index: int, block: nn.Module, pruned: PrunedBlock) -> None:
+        """Keep a block that is finished."""
+        tensors = {}
+        for path, mask_OI in pruned.masks.items():
+            tensors[f"{path}.weight"] = weight_of(block, path).detach().contiguous()
+            tensors[f"{path}{_MASK}"] = pack(mask_OI)
+        metadata = {"notes": json.dumps(list(pruned.notes))}
+        _replace(self.path(index), lambda partial: save_file(tensors, partial, metadata=metadata))
+
+    @torch.no_grad()
+    def load(self, index: int, block: nn.Module) -> PrunedBlock | None:
+        """Put the weights of a finished block into the block; None if it is not finished."""
+        if not self.path(index).is_file():
+            return None
+        masks = {}
+        with safe_open(self.path(index), framework="pt") as file:
+            for name in sorted(file.keys()):
+                if name.endswith(_MASK):
+                    path = name.removesuffix(_MASK)
+                    weight = weight_of(block, path)
+                    weight.copy_(file.get_tensor(f"{path}.weight"))
+                    masks[path] = unpack(file.get_tensor(name), (weight.shape[0], weight.shape[1]))
+            notes = json.loads(file.metadata()["notes"])
+        return PrunedBlock(masks, notes)
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Parameter name, relative to the block, to new weight."""
+        with safe_open(self.path(index), framework="pt") as file:
+            return {n: file.get_tensor(n) for n in file.keys() if not n.endswith(_MASK)}  # noqa: SIM118
+
+
+def _replace(path: Path, write: Any) -> None:
+    """A file that is either the old one or the complete new one, whenever the run is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.replace(path)
