@@ -4,14 +4,20 @@ What comes out is a model folder: safetensors, configuration, tokenizer, the pla
 differ from block to block, the modelling file that loads it. A plan that narrows all MLPs alike and
 nothing else leaves a stock model of the family. Equal inputs give equal folders, byte for byte.
 
-Memory: one shard of the output and one tensor of the input. Time: that of reading and writing.
+Memory: one shard of the output; the input is mapped, not loaded. Time: the base model is hashed
+while it is cut, so that the longer of the two counts; hashing takes a second per gigabyte of a
+shard, shards in parallel.
+
+As a command: `python -m pruning.surgery --help`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,6 +25,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -175,14 +182,10 @@ def write_pruned(
     base_folder = Path(base_folder)
     if max_shard_bytes < 1:
         raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes}.")
-    if (found := fingerprint(base_folder)) != plan.base:
-        raise ValueError(
-            f"The plan was made for the base model with fingerprint {plan.base[:16]}..., and "
-            f"{base_folder} has {found[:16]}...; give the base model that the plan was made for."
-        )
-    plan.verify(AutoConfig.from_pretrained(base_folder))
-    cuts = _find_cuts(base_folder, plan)
-    _write_weights(cuts, folder, max_shard_bytes, progress)
+    with _hashed(base_folder, plan.base):
+        plan.verify(AutoConfig.from_pretrained(base_folder))
+        cuts = _find_cuts(base_folder, plan)
+        _write_weights(cuts, folder, max_shard_bytes, progress)
     _write_json(folder / CONFIG, exported_config(base_folder, plan))
     for pattern in COMPANIONS:
         for path in sorted(base_folder.glob(pattern)):
@@ -191,6 +194,26 @@ def write_pruned(
     if plan.stock_mlp_width() is None:
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
     plan.save(folder)
+
+
+@contextmanager
+def _hashed(base_folder: Path, expected: str) -> Iterator[None]:
+    """Take the fingerprint of the base model beside the work of a `with` block.
+
+    Raises:
+        ValueError: It is not the expected one, whatever else went wrong because of that.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(fingerprint, base_folder)
+        try:
+            yield
+        finally:
+            if found.result() != expected:
+                raise ValueError(
+                    f"The plan was made for the base model with fingerprint {expected[:16]}..., "
+                    f"and {base_folder} has {found.result()[:16]}...; give the base model that the "
+                    "plan was made for."
+                )
 
 
 def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any]:
@@ -371,11 +394,11 @@ def _write_weights(
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for cut in shard:
-            tensors[cut.name] = cut.make()
-            weight_map[cut.name] = name
-            if progress is not None:
-                progress(next(done), total)
+        with ThreadPoolExecutor() as pool:
+            for cut, tensor in zip(shard, pool.map(_Cut.make, shard), strict=True):
+                tensors[cut.name], weight_map[cut.name] = tensor, name
+                if progress is not None:
+                    progress(next(done), total)
         # One key only: with more, their order in the file is random.
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -390,3 +413,57 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _bytes_of(dtype: str) -> int:
     """Bytes per entry of a safetensors type such as `BF16`, `F32`, `F8_E4M3` or `BOOL`."""
     return 1 if dtype == "BOOL" else int("".join(filter(str.isdigit, dtype.split("_")[0]))) // 8
+
+
+_HELP = """\
+Cut a checkpoint down to a plan, without loading the model.
+
+BASE is streamed: memory is that of one output shard, whatever the size of the model. OUT gets
+weights in the type of BASE, config.json, tokenizer, the plan, and the modelling file if the widths
+differ between blocks (load with `trust_remote_code=True`); a uniform plan leaves a stock model.
+OUT appears when it is complete. The plan must have been made for exactly BASE, which is checked by
+a hash of its files. Whether OUT computes what the masked model computes is proven at the end of a
+training run, which loads both; here nothing is run.
+
+example:
+  python -m pruning.surgery path/to/Llama-2-7b-hf runs/disp/plan path/to/smaller
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `python -m pruning.surgery BASE PLAN OUT`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pruning.surgery",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("base", metavar="BASE", type=Path, help="folder of the base model: config, safetensors")
+    add("plan", metavar="PLAN", type=Path, help="folder of the plan: plan.json, plan.safetensors")
+    add("out", metavar="OUT", type=Path, help="new folder, or a pruned model to replace")
+    add(
+        "--max-shard-bytes",
+        type=lambda text: int(float(text)),
+        default=5_000_000_000,
+        metavar="BYTES",
+        help="largest file of weights, such as 2e9 (default: 5e9)",
+    )
+    args = parser.parse_args(arguments)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        plan = PruningPlan.load(args.plan)
+        with Progress(*columns) as bar:
+            task = bar.add_task(str(args.out), total=None)
+            prune_checkpoint(
+                args.base,
+                plan,
+                args.out,
+                max_shard_bytes=args.max_shard_bytes,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

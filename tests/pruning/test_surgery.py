@@ -255,3 +255,31 @@ def test_a_stock_model_of_ours_is_replaced_and_a_base_model_with_a_plan_is_not(
     uniform_plan(other).save(other)
     with pytest.raises(ValueError, match="is not a model written by Secateur"):
         prune_checkpoint(base, uniform_plan(base), other)
+
+
+def test_the_command_does_what_the_function_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_folder(tmp_path / "base")
+    uneven_plan(base).save(tmp_path / "plan")
+    places = [str(tmp_path / name) for name in ("base", "plan", "small")]
+    surgery.main([*places, "--max-shard-bytes", "2e4"])
+    assert "small" in capsys.readouterr().out  # the bar
+    prune_checkpoint(base, uneven_plan(base), tmp_path / "same", max_shard_bytes=20_000)
+    names = sorted(path.name for path in (tmp_path / "same").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "small").iterdir())
+    equal, _, _ = filecmp.cmpfiles(tmp_path / "same", tmp_path / "small", names, shallow=False)
+    assert equal == names
+
+
+def test_the_command_blames_the_wrong_base_whatever_else_follows_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_folder(tmp_path / "base")
+    other = tiny_folder(tmp_path / "other", intermediate_size=38)  # of other shapes, too
+    uneven_plan(base).save(tmp_path / "plan")
+    with pytest.raises(SystemExit) as end:
+        surgery.main([str(other), str(tmp_path / "plan"), str(tmp_path / "small")])
+    assert end.value.code == 1
+    assert "give the base model that the plan was made for" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
