@@ -9,14 +9,16 @@ TORCH ?= torch==2.13.0
 
 RUN := .venv/bin/python
 READY := .venv/.ready
+OLDEST := .venv-oldest/bin/python
 
-.PHONY: help setup demo test test-fast check clean
+.PHONY: help setup demo test test-fast test-oldest check clean
 
 help:
 	@echo "make setup      the environment, in .venv"
 	@echo "make demo       pretrain a tiny model, learn its masks, export and compare"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
+	@echo "make test-oldest  exported models with the oldest transformers"
 	@echo "make check      format, lint, types, direction of imports"
 	@echo "make clean      remove caches and runs; .venv stays"
 
@@ -40,6 +42,22 @@ test: setup
 
 test-fast: setup
 	$(RUN) -m pytest -m "not slow"
+
+# An environment that adds to .venv what the oldest transformers needs otherwise, and no torch.
+OLDEST_READY := .venv-oldest/.ready
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+
+$(OLDEST_READY): $(READY)
+	rm -rf .venv-oldest
+	$(RUN) -m venv --without-pip .venv-oldest
+	$(RUN) -c '$(PACKAGES)' > "$$($(OLDEST) -c '$(PACKAGES)')/newest.pth"
+	$(RUN) -m pip --python $(OLDEST) install \
+		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)"
+	touch $@
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST) -m pytest -m "not slow" \
+		tests/pruning/test_families_contract.py tests/pruning/export/test_serving.py
 
 check: setup
 	$(RUN) -m ruff format --check .
