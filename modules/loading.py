@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from modules.shares import dtype_of
+from pruning.measure.memory import INT8, NF4, Storage
 
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
 
@@ -101,3 +113,159 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} has no readable tokenizer: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+class Quantisation(ABC):
+    """How the weights of the linear layers in the blocks are packed while masks are learned.
+
+    Gradients pass through packed weights to the gates; the export cuts the original files, and is
+    proven and measured in the original precision.
+    """
+
+    storage: Storage
+
+    @abstractmethod
+    def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
+        """What transformers is told.
+
+        Args:
+            compute: Type that products are computed in.
+        """
+
+
+@dataclass(frozen=True)
+class FourBit(Quantisation):
+    """4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314): 0.52 bytes a weight."""
+
+    storage = NF4
+
+    def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+
+
+@dataclass(frozen=True)
+class EightBit(Quantisation):
+    """8-bit integers, outliers in 16 bit (LLM.int8(), arXiv 2208.07339): 1 byte a weight.
+
+    Products are computed in float16, whatever the type of the other weights.
+    """
+
+    storage = INT8
+
+    def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
+        # At every call of every layer it says that float16 is what it computes in.
+        logger = logging.getLogger("bitsandbytes.autograd._functions")
+        logger.addFilter(_without_cast_note)
+        return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _without_cast_note(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in str(record.msg)
+
+
+def load_quantised(
+    folder: Path, quantisation: Quantisation, dtype: str, device: torch.device
+) -> PreTrainedModel:
+    """A causal language model with packed weights, on its device.
+
+    Args:
+        folder: Model folder with the original weights, see `resolve`.
+        quantisation: How the linear layers of the blocks are packed.
+        dtype: Type of all else and of computation; "auto" is that of the file.
+        device: Where the model goes; what is packed stays there.
+
+    Raises:
+        ValueError: A library is missing, or the folder cannot be read.
+    """
+    compute = dtype_of(folder, dtype)
+    try:
+        model = load_model(
+            folder,
+            dtype=compute,
+            quantization_config=quantisation.config(compute),
+            device_map={"": device},
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"`quantisation` {type(quantisation).__name__} needs bitsandbytes and accelerate: "
+            f"pip install 'secateur[cluster]'. ({error})"
+        ) from error
+    # In evaluation mode on some CPUs, bitsandbytes packs 4-bit weights anew, in place, in a form
+    # that has no gradient and not every width.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
+
+
+def load_original(folder: Path, device: torch.device, copies: int) -> PreTrainedModel:
+    """A model in the type of its files, on the device if it has room and else on the host.
+
+    Args:
+        folder: Model folder.
+        device: Where it would go.
+        copies: Models of its size that must find room, itself included, 1 or more.
+
+    Raises:
+        ValueError: The folder cannot be read as a causal language model.
+    """
+    model = load_model(folder)
+    if device.type == "cuda":
+        needed = copies * model.get_memory_footprint()
+        if needed < torch.cuda.mem_get_info(device)[0]:
+            model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def refuse_quantised(config: Any) -> None:
+    """Refuse a base whose own files are packed: there is nothing to cut the export from.
+
+    Raises:
+        ValueError: The configuration says that it is.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "`base` is stored quantised, which cannot be cut. Give the original weights; "
+            "`quantisation` modules.loading.FourBit packs them while masks are learned."
+        )
+
+
+def check_quantised_run(quantisation: Quantisation, strategy: Any) -> None:
+    """Refuse a strategy that would cut packed weights into pieces.
+
+    Args:
+        quantisation: How the weights are packed.
+        strategy: The strategy of the trainer.
+
+    Raises:
+        ValueError: It shards the frozen model.
+    """
+    shards = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or (
+        isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    )
+    if shards:
+        raise ValueError(
+            f"`quantisation` {type(quantisation).__name__} and `trainer.strategy` "
+            f"{type(strategy).__name__} with a sharded model do not go together: packed weights "
+            "cannot be split between ranks. Use ZeRO stage 1 or 2 or DDP, where every rank holds "
+            "the packed model, or leave `quantisation` out and shard the original weights."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Refuse a paged optimiser where there are no pages: bitsandbytes would go on without.
+
+    Raises:
+        ValueError: It is paged and the device is not CUDA.
+    """
+    if getattr(optimizer, "is_paged", False) and device.type != "cuda":
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"`optimizer` {name} pages its states out of GPU memory, and this run is on "
+            f"{device.type}; use {name.removeprefix('Paged')} here."
+        )

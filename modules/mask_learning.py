@@ -28,15 +28,28 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from modules.delivery import deliver, is_plan
+from modules.device_memory import check_memory, optimizer_bytes
 from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import check_base, load_config, resolve
+from modules.loading import (
+    Quantisation,
+    check_base,
+    check_optimizer,
+    check_quantised_run,
+    load_config,
+    load_original,
+    load_quantised,
+    refuse_quantised,
+    resolve,
+)
 from modules.losses import LossWeights, head_of, token_losses
+from modules.shares import dtype_of
 from pruning.budget import Budget, log_ratio_penalty
 from pruning.families import family_of, skeleton
 from pruning.fingerprint import fingerprint
 from pruning.gates import GateSampler
 from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
 from pruning.masking import GateHooks
+from pruning.measure.memory import ORIGINAL, Run
 from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import split
 from pruning.surgery import refuse_foreign
@@ -66,6 +79,8 @@ class MaskLearning(LanguageModelling):
             a cosine.
         dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
             as "bfloat16".
+        quantisation: Packs the frozen weights while masks are learned, `modules.loading.FourBit` or
+            `EightBit`; the export cuts the original ones. None leaves them as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
             more time. On by default in the recipes from 7B.
         loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
@@ -87,6 +102,7 @@ class MaskLearning(LanguageModelling):
         settle: float = 0.3,
         gain_lr: float = 0.03,
         dtype: str = "auto",
+        quantisation: Quantisation | None = None,
         gradient_checkpointing: bool = False,
         loss_chunk_tokens: int = 512,
     ) -> None:
@@ -106,7 +122,7 @@ class MaskLearning(LanguageModelling):
         self.loss, self.settled_loss = loss, settled_loss
         self.settle, self.gain_lr = settle, gain_lr
         self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
-        self.loss_chunk_tokens = loss_chunk_tokens
+        self.loss_chunk_tokens, self.quantisation = loss_chunk_tokens, quantisation
         self.keep_target = budget.keep
         self.strict_loading = False  # checkpoints hold what trains, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
@@ -122,7 +138,13 @@ class MaskLearning(LanguageModelling):
                 torch.nn.init.zeros_(self.settled_N)
             return
         family_of(load_config(self.base_folder))  # an unknown family is told before the weights
-        self.model = self.read_model(self.base_folder, self.dtype_name)
+        if self.quantisation is None:
+            self.model = self.read_model(self.base_folder, self.dtype_name)
+        else:
+            device = self.trainer.strategy.root_device
+            self.model = load_quantised(
+                self.base_folder, self.quantisation, self.dtype_name, device
+            )
         freeze(self.model)
         if self.gradient_checkpointing:
             # Renamed in transformers 5.23, which deprecates the old name.
@@ -139,13 +161,24 @@ class MaskLearning(LanguageModelling):
         self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
 
     def setup(self, stage: str) -> None:
-        """Check that the text suits the model before the model is read."""
-        self.check_data(load_config(self.base_folder))
+        """Check that text, strategy and memory suit the model before the model is read.
+
+        Raises:
+            ValueError: They do not.
+        """
+        config = load_config(self.base_folder)
+        refuse_quantised(config)
+        if self.quantisation is not None:
+            check_quantised_run(self.quantisation, self.trainer.strategy)
+        self.check_data(config)
+        if stage == TrainerFn.FITTING and getattr(self.trainer, "datamodule", None) is not None:
+            check_memory(self.trainer, config, self._run())
         self.temperature = self.sampler.start_temperature
 
     def configure_optimizers(self) -> Any:
         """One optimiser: the hypernetwork trains until the masks settle, the gains from then on."""
         optimizer = self._optimizer()
+        check_optimizer(optimizer, self.device)
         begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
 
         def of_gains(step: int) -> float:
@@ -274,6 +307,7 @@ class MaskLearning(LanguageModelling):
             "uniform": self.budget.uniform,
             "gains": gains is not None,
             "settle": self.settle,
+            "learned_on": repr(self.quantisation or self.model.dtype),
         }
         return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains)
 
@@ -288,7 +322,10 @@ class MaskLearning(LanguageModelling):
             return
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
-        deliver(self.model, self.plan(), self.base, self.base_folder, folder, windows_NT, command)
+        dense = self.model
+        if self.quantisation is not None:  # packed weights are neither cut nor compared with
+            dense = load_original(self.base_folder, self.device, copies=2)
+        deliver(dense, self.plan(), self.base, self.base_folder, folder, windows_NT, command)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what trains and the settings that decide the run; the base model is only named."""
@@ -300,8 +337,9 @@ class MaskLearning(LanguageModelling):
         super().on_save_checkpoint(checkpoint)
 
     def recipe(self) -> dict[str, Any]:
-        """Base model, budget, gates, losses and optimiser."""
+        """Base model and how it is held, budget, gates, losses and optimiser."""
         return {
+            "quantisation": repr(self.quantisation),
             "base": self.base_fingerprint,
             "budget": repr(self.budget),
             "hypernetwork": repr(self.hypernetwork),
@@ -320,6 +358,21 @@ class MaskLearning(LanguageModelling):
         optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, gains])
         optimizer.register_step_pre_hook(_rest)
         return optimizer
+
+    def _run(self) -> Run:
+        """What decides the memory of a step."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return Run(
+            dtype=dtype_of(self.base_folder, self.dtype_name),
+            storage=self.quantisation.storage if self.quantisation else ORIGINAL,
+            batch_size=data.batch_size,
+            window_tokens=data.window_tokens,
+            checkpointing=self.gradient_checkpointing,
+            loss_chunk_tokens=self.loss_chunk_tokens,
+            distillation=bool(self.loss.distillation or self.settled_loss.distillation),
+            hypernetwork=self._make_hypernetwork,
+            optimizer_bytes=optimizer_bytes(self._make_optimizer([nn.Parameter(torch.ones(1))])),
+        )
 
     @torch.no_grad()
     def _kept(self) -> tuple[Tensor, ...]:

@@ -1,0 +1,529 @@
+"""Memory of learning masks, predicted from a configuration alone: no weights, no device.
+
+What stays for the whole run is counted on the model's skeleton. What a step adds is found by doing
+one: a model of one and of two blocks is run forward and backward on fake tensors, which have shapes
+and storages but no content, and every storage is followed from its birth to its end. Blocks are
+alike, so that the rest of the model is a straight line through the two. Attention is taken to be
+causal and fused where the model allows it, as in training.
+
+Sources: the frozen weights need no gradients, so that a linear layer saves nothing (LoRA, arXiv
+2106.09685, section 4.2); sizes of packed weights from QLoRA (arXiv 2305.14314) and LLM.int8()
+(arXiv 2208.07339).
+
+Not counted: the allocator's gaps and the libraries themselves, about 1 GB on a GPU. docs/memory.md
+has the table and how far it is from measurements.
+
+    python -m pruning.measure.memory 7B 70B path/to/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pruning.families import blocks_of, family_of, skeleton
+from pruning.hypernetwork import GRUHypernetwork, SharedHeads
+from pruning.masking import GateHooks
+from pruning.sites import find_sites
+
+GB = 1e9
+# Vectors over all gates in float32 that a step has at once: logits, noise, samples, gradients.
+_GATE_VECTORS = 12
+# Parameters that ZeRO-3 gathers ahead of their use, DeepSpeed's default.
+_PREFETCHED = 50_000_000
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights of the linear layers in the blocks are held; all else keeps its type.
+
+    Args:
+        label: What it is called.
+        weight_bytes: Bytes of a weight, its share of the scales included; None keeps the type.
+        row_bytes: Further bytes per output feature.
+    """
+
+    label: str
+    weight_bytes: float | None = None
+    row_bytes: int = 0
+
+
+ORIGINAL = Storage("original")
+# Half a byte; one 8-bit scale per 64 weights, and one float32 per 256 scales.
+NF4 = Storage("4-bit", 0.5 + 1 / 64 + 4 / (64 * 256))
+INT8 = Storage("8-bit", 1.0, row_bytes=4)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run that decide its memory, per rank.
+
+    Args:
+        dtype: Type of the weights that are not packed, and of activations.
+        storage: How the linear layers of the blocks are held.
+        batch_size: Windows of a rank, 1 or more.
+        window_tokens: Tokens of a window, 2 or more.
+        checkpointing: Recompute activations in the backward pass.
+        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+        distillation: Whether the loss compares with the model with open gates.
+        hypernetwork: Makes what is trained beside the gains; called with the sizes of the sites.
+        optimizer_bytes: Bytes of optimiser state per trained parameter: 8 for AdamW, 2.03 in 8 bit.
+        shards: Ranks that share the frozen weights (ZeRO-3), 1 or more; 1 holds them whole.
+        offloaded: Keep the frozen weights in host memory and gather them on the device in turns
+            (ZeRO-3).
+
+    Raises:
+        ValueError: A number is out of its range, or packed weights are to be sharded.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    storage: Storage = ORIGINAL
+    batch_size: int = 1
+    window_tokens: int = 2048
+    checkpointing: bool = True
+    loss_chunk_tokens: int = 512
+    distillation: bool = True
+    hypernetwork: Callable[[Sequence[int]], nn.Module] = SharedHeads
+    optimizer_bytes: float = 8.0
+    shards: int = 1
+    offloaded: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1),
+            ("window_tokens", 2),
+            ("loss_chunk_tokens", 1),
+            ("shards", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {getattr(self, name)}.")
+        if self.storage.weight_bytes is not None and (self.shards > 1 or self.offloaded):
+            raise ValueError(
+                f"`storage` {self.storage.label} cannot be sharded or offloaded: packed weights "
+                "are whole on every rank; use the original storage."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step and rank."""
+        return self.batch_size * self.window_tokens
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one rank's device, in bytes.
+
+    Args:
+        weights: The frozen model, or this rank's shard of it.
+        gathered: Weights that are unpacked or gathered for the layer at work.
+        trained: Hypernetwork and gains: values, gradients, optimiser state.
+        gates: Vectors over all gates that a step works on.
+        activations: What a forward pass leaves for the backward pass.
+        working: What the loss or the backward pass needs on top, at its worst moment.
+        host: Weights in host memory; not part of `total`.
+    """
+
+    weights: int
+    gathered: int
+    trained: int
+    gates: int
+    activations: int
+    working: int
+    host: int = 0
+
+    @property
+    def lasting(self) -> int:
+        """What is there before the first step."""
+        return self.weights + self.trained
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        parts = (self.lasting, self.gathered, self.gates, self.activations, self.working)
+        return sum(parts)
+
+
+def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
+    """Predict the memory of a run.
+
+    Args:
+        config: Of a causal language model of a known family.
+        run: Its settings.
+
+    Raises:
+        ValueError: The family is unknown, or the model cannot be pruned.
+    """
+    model = skeleton(config)
+    family = family_of(config)
+    size = run.dtype.itemsize
+    packed = [
+        module
+        for block in blocks_of(model, family)
+        for module in block.modules()
+        if isinstance(module, nn.Linear) and run.storage.weight_bytes is not None
+    ]
+    whole = sum(parameter.numel() for parameter in model.parameters()) * size
+    weights = whole - sum(linear.weight.numel() for linear in packed) * size
+    for linear in packed:
+        weights += round(linear.weight.numel() * (run.storage.weight_bytes or 0))
+        weights += linear.out_features * run.storage.row_bytes
+    gathered = max((linear.weight.numel() for linear in packed), default=0) * size
+    if run.shards > 1 or run.offloaded:
+        largest = max(parameter.numel() for parameter in model.parameters())
+        gathered = min(weights, (largest + _PREFETCHED) * size)
+        weights = -(-weights // run.shards)
+
+    sizes = [site.size for site in find_sites(model, family)]
+    with torch.device("meta"):
+        hypernetwork = run.hypernetwork(sizes)
+    trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
+    trained += sum(sizes)  # the gains
+
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    one, two = (
+        _decoder_step(
+            _Config(config, text),
+            blocks,
+            run.dtype,
+            run.batch_size,
+            run.window_tokens,
+            run.checkpointing,
+        )
+        for blocks in (1, 2)
+    )
+    num_blocks = len(blocks_of(model, family))
+    kept, peak = (a + (num_blocks - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    # Hidden states flat, their gradient in chunks and in one piece, those of the teacher.
+    head: Any = model.get_output_embeddings()
+    hidden = run.tokens * head.in_features * size
+    loss = (3 + run.distillation) * hidden + _loss_peak(
+        min(run.loss_chunk_tokens, run.tokens),
+        head.in_features,
+        head.out_features,
+        run.dtype,
+        run.distillation,
+    )
+    return Footprint(
+        weights=0 if run.offloaded else weights,
+        gathered=gathered,
+        trained=round(trained * (8 + run.optimizer_bytes)),
+        gates=_GATE_VECTORS * 4 * sum(sizes),
+        activations=kept,
+        working=max(peak - kept, loss),
+        host=weights if run.offloaded else 0,
+    )
+
+
+def settings(run: Run) -> Mapping[str, Run]:
+    """The ways to hold the same run, the plainest first."""
+    whole = replace(run, storage=ORIGINAL, shards=1, offloaded=False)
+    return {
+        "original weights": replace(whole, checkpointing=False),
+        "gradient checkpointing": replace(whole, checkpointing=True),
+        "8-bit, checkpointing": replace(whole, storage=INT8, checkpointing=True),
+        "4-bit, checkpointing": replace(whole, storage=NF4, checkpointing=True),
+        **{
+            f"ZeRO-3 on {ranks} GPUs, checkpointing": replace(
+                whole, shards=ranks, checkpointing=True
+            )
+            for ranks in (2, 4, 8)
+        },
+        "ZeRO-3, weights on the host, checkpointing": replace(
+            whole, offloaded=True, checkpointing=True
+        ),
+    }
+
+
+def check_fits(config: PreTrainedConfig, run: Run, available: int, device: str) -> str | None:
+    """Compare a run with the memory that there is.
+
+    Args:
+        config: Of the model.
+        run: Its settings.
+        available: Memory of the device, bytes.
+        device: What it is called.
+
+    Returns:
+        A warning where the step is predicted not to fit; None where all is well.
+
+    Raises:
+        ValueError: Weights and trained state alone do not fit.
+    """
+    if _at_most(config, run) <= available:
+        return None
+    need = footprint(config, run)
+    if need.total <= available:
+        return None
+    fitting = [
+        f"{label} ({other.total / GB:.1f} GB)"
+        for label, other in (
+            (label, footprint(config, other)) for label, other in settings(run).items()
+        )
+        if other.total <= available
+    ]
+    cure = (
+        f"What would fit: {'; '.join(fitting)}."
+        if fitting
+        else (
+            "No setting of one such device or of 8 would fit; shorten `data.window_tokens`, lower "
+            "`data.batch_size` or use larger devices."
+        )
+    )
+    message = (
+        f"This run needs about {need.total / GB:.1f} GB per rank and {device} has "
+        f"{available / GB:.1f} GB: weights {need.weights / GB:.1f}, hypernetwork, gains and "
+        f"optimiser {need.trained / GB:.1f}, activations {need.activations / GB:.1f}, all else "
+        f"{(need.gathered + need.gates + need.working) / GB:.1f}. {cure} docs/memory.md says how."
+    )
+    if need.lasting > available:
+        raise ValueError(message)
+    return message
+
+
+def _at_most(config: PreTrainedConfig, run: Run) -> int:
+    """A bound that takes no trace: whatever goes in and out of a linear layer or an attention
+    matrix is kept eight times in float32, and packed or shared weights are whole.
+    """
+    model = skeleton(config)
+    sites = find_sites(model, family_of(config))
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in run.hypernetwork([s.size for s in sites]).parameters())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    features = sum(linear.in_features + linear.out_features for linear in linears)
+    scores = int(config.num_hidden_layers * config.num_attention_heads) * run.window_tokens
+    per_gate = 8 + run.optimizer_bytes + _GATE_VECTORS * 4
+    return round(
+        2 * model.num_parameters() * 4
+        + trained * (8 + run.optimizer_bytes)
+        + sum(site.size for site in sites) * per_gate
+        + 8 * 4 * run.tokens * (features + scores)
+    )
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages of all tensors that are made while it is on.
+
+    Args:
+        known: Tensors that are not counted, such as the weights.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._follow, result)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._end, key, size)
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A configuration that can be compared: what makes two traces the same."""
+
+    config: PreTrainedConfig = field(compare=False)
+    text: str
+
+
+@lru_cache(maxsize=64)
+def _decoder_step(
+    of: _Config,
+    num_blocks: int,
+    dtype: torch.dtype,
+    batch_size: int,
+    window_tokens: int,
+    checkpointing: bool,
+) -> tuple[int, int]:
+    """Bytes alive after the forward pass of a model's first blocks, and most of the whole step."""
+    config = copy.deepcopy(of.config)
+    config.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_blocks]
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.requires_grad_(False)
+        model.train()
+        return decoder_step(model, batch_size, window_tokens, checkpointing)
+
+
+def decoder_step(
+    model: Any, batch_size: int, window_tokens: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of tensors alive after the forward pass with gates, and most of forward and backward.
+
+    Args:
+        model: A frozen causal language model, real or fake; it is changed.
+        batch_size: Windows, 1 or more.
+        window_tokens: Tokens of a window, 1 or more.
+        checkpointing: Recompute activations in the backward pass.
+    """
+    hooks = GateHooks(model)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_CAUSAL)
+    if checkpointing:
+        # Renamed in transformers 5.23, which deprecates the old name.
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)(
+            {
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), hooks.applied(hooks.gates)),
+            }
+        )
+    device = next(model.parameters()).device
+    gates = [torch.ones(site.size, device=device, requires_grad=True) for site in hooks.sites]
+    input_BT = torch.zeros((batch_size, window_tokens), dtype=torch.long, device=device)
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    with live:
+        with hooks.applied(gates):
+            output = model.get_decoder()(input_ids=input_BT, use_cache=False)
+            hidden_BTD = output.last_hidden_state
+            del output
+        kept = live.now
+        hidden_BTD.backward(torch.ones_like(hidden_BTD))
+    hooks.remove()
+    return kept, live.peak
+
+
+# Fused causal attention without a mask: what training takes for windows without padding. Fake
+# tensors would be given a mask, because they cannot be looked at.
+_CAUSAL = "secateur_causal"
+AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
+
+
+@lru_cache(maxsize=64)
+def _loss_peak(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, distillation: bool
+) -> int:
+    """Most bytes alive while the losses of a chunk and their gradients are computed."""
+    with FakeTensorMode():
+        head_VD = torch.empty(vocabulary, width, dtype=dtype)
+        piece_CD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
+        live = LiveBytes([head_VD, piece_CD])
+        with live:
+            log_p_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
+            value = F.nll_loss(log_p_CV, torch.zeros(tokens, dtype=torch.long))
+            if distillation:
+                with torch.no_grad():
+                    target_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
+                value = value + F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True)
+            value.backward()
+        return live.peak
+
+
+# Shapes of the Llama 2 models: blocks, width, MLP width, query heads, key and value heads.
+_SHAPES = {
+    "7B": (32, 4096, 11008, 32, 32),
+    "13B": (40, 5120, 13824, 40, 40),
+    "70B": (80, 8192, 28672, 64, 8),
+}
+
+
+def llama2(size: str) -> PreTrainedConfig:
+    """The configuration of a Llama 2 by its size: 7B, 13B or 70B."""
+    blocks, width, mlp_width, heads, kv_heads = _SHAPES[size]
+    return AutoConfig.for_model(
+        "llama",
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+    )
+
+
+def memory_table(configs: Mapping[str, PreTrainedConfig], run: Run) -> list[list[str]]:
+    """Rows of text: settings down, models across, gigabytes (1e9 bytes) per rank."""
+    rows = [["GB per GPU", *configs]]
+    for label, setting in settings(run).items():
+        needs = [footprint(config, setting) for config in configs.values()]
+        rows.append([label, *(f"{need.total / GB:.1f}" for need in needs)])
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pruning.measure.memory",
+        description="Predict the memory of learning masks, from configurations alone.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=list(_SHAPES),
+        help=f"{', '.join(_SHAPES)} (Llama 2), a model folder, a config.json or a hub id",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="windows per GPU")
+    parser.add_argument("--window-tokens", type=int, default=2048, help="tokens of a window")
+    parser.add_argument(
+        "--reference-heads",
+        action="store_true",
+        help="one head per site (GRUHypernetwork) instead of SharedHeads",
+    )
+    args = parser.parse_args(arguments)
+    run = Run(
+        batch_size=args.batch_size,
+        window_tokens=args.window_tokens,
+        hypernetwork=GRUHypernetwork if args.reference_heads else SharedHeads,
+    )
+    configs = {
+        name: llama2(name) if name in _SHAPES else AutoConfig.from_pretrained(name)
+        for name in args.models
+    }
+    (heading, *rows), caption = (
+        memory_table(configs, run),
+        f"{args.batch_size} x {args.window_tokens}",
+    )
+    table = Table(caption=f"bf16, {caption} tokens per GPU; GB = 1e9 bytes")
+    for number, name in enumerate(heading):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from transformers import LlamaConfig
+
+from modules import loading
+from modules.device_memory import optimizer_bytes
+from modules.loading import (
+    EightBit,
+    FourBit,
+    Quantisation,
+    check_optimizer,
+    check_quantised_run,
+    load_config,
+    load_model,
+    load_original,
+    load_quantised,
+    refuse_quantised,
+)
+from pruning.budget import Flops, Parameters
+from pruning.families import skeleton
+from pruning.fingerprint import fingerprint
+from pruning.masking import GateHooks
+from pruning.measure.memory import Run, footprint
+from pruning.plan import PruningPlan
+from tests.runs import NOISE, call, content, learn_masks, make_inputs
+from tests.tiny import tiny_folder
+
+pytestmark = NOISE
+CPU = torch.device("cpu")
+PACKED = {FourBit: torch.uint8, EightBit: torch.int8}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(params=PACKED)
+def quantisation(request: pytest.FixtureRequest) -> Quantisation:
+    made: Quantisation = request.param()
+    return made
+
+
+@pytest.fixture
+def packed(inputs: Path, quantisation: Quantisation) -> Any:
+    model = load_quantised(inputs / "base", quantisation, "auto", CPU)
+    return model.requires_grad_(False)
+
+
+def test_what_is_packed_are_the_projections_of_the_blocks(
+    packed: Any, inputs: Path, quantisation: Quantisation
+) -> None:
+    for name, parameter in packed.named_parameters():
+        projection = "layers" in name and name.endswith("proj.weight")
+        assert parameter.dtype == (PACKED[type(quantisation)] if projection else torch.float32), (
+            name
+        )
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    dense: Any = load_model(inputs / "base")
+    with torch.no_grad():
+        difference = (packed(ids).logits - dense(ids).logits).std() / dense(ids).logits.std()
+    assert 1e-4 < float(difference) < (0.35 if isinstance(quantisation, FourBit) else 0.05)
+
+
+def test_sites_and_costs_are_those_of_the_original(packed: Any, inputs: Path) -> None:
+    dense = load_model(inputs / "base")
+    hooks = GateHooks(packed)
+    assert hooks.sites == GateHooks(dense).sites
+    for cost in (Flops(), Parameters(whole_model=True)):
+        found, expected = cost.table(skeleton(packed.config)), cost.table(dense)
+        widths = expected.full_S * 0.5
+        assert (found.dense, float(found(widths))) == (expected.dense, float(expected(widths)))
+
+
+def test_every_gate_has_a_gradient_before_and_after_an_evaluation(packed: Any) -> None:
+    # Where the processor has instructions for it, bitsandbytes would pack 4-bit weights anew in
+    # evaluation mode.
+    hooks = GateHooks(packed.train())
+    gates = [torch.ones(site.size, requires_grad=True) for site in hooks.sites]
+    ids = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[torch.Tensor]:
+        with hooks.applied(gates):
+            loss = packed(ids, labels=ids).loss
+        return list(torch.autograd.grad(loss, gates))
+
+    before = gradients()
+    assert all(bool(gradient.any()) for gradient in before)
+    with torch.no_grad():
+        packed.eval()(ids)
+    packed.train()
+    for first, second in zip(before, gradients(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_packed_weights_take_what_the_prediction_says(
+    quantisation: Quantisation, tmp_path: Path
+) -> None:
+    tiny_folder(tmp_path, hidden_size=384, intermediate_size=1000, num_hidden_layers=1)
+    model: Any = load_quantised(tmp_path, quantisation, "bfloat16", CPU)
+    found = 0
+    for parameter in model.parameters():
+        found += parameter.nbytes
+        if isinstance(quantisation, FourBit) and (state := getattr(parameter, "quant_state", None)):
+            found += state.absmax.nbytes + state.state2.absmax.nbytes
+        elif (scales := getattr(parameter, "SCB", None)) is not None:
+            found += scales.nbytes
+    run = Run(dtype=torch.bfloat16, storage=quantisation.storage)
+    predicted = footprint(load_config(tmp_path), run).weights
+    assert found == pytest.approx(predicted, rel=0.01)
+    assert predicted < (0.4 if isinstance(quantisation, FourBit) else 0.6) * 2 * (
+        sum(p.numel() for p in load_model(tmp_path).parameters())
+    )
+
+
+# A run: masks learned on packed weights, with 8-bit states, exported from the original files.
+
+
+def on_four_bits(inputs: Path, root: Path, *more: str) -> list[str]:
+    return [
+        *learn_masks(inputs, root),
+        "--model.quantisation=modules.loading.FourBit",
+        "--model.gradient_checkpointing=true",
+        "--model.optimizer=bitsandbytes.optim.AdamW8bit",
+        "--model.optimizer.lr=1e-2",
+        *more,
+    ]
+
+
+def test_a_run_exports_the_original_weights_and_resumes_bitwise(
+    inputs: Path, tmp_path: Path
+) -> None:
+    root, again = tmp_path / "whole", tmp_path / "resumed"
+    line = call(on_four_bits(inputs, root))
+    states = line.trainer.optimizers[0].state.values()
+    assert any(state["state1"].dtype == torch.uint8 for state in states)
+
+    plan = PruningPlan.load(root / "plan")
+    assert plan.base == fingerprint(inputs / "base")
+    assert plan.provenance["learned_on"] == "FourBit()"
+    ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
+    dense, exported = load_model(inputs / "base"), loaded(root / "model")
+    with GateHooks(dense).applied(plan.gates()), torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, dense(ids).logits, atol=1e-4, rtol=0)
+
+    checkpoint = root / "checkpoints" / "step=6.ckpt"
+    call(on_four_bits(inputs, again, f"--ckpt_path={checkpoint}"))
+    assert content(again / "plan") == content(root / "plan")
+    eight = "--model.quantisation=modules.loading.EightBit"
+    with pytest.raises(ValueError, match=r"`quantisation` was 'FourBit\(\)' and is now 'EightBit"):
+        call(on_four_bits(inputs, tmp_path / "other", f"--ckpt_path={checkpoint}", eight))
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+# What cannot work is told at the start.
+
+
+@pytest.mark.parametrize("strategy", [lambda: DeepSpeedStrategy(stage=3), ModelParallelStrategy])
+def test_strategies_that_shard_the_model_are_refused(strategy: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="`quantisation` FourBit and `trainer.strategy`.*ZeRO st"):
+        check_quantised_run(FourBit(), strategy())
+
+
+def test_strategies_that_keep_the_model_whole_are_not() -> None:
+    check_quantised_run(FourBit(), DeepSpeedStrategy(stage=2))
+    check_quantised_run(EightBit(), DDPStrategy())
+
+
+def test_a_base_that_is_stored_packed_is_refused(inputs: Path) -> None:
+    refuse_quantised(load_config(inputs / "base"))
+    with pytest.raises(ValueError, match="`base` is stored quantised, which cannot be cut"):
+        refuse_quantised(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
+def test_paged_optimisers_are_refused_on_the_cpu() -> None:
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    check_optimizer(AdamW8bit(parameters), CPU)
+    check_optimizer(PagedAdamW8bit(parameters), torch.device("cuda"))
+    with pytest.raises(ValueError, match="PagedAdamW8bit pages.*on cpu; use AdamW8bit here"):
+        check_optimizer(PagedAdamW8bit(parameters), CPU)
+    assert optimizer_bytes(AdamW8bit(parameters)) == pytest.approx(2.03, abs=0.01)
+    assert optimizer_bytes(torch.optim.AdamW(parameters)) == 8
+
+
+def test_a_missing_library_is_named(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise ImportError("Using `bitsandbytes` 4-bit quantization requires accelerate")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    with pytest.raises(
+        ValueError, match="`quantisation` FourBit needs bitsandbytes and accelerate"
+    ):
+        load_quantised(inputs / "base", FourBit(), "auto", CPU)
+
+
+def test_an_original_is_read_in_the_type_of_its_files(inputs: Path) -> None:
+    assert load_original(inputs / "base", CPU, copies=2).dtype == torch.float32
