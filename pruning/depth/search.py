@@ -89,7 +89,6 @@ class Search(ABC):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
 
-    @abstractmethod
     def __call__(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
     ) -> Selection:
@@ -104,6 +103,16 @@ class Search(ABC):
             ValueError: More is to be removed than can be, the protected ends leave nothing, or the
                 score cannot be computed.
         """
+        chosen = self._search(model, windows_NT, target)
+        for message in chosen.messages:
+            _log.warning(message)
+        return chosen
+
+    @abstractmethod
+    def _search(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
+    ) -> Selection:
+        """What to remove."""
 
     def candidates(self, config: PreTrainedConfig) -> tuple[list[Unit], list[str]]:
         """Units that may go, and what there is to say about the protected ends.
@@ -146,8 +155,6 @@ class Search(ABC):
                 f"{len(most)} removable units make up {sum(most):.4g}. Lower the target"
                 + (" or protect fewer blocks." if not everything else ".")
             )
-        for message in messages:
-            _log.warning(message)
         return units, messages
 
 
@@ -166,7 +173,7 @@ class OneShot(Search):
         ValueError: A setting is outside its range.
     """
 
-    def __call__(
+    def _search(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
     ) -> Selection:
         self._check(model.config, target)
@@ -212,7 +219,7 @@ class Greedy(Search):
         ValueError: A setting is outside its range.
     """
 
-    def __call__(
+    def _search(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
     ) -> Selection:
         config = model.config
@@ -251,7 +258,6 @@ class Greedy(Search):
             f"{chosen.perplexity:.4g} on the calibration text; one-shot search would remove "
             f"{names(other.removed)} with {other.perplexity:.4g}, which is better."
         )
-        _log.warning(message)
         return replace(chosen, messages=(*chosen.messages, message), better=other)
 
 

@@ -59,7 +59,7 @@ class BlockInfluence(BlockScore):
             if block in influence:
                 influence[block].append(1 - cosine(before_BTD, after_BTD).mean(1).cpu())
 
-        _run(model, windows_NT, self.batch_size, see)
+        watch(model, windows_NT, self.batch_size, see)
         influence_UN = torch.stack([torch.cat(parts_B) for parts_B in influence.values()])
         return BlockScores(influence_UN.mean(1), standard_errors(influence_UN), units)
 
@@ -96,7 +96,7 @@ class AngularDistance(BlockScore):
             if block == num_blocks - 1:
                 last[num_blocks].append(after_BTD[:, -1].double().cpu())
 
-        _run(model, windows_NT, self.batch_size, see)
+        watch(model, windows_NT, self.batch_size, see)
         states = [torch.cat(parts_BD) for parts_BD in last]
         runs_LL = torch.full((num_blocks, num_blocks), math.nan, dtype=torch.float64)
         for start in range(num_blocks):
@@ -121,16 +121,28 @@ def standard_errors(samples_UN: Float[Tensor, "U N"]) -> Float[Tensor, " U"] | N
 
 
 @torch.inference_mode()
-def _run(
+def watch(
     model: PreTrainedModel,
     windows_NT: Int[Tensor, "N T"],
     batch_size: int,
     see: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run the model on all windows and show what goes into and out of every block."""
-    with _watched(blocks_of(model, family_of(model.config)), see):
-        for input_BT in windows_NT.to(model.device).split(batch_size):
-            model.base_model(input_ids=input_BT, use_cache=False)
+    """Run a model on all windows and show what goes into and comes out of every block.
+
+    Args:
+        model: A causal language model.
+        windows_NT: Token ids.
+        batch_size: Windows at once, 1 or more.
+        see: Called with the index of a block, its input and its output (B, T, D), per batch.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with _watched(blocks_of(model, family_of(model.config)), see):
+            for input_BT in windows_NT.to(model.device).split(batch_size):
+                model.base_model(input_ids=input_BT, use_cache=False)
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

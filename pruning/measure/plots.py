@@ -1,11 +1,14 @@
-"""Pictures of plans."""
+"""Pictures of plans and of scores."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from pruning.depth.scores import BlockScores
+from pruning.depth.units import Unit
 from pruning.plan import PruningPlan
 
 
@@ -39,6 +42,51 @@ def plot_widths(plan: PruningPlan, path: Path) -> None:
     stays = plan.provenance.get("kept")
     axes.set_title("Kept widths" + (f" ({stays:.1%} of the cost)" if stays else ""))
     figure.colorbar(image, label="fraction kept")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def plot_scores(
+    scores: BlockScores, path: Path, removed: Collection[Unit] = (), title: str = "Score by block"
+) -> None:
+    """Write a PNG of the score of every unit with its standard error; what is removed is marked.
+
+    Scores that span more than a factor of 20 are drawn on a logarithmic axis.
+
+    Args:
+        scores: The scores; lowest is removed first.
+        path: The file to write; its folder is made if needed.
+        removed: The units that go.
+        title: Heading, such as the name of the score.
+    """
+    values = scores.values.tolist()
+    errors = [0.0] * len(values) if scores.errors is None else scores.errors.tolist()
+    figure = Figure(figsize=(max(5.0, 1.5 + 0.3 * len(values)), 3.5))
+    axes = figure.add_subplot()
+    for label, colour, marker, gone in (
+        ("stays", "tab:blue", "o", False),
+        ("removed", "tab:red", "X", True),
+    ):
+        own = [place for place, unit in enumerate(scores.units) if (unit in removed) == gone]
+        if own:
+            axes.errorbar(
+                own, [values[place] for place in own], [errors[place] for place in own],
+                fmt=marker, color=colour, capsize=3, label=label,
+            )  # fmt: skip
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.set_xticks(
+        range(len(values)),
+        [unit.key for unit in scores.units],
+        rotation=90 if any(unit.part != "block" for unit in scores.units) else 0,
+        fontsize=8,
+    )
+    axes.set_xlabel("block")
+    axes.set_ylabel("score" + ("" if scores.errors is None else ", one standard error"))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,153 @@
+"""Scores on disk: computed once per model, text and settings, and there for every later target.
+
+Each result is a JSON file, which is read back, and a CSV file of the same numbers for people. Its
+name is the hash of everything that the scores depend on: weights and configuration of the live
+model (so that a model that has been trained on or shortened is another one), token ids, the score
+with its settings, and the units.
+
+Legend: U = units, L = blocks, N = windows, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.depth.scores import BlockScore, BlockScores
+from pruning.depth.units import Unit
+
+_log = logging.getLogger(__name__)
+_FORMAT = "secateur-block-scores-1"
+
+
+class Cached(BlockScore):
+    """A score that remembers what it has computed.
+
+    Args:
+        score: The score.
+        folder: Where the results lie; it is made if needed.
+    """
+
+    def __init__(self, score: BlockScore, folder: str | Path) -> None:
+        self.score = score
+        self.folder = Path(folder)
+        self.reads_text = score.reads_text
+
+    def __repr__(self) -> str:
+        return f"Cached({self.score!r}, {str(self.folder)!r})"
+
+    def _score(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
+    ) -> BlockScores:
+        key = {
+            "model": live_fingerprint(model),
+            "data": data_fingerprint(windows_NT) if self.reads_text else None,
+            "score": repr(self.score),
+            "units": [unit.key for unit in units],
+        }
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        path = self.folder / f"{type(self.score).__name__.lower()}-{digest}.json"
+        if path.is_file():
+            _log.info("Scores of blocks are read from %s.", path)
+            return load_scores(path)
+        scores = self.score(model, windows_NT if self.reads_text else None, units)
+        save_scores(scores, path, key)
+        return scores
+
+
+def save_scores(scores: BlockScores, path: Path, key: dict[str, Any] | None = None) -> None:
+    """Write scores as JSON, and as CSV beside it.
+
+    Args:
+        scores: The scores.
+        path: The JSON file; its folder is made if needed.
+        key: What the scores depend on, for people; JSON values.
+    """
+    errors = scores.errors
+    content = {
+        "format": _FORMAT,
+        "key": key or {},
+        "units": [[unit.block, unit.part] for unit in scores.units],
+        "values": scores.values.tolist(),
+        "errors": None if errors is None else errors.tolist(),
+        "runs": None if scores.runs is None else [_nulls(row_L) for row_L in scores.runs],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["unit", "score", "standard_error"])
+    for index, unit in enumerate(scores.units):
+        error = "" if errors is None else repr(float(errors[index]))
+        writer.writerow([unit.key, repr(float(scores.values[index])), error])
+    path.with_suffix(".csv").write_text(table.getvalue(), encoding="utf-8")
+    # The JSON file appears whole or not at all: another run may be looking for it.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load_scores(path: Path) -> BlockScores:
+    """Read scores that `save_scores` wrote; every number is what it was.
+
+    Raises:
+        ValueError: The file is not such a file, or is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}")
+        runs, errors = content["runs"], content["errors"]
+        return BlockScores(
+            torch.tensor(content["values"], dtype=torch.float64),
+            None if errors is None else torch.tensor(errors, dtype=torch.float64),
+            tuple(Unit(block, part) for block, part in content["units"]),
+            None
+            if runs is None
+            else torch.tensor([_numbers(row) for row in runs], dtype=torch.float64),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no readable scores: {error}. Delete it.") from error
+
+
+def live_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model in memory: names, types, shapes and bytes of its tensors, and what it is.
+
+    About a gigabyte per second; on another device than the CPU one tensor at a time is copied.
+    """
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in ("_name_or_path", "dtype", "transformers_version")
+    }
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(flat.numpy().tobytes())
+    return found.hexdigest()
+
+
+def data_fingerprint(windows_NT: Int[Tensor, "N T"]) -> str:
+    """Hash of windows of token ids, in order."""
+    found = hashlib.sha256(f"{tuple(windows_NT.shape)}".encode())
+    found.update(windows_NT.cpu().long().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _nulls(row_L: Float[Tensor, " L"]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in row_L.tolist()]
+
+
+def _numbers(row: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in row]

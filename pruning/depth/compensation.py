@@ -1,0 +1,167 @@
+"""Scale what comes before a removed block to the size that the next one expects: Prune&Comp
+(arXiv 2507.18212), training-free.
+
+    alpha_n = mean over channels c of (mean_t |x_{n+1}[t, c]| / mean_t |x_n[t, c]|)
+
+A block makes the residual stream larger; without it everything before it is too small against what
+later blocks add. So alpha_n multiplies into the embeddings and into whatever earlier blocks add to
+the stream. Their norms undo the scale of what they read (up to the norm's epsilon), so that they
+add the same times alpha_n. A model of the same shape is left.
+
+Differs from the paper: all factors come from one pass of the dense model; and since the method can
+do harm, it stays only where the perplexity of the calibration text says that it helps. Expect, on
+Llama-2 7B without 7 of 32 blocks, mean perplexity 33.9 -> 22.2 with block influence (published).
+
+Legend: N = windows, T = tokens of a window, B = windows of a batch, D = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.depth.removal import bypassed, checked_blocks, remove_blocks
+from pruning.depth.similarity import watch
+from pruning.families import Family, blocks_of, family_of
+from pruning.measure.perplexity import perplexity
+
+_TINY = 1e-12  # a channel that is always zero has no size to compare with
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What became of an attempt to compensate.
+
+    Args:
+        factors: Removed block to its factor, above 0.
+        without: Perplexity of the calibration text without the blocks, not compensated.
+        compensated: The same with compensation.
+    """
+
+    factors: Mapping[int, float]
+    without: float
+    compensated: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether it helped, and so is in the weights."""
+        return self.compensated < self.without
+
+
+def remove_compensated(
+    model: PreTrainedModel,
+    blocks: Iterable[int],
+    windows_NT: Int[Tensor, "N T"],
+    provenance: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+) -> Compensation:
+    """Take blocks out of a model for good, in place, and compensate if that helps.
+
+    Tied embeddings are untied, as the output head is not scaled; the model grows by one of them.
+
+    Args:
+        model: A causal language model of a known family, not quantised, before the removal.
+        blocks: Indices of the blocks to remove, in any order.
+        windows_NT: Token ids of calibration text.
+        provenance: What to record beside the blocks; JSON values. The factors are recorded too.
+        batch_size: Windows that the model sees at once, 1 or more.
+
+    Raises:
+        ValueError: As for `remove_blocks`, or the family normalises what a block adds (Gemma), so
+            that scaled weights would change nothing.
+    """
+    family = family_of(model.config)
+    if sandwich := [norm.path for norm in family.norms if norm.output in ("attn_out", "mlp_out")]:
+        raise ValueError(
+            f"{family.model_type!r} models cannot be compensated: {sandwich[0]!r} normalises what "
+            "a block adds, whatever the scale of its weights. Remove blocks without compensation."
+        )
+    gone = sorted(checked_blocks(blocks, model.config.num_hidden_layers))
+    factors = stream_factors(model, gone, windows_NT, batch_size)
+    with bypassed(model, gone):
+        without = perplexity(model, windows_NT, batch_size).value
+        with ExitStack() as stack:
+            for block in gone:
+                place = blocks_of(model, family)[block]
+                stack.callback(place.register_forward_hook(_scaling(factors[block])).remove)
+            compensated = perplexity(model, windows_NT, batch_size).value
+    result = Compensation(factors, without, compensated)
+    record = {"compensation": {str(b): f for b, f in factors.items()}} if result.kept else {}
+    num_blocks = model.config.num_hidden_layers
+    remove_blocks(model, gone, dict(provenance or {}) | record)
+    if result.kept:
+        staying = [block for block in range(num_blocks) if block not in gone]
+        _fold(model, family, staying, factors)
+    return result
+
+
+def stream_factors(
+    model: PreTrainedModel,
+    blocks: Sequence[int],
+    windows_NT: Int[Tensor, "N T"],
+    batch_size: int = 8,
+) -> dict[int, float]:
+    """By how much each block makes the residual stream larger, from one forward pass.
+
+    Args:
+        model: The dense model.
+        blocks: Indices of blocks.
+        windows_NT: Token ids of calibration text.
+        batch_size: Windows that the model sees at once, 1 or more.
+    """
+    sums: dict[int, list[Tensor]] = {block: [] for block in blocks}
+
+    def see(block: int, before_BTD: Tensor, after_BTD: Tensor) -> None:
+        if block in sums:
+            both = torch.stack([x.abs().double().sum((0, 1)) for x in (before_BTD, after_BTD)])
+            sums[block].append(both.cpu())
+
+    watch(model, windows_NT, batch_size, see)
+    totals = {block: torch.stack(parts).sum(0) for block, parts in sums.items()}
+    return {
+        block: float((after_D / before_D.clamp(min=_TINY)).mean())
+        for block, (before_D, after_D) in totals.items()
+    }
+
+
+@torch.no_grad()
+def _fold(
+    model: PreTrainedModel, family: Family, staying: Sequence[int], factors: Mapping[int, float]
+) -> None:
+    """Multiply the factors into the weights of the shortened model."""
+    untie(model)
+    owner = model.get_submodule(family.blocks.rpartition(".")[0])
+    for child in owner.children():
+        if isinstance(child, nn.Embedding):  # tokens, and learned positions
+            child.weight.mul_(prod(factors.values()))
+    writers = [p.path for p in family.projections if p.output in ("attn_out", "mlp_out")]
+    for origin, block in zip(staying, blocks_of(model, family), strict=True):
+        later = prod(factor for removed, factor in factors.items() if removed > origin)
+        for path in writers:
+            for parameter in block.get_submodule(path).parameters():
+                parameter.mul_(later)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the output head weights of its own, and say so in the configuration."""
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is embeddings.weight:
+        copy = head.weight.detach().clone()
+        head.weight = nn.Parameter(copy, requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def _scaling(factor: float) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output * factor
+
+    return hook
