@@ -7,14 +7,17 @@ scores again after every block, which the gradual schedule does with training in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from pruning.depth import Blocks, OneShot, Search, Target, WholeBlocks
+from pruning.depth.cache import Cached
 from pruning.depth.perplexity import Perplexity
 from pruning.measure.perplexity import perplexity
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
@@ -190,41 +193,46 @@ class PruneBlocks(Callback):
             self._remove(trainer, module, due - done)
 
     def _remove(self, trainer: Trainer, module: TrainsWeights, count: int) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        windows_NT = calibration_windows(
-            data, self.calibration_windows, self.calibration_seed, "PruneBlocks"
-        )
+        removal: dict[str, Any] = {}
+        if trainer.is_global_zero:  # the others wait for what it chooses
+            removal = self._choose(trainer, module, count)
+        removal = trainer.strategy.broadcast(removal)
+        module.remove_blocks(removal["blocks"], removal)
         with module.plain() as model:
-            before = perplexity(model, windows_NT)
-            chosen = self.search(model, windows_NT, Blocks(count))
-            chosen = chosen.better or chosen  # the search has said so
-        blocks: list[int] = trainer.strategy.broadcast(
-            [module.kept_blocks[block] for block in chosen.blocks]
-        )
-        provenance = {
-            "step": trainer.global_step,
-            "search": repr(self.search),
-            "calibration_windows": len(windows_NT),
-            "calibration_seed": self.calibration_seed,
-        }
-        module.remove_blocks(blocks, provenance)
-        with module.plain() as model:
-            after = perplexity(model, windows_NT)
-        figures = {
-            "kept_blocks": float(len(module.kept_blocks)),
-            "calibration_loss_before": before.mean_nll,
-            "calibration_loss_after": after.mean_nll,
-            "calibration_perplexity_before": before.value,
-            "calibration_perplexity_after": after.value,
-        }
-        self.history.append({"blocks": blocks, "step": trainer.global_step} | figures)
+            after = perplexity(model, self._windows(trainer))
+        removal |= {"loss_after": after.mean_nll, "perplexity_after": after.value}
+        self.history.append(removal)
+        figures = {name: value for name, value in removal.items() if isinstance(value, float)}
+        figures["kept_blocks"] = float(len(module.kept_blocks))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
         rank_zero_info(
-            f"Step {trainer.global_step}: removed block {', '.join(map(str, blocks))} of the base "
-            f"model, {len(module.kept_blocks)} are left; perplexity of the calibration windows "
-            f"{before.value:.2f} -> {after.value:.2f}."
+            f"Step {trainer.global_step}: removed block {', '.join(map(str, removal['blocks']))} "
+            f"of the base model, {len(module.kept_blocks)} are left; perplexity of the calibration "
+            f"windows {removal['perplexity_before']:.2f} -> {after.value:.2f}."
         )
+
+    def _choose(self, trainer: Trainer, module: TrainsWeights, count: int) -> dict[str, Any]:
+        """What to remove, by its numbers in the base model, and what it is now worth."""
+        folder, windows_NT = Path(trainer.default_root_dir) / self.folder, self._windows(trainer)
+        search = replace(self.search, score=Cached(self.search.score, folder))
+        with module.plain() as model:
+            before = perplexity(model, windows_NT)
+            chosen = search(model, windows_NT, Blocks(count))
+        chosen = chosen.better or chosen  # of which the search has told
+        return {
+            "blocks": [module.kept_blocks[block] for block in chosen.blocks],
+            "step": trainer.global_step,
+            "search": repr(self.search),
+            "calibration_windows": self.calibration_windows,
+            "calibration_seed": self.calibration_seed,
+            "loss_before": before.mean_nll,
+            "perplexity_before": before.value,
+        }
+
+    def _windows(self, trainer: Trainer) -> Tensor:
+        data, count = trainer.datamodule, self.calibration_windows  # type: ignore[attr-defined]
+        return calibration_windows(data, count, self.calibration_seed, "PruneBlocks")
 
 
 def blocks_to_remove(config: PreTrainedConfig, search: Search, target: Target) -> int:

@@ -36,6 +36,7 @@ from modules.lora import LoRA, merged
 from modules.losses import LossWeights, head_of, token_losses
 from modules.shares import dtype_of
 from pruning.depth.removal import remove_blocks
+from pruning.depth.surgery import prune_blocks
 from pruning.fingerprint import fingerprint
 from pruning.surgery import COMPANIONS, refuse_foreign, replaced_folder
 
@@ -329,14 +330,31 @@ class CausalLM(LanguageModelling):
             return
 
         def write(partial: Path) -> None:
+            if self._only_shortened():
+                prune_blocks(
+                    self.base_folder,
+                    partial,
+                    keep=self.kept_blocks,
+                    provenance=self.removals[-1]["provenance"],
+                )
+                return
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             _copy_companions(self.base_folder, partial)  # those of the base, if it has any
 
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
-        with self.plain() as model, _rounded(model, dtype_of(self.base_folder, self.export_dtype)):
-            deliver_weights(model, self._dense(), self._origin(command), write, folder, windows_NT)
+        origin, dense = self._origin(command), self._dense()
+        dtype = dtype_of(self.base_folder, self.export_dtype)
+        if self._only_shortened():  # the files keep their type: compared in that of the model
+            dtype = self.model.dtype
+        with self.plain() as model, _rounded(model, dtype):
+            deliver_weights(model, dense, origin, write, folder, windows_NT)
+
+    def _only_shortened(self) -> bool:
+        """Whether the base model's files, without some blocks, are what is to be exported."""
+        trained = self.global_step or self.provenance or self.export_dtype != "auto"
+        return bool(self.removals) and not trained
 
     def _origin(self, command: str) -> Origin:
         assert self.base is not None
@@ -347,7 +365,8 @@ class CausalLM(LanguageModelling):
         training: dict[str, Any] = {}
         if self.global_step:
             given = ("loss", "lora", "warmup_steps", "optimizer")
-            training = {name: self.recipe()[name] for name in given}
+            recipe = self.recipe()
+            training = {name: recipe[name] for name in given}
             training["teacher"] = self.teacher if self.loss.distillation else None
         steps = self.global_step
         return Origin(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import PruneBlocks
@@ -95,15 +97,13 @@ def test_all_at_once_without_training_removes_what_the_search_chooses(
     assert module.kept_blocks == [b for b in range(5) if b not in expected.blocks]
     (removal,) = callback.history
     assert removal["blocks"] == expected.blocks
-    assert removal["calibration_perplexity_before"] == pytest.approx(
-        perplexity(dense, windows_NT).value
-    )
+    assert removal["perplexity_before"] == pytest.approx(perplexity(dense, windows_NT).value)
     # Measured after the surgery, where the search had bypassed the blocks.
-    assert removal["calibration_perplexity_after"] == pytest.approx(expected.perplexity)
+    assert removal["perplexity_after"] == pytest.approx(expected.perplexity)
     (log,) = (tmp_path / "metrics").rglob("metrics.csv")
     (row,) = csv.DictReader(log.read_text(encoding="utf-8").splitlines())
     assert float(row["kept_blocks"]) == 3
-    assert float(row["calibration_loss_after"]) == pytest.approx(removal["calibration_loss_after"])
+    assert float(row["loss_after"]) == pytest.approx(removal["loss_after"])
 
 
 def test_one_by_one_scores_the_model_as_it_is_then(inputs: Path, tmp_path: Path) -> None:
@@ -226,3 +226,33 @@ def test_other_settings_do_not_go_on_from_a_checkpoint() -> None:
     json.dumps(state)
     with pytest.raises(ValueError, match="`target` was 'Blocks.count=1.' and is now"):
         PruneBlocks(Blocks(2), OneShot(ReverseOrder())).load_state_dict(state)
+
+
+def test_scores_are_kept_for_the_next_target(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in (1, 2):
+        callback = PruneBlocks(Blocks(count), OneShot(Perplexity()), calibration_windows=4)
+        module, _ = fit(inputs, tmp_path, callback, max_steps=0)
+        assert len(module.kept_blocks) == 5 - count
+        monkeypatch.setattr(Perplexity, "_score", _never)  # from here on
+    assert len(list((tmp_path / "depth").glob("perplexity-*.json"))) == 1
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("scored twice")
+
+
+def test_what_was_only_shortened_is_cut_from_the_files_of_the_base(
+    inputs: Path, tmp_path: Path
+) -> None:
+    callback = PruneBlocks(Blocks(1), OneShot(Magnitude()), calibration_windows=4)
+    module, _ = fit(inputs, tmp_path, callback, max_steps=0, dtype="bfloat16")
+    module.export(tmp_path / "model", "the command")
+    base, ours = (load_file(f / "model.safetensors") for f in (inputs / "base", tmp_path / "model"))
+    for name, tensor in ours.items():
+        old = name
+        if match := re.match(r"model\.layers\.(\d+)(.*)", name):
+            old = f"model.layers.{module.kept_blocks[int(match[1])]}{match[2]}"
+        assert torch.equal(tensor, base[old])  # float32 still, although bfloat16 was loaded
+    assert json.loads((tmp_path / "model" / "secateur.json").read_text())["steps"] == 0
