@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kill_resume import PHASES, measure
 from tests.runs import NOISE, call, content, learn_masks, make_inputs, with_callbacks, write_text
 
 pytestmark = NOISE
@@ -73,17 +74,13 @@ def kill(seed: int, arguments: list[str], folder: Path) -> Path:
     return root
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    make_inputs(tmp_path)
-    # 23 windows of training text make epochs of 5 batches: the kill falls into any of several.
-    write_text(tmp_path / "text.json", documents=5)
-    arguments = command(tmp_path, 24, "--model.loss.distillation=1")
-    whole = finish(arguments, prepare(tmp_path, "whole"))
-    killed = prepare(tmp_path, "killed")
-    root = kill(0, arguments, killed)
-    assert finish(arguments, killed) == root
-    assert content(root / "plan") == content(whole / "plan")
-    assert content(root / "model") == content(whole / "model")  # the card included
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_killed_runs_end_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Within a step, twice; while a checkpoint is written, twice; while the model is exported."""
+    figures = measure(tmp_path, kills=5, max_steps=6)
+    assert figures["different_plans"] == figures["different_models"] == 0
+    # A moment drawn for one phase may fall into the next where the machine is slower or faster.
+    assert sum(figures[f"killed_in_{phase}"] for phase in PHASES) == 5
 
 
 def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
