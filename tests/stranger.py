@@ -1,0 +1,38 @@
+"""A process that has the packages of this one and cannot see this repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+_ALONE = """
+import importlib.util
+assert importlib.util.find_spec("pruning") is None, "the repository can be seen"
+"""
+
+
+def run_as_stranger(program: str, *arguments: Path | str, folder: Path) -> None:
+    """Run a Python program as somebody would who was given nothing but a model folder.
+
+    Args:
+        program: The source; it finds `arguments` from `sys.argv[1]` on.
+        arguments: What it is given.
+        folder: Working directory, which also takes the cache of modules.
+    """
+    # In isolated mode neither the working directory nor PYTHONPATH is searched; `site` is switched
+    # off where this repository is installed in place, and the packages are named instead.
+    packages = dict.fromkeys(str(Path(m.__file__).parents[1]) for m in (transformers, torch))
+    path = f"import sys\nsys.path += {list(packages)}\n"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    subprocess.run(
+        [sys.executable, "-I", "-S", "-c", path + _ALONE + program, *map(str, arguments)],
+        cwd=folder,
+        env=environment | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
