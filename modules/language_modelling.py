@@ -23,7 +23,10 @@ from pruning.recipe import refuse_other
 
 @runtime_checkable
 class ReadsModels(Protocol):
-    """A strategy that divides models among the ranks as they are read."""
+    """A strategy that reads models in its own way."""
+
+    divides_models: bool
+    """Whether a model that was read lies in shares on the ranks."""
 
     def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
         """This rank's share of the model in a folder."""
@@ -34,6 +37,9 @@ class LanguageModelling(LightningModule, ABC):
 
     A subclass makes `model`, trains, and may say by `measured` in which state it is measured.
     """
+
+    divisible = False
+    """Whether the model may lie in shares on the ranks, no rank holding it whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +64,12 @@ class LanguageModelling(LightningModule, ABC):
         if isinstance(strategy, ReadsModels):
             return strategy.read_model(folder, dtype)
         return load_model(folder, dtype=dtype)
+
+    @property
+    def divided(self) -> bool:
+        """Whether no rank holds the model whole."""
+        strategy = self.trainer.strategy
+        return isinstance(strategy, ReadsModels) and strategy.divides_models
 
     def whole_parameters(self) -> list[nn.Parameter]:
         """Parameters that every rank keeps whole, however the strategy divides the others."""

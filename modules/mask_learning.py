@@ -42,6 +42,7 @@ from modules.loading import (
     resolve,
 )
 from modules.losses import LossWeights, head_of, token_losses
+from modules.sharded_delivery import deliver_together
 from modules.shares import dtype_of
 from pruning.budget import Budget, log_ratio_penalty
 from pruning.families import family_of, skeleton
@@ -88,6 +89,8 @@ class MaskLearning(LanguageModelling):
     Raises:
         ValueError: A setting is out of its range.
     """
+
+    divisible = True
 
     def __init__(
         self,
@@ -318,10 +321,14 @@ class MaskLearning(LanguageModelling):
 
     def export(self, folder: Path, command: str) -> None:
         """Finalise, cut the base model's files, prove and measure the result; see `deliver`."""
-        if not self.trainer.is_global_zero:
-            return
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
+        what = (self.base, self.base_folder, folder, windows_NT, command)
+        if self.divided:  # every rank does a part
+            deliver_together(self.plan(), *what, self.trainer.strategy.root_device)
+            return
+        if not self.trainer.is_global_zero:
+            return
         dense = self.model
         if self.quantisation is not None:  # packed weights are neither cut nor compared with
             dense = load_original(self.base_folder, self.device, copies=2)

@@ -88,7 +88,8 @@ def dtype_of(folder: Path, dtype: str) -> torch.dtype:
     if path is None:
         raise ValueError(f"{folder} holds no *.safetensors file.")
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
+        first: Tensor = file.get_tensor(next(iter(file.keys())))
+        return first.dtype
 
 
 def numel_of(parameter: Any) -> int:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -86,7 +86,7 @@ class Zero(DeepSpeedStrategy):
             },
             timeout=timedelta(seconds=timeout_seconds),
         )
-        self.stage = stage
+        self.stage, self.divides_models = stage, stage == 3
         self._groups: list[list[nn.Parameter]] = []
 
     # Where ranks meet.
@@ -122,6 +122,19 @@ class Zero(DeepSpeedStrategy):
             warnings.filterwarnings("ignore", f".*{name}` is deprecated", FutureWarning)
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
+
+    def connect(self, model: LightningModule) -> None:
+        """Take a module on.
+
+        Raises:
+            ValueError: It cannot be trained in this stage.
+        """
+        if self.divides_models and not getattr(model, "divisible", False):
+            raise ValueError(
+                f"`strategy` Zero in `stage` 3 leaves no rank with the whole model, which "
+                f"{type(model).__name__} needs, to change or to save it; use `stage` 2."
+            )
+        super().connect(model)
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()
@@ -215,7 +228,8 @@ class Zero(DeepSpeedStrategy):
 
     def teardown(self) -> None:
         """Leave the model where it is: what comes after training, an export, uses it."""
-        assert self.cluster_environment is not None and self.accelerator is not None
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -307,8 +321,10 @@ class Zero(DeepSpeedStrategy):
         zero = self.deepspeed_engine.optimizer
         if self.stage == 3:
             place = zero.grad_position[zero.get_param_id(parameter)][0]
-            return zero.fp32_partitioned_groups_flat[place]
-        return zero.single_partition_of_fp32_groups[group]
+            flat: Tensor = zero.fp32_partitioned_groups_flat[place]
+        else:
+            flat = zero.single_partition_of_fp32_groups[group]
+        return flat
 
     def _range(self, parameter: Any) -> tuple[int, int, int]:
         """Where the share begins in the flat vector and in the parameter, and its entries."""

@@ -92,10 +92,21 @@ def perplexity(model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8) 
         )
     finally:
         model.train(was_training)
+    return of_windows(nll_N, window_tokens)
+
+
+def of_windows(nll_N: Float[Tensor, " N"], window_tokens: int) -> Perplexity:
+    """Perplexity from the mean negative log-likelihood of each window, see `window_nll`.
+
+    Args:
+        nll_N: One value per window, nats, float64.
+        window_tokens: Tokens of every window.
+    """
+    count = len(nll_N)
     mean = float(nll_N.mean())  # all windows are of one length: the mean over predictions as well
-    error = float(nll_N.std()) / math.sqrt(num_windows) if num_windows > 1 else None
+    error = float(nll_N.std()) / math.sqrt(count) if count > 1 else None
     value = float(nll_N.mean().exp())
-    return Perplexity(value, mean, error, num_windows * (window_tokens - 1))
+    return Perplexity(value, mean, error, count * (window_tokens - 1))
 
 
 def window_nll(model: Any, input_BT: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:

@@ -1,0 +1,117 @@
+"""Models that stay in their files: every layer is read when it computes, and forgotten after.
+
+What is in memory is one layer and the activations, whatever the size of the model, so that an
+export is proven in float32 where the models themselves would not fit. Transformers and accelerate
+do the reading; a forward pass costs one reading of the files, from the page cache if they fit.
+
+Legend: B = windows, T = tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pruning.export.verify import ExportError, _check_parameters, _largest_difference
+from pruning.masking import GateHooks
+from pruning.plan import PruningPlan
+
+
+@contextmanager
+def streamed(
+    folder: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+) -> Iterator[PreTrainedModel]:
+    """A causal language model in evaluation mode whose weights stay in the files of its folder.
+
+    Args:
+        folder: Model folder.
+        device: Where it computes.
+        dtype: Type in which it computes; "auto" is that of the files.
+        trust_remote_code: Whether a modelling file in the folder may run.
+
+    Raises:
+        ExportError: The folder cannot be read as a causal language model.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=_places(config, device, trust_remote_code),
+                offload_folder=scratch,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ExportError(f"{folder} cannot be loaded: {error}") from error
+        assert isinstance(model, PreTrainedModel)
+        yield model.eval()
+
+
+def verify_streamed(
+    base_folder: str | Path,
+    plan: PruningPlan,
+    folder: str | Path,
+    windows_BT: Int[Tensor, "B T"],
+    device: torch.device,
+    tolerance: float = 1e-4,
+) -> float:
+    """Compare an exported folder with the masked base model, both read layer by layer, in float32.
+
+    Args:
+        base_folder: The base model, not quantised.
+        plan: The plan that was exported.
+        folder: The exported model.
+        windows_BT: Token ids, at least 2 per window.
+        device: Where both compute.
+        tolerance: Largest difference of two logits, above 0. With gains that were folded into
+            weights of a narrow type, it is that of `pruning.export.verify.verify_export`.
+
+    Returns:
+        The largest absolute difference of two logits.
+
+    Raises:
+        ExportError: As for `verify_export`.
+    """
+    with (
+        streamed(base_folder, device, torch.float32) as dense,
+        streamed(folder, device, torch.float32, trust_remote_code=True) as exported,
+        torch.no_grad(),
+    ):
+        stored = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
+        _check_parameters(dense, plan, exported)
+        hooks = GateHooks(dense)
+        with hooks.applied([gate_I.to(device) for gate_I in plan.gates()]):
+            return _largest_difference(
+                dense,
+                exported,
+                windows_BT.to(device),
+                "masked one",
+                plan.gains is None or stored == torch.float32,
+                stored,
+                tolerance,
+            )
+
+
+def _places(config: Any, device: torch.device, trust_remote_code: bool) -> dict[str, str]:
+    """All parts of a model on the disk, but for the smallest: it says where the others compute."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    parts = dict(decoder.named_children())
+    smallest = min(parts, key=lambda name: sum(p.numel() for p in parts[name].parameters()))
+    places = {name: "disk" for name, _ in model.named_children() if name != prefix.split(".")[0]}
+    here = "cpu" if device.type == "cpu" else str(device)  # an indexed CPU is refused
+    return places | {f"{prefix}.{name}": here if name == smallest else "disk" for name in parts}
