@@ -11,13 +11,14 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help setup demo test test-fast test-oldest check clean
+.PHONY: help setup demo test test-fast test-cluster test-oldest check clean
 
 help:
 	@echo "make setup      the environment, in .venv"
 	@echo "make demo       pretrain a tiny model, learn its masks, export and compare"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
+	@echo "make test-cluster  runs on a local SLURM of two nodes, from Debian packages"
 	@echo "make test-oldest  exported models with the oldest transformers"
 	@echo "make check      format, lint, types, direction of imports"
 	@echo "make clean      remove caches and runs; .venv stays"
@@ -58,6 +59,11 @@ $(OLDEST_READY): $(READY)
 test-oldest: $(OLDEST_READY)
 	$(OLDEST) -m pytest -m "not slow" \
 		tests/pruning/test_families_contract.py tests/pruning/export/test_serving.py
+
+# The file is named because its name keeps it out of `make test`.
+test-cluster: setup
+	tests/cluster/install
+	$(RUN) -m pytest tests/cluster/preemption.py
 
 check: setup
 	$(RUN) -m ruff format --check .
