@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.kill_resume import PHASES, measure
+from modules import MaskLearning
 from tests.runs import NOISE, call, content, learn_masks, make_inputs, with_callbacks, write_text
 
 pytestmark = NOISE
@@ -81,6 +82,22 @@ def test_killed_runs_end_as_an_uninterrupted_one(tmp_path: Path) -> None:
     assert figures["different_plans"] == figures["different_models"] == 0
     # A moment drawn for one phase may fall into the next where the machine is slower or faster.
     assert sum(figures[f"killed_in_{phase}"] for phase in PHASES) == 5
+
+
+def test_a_run_that_is_asked_to_stop_while_it_exports_goes_on_with_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_inputs(tmp_path)
+    run = [*learn_masks(tmp_path, tmp_path / "run", 3), "--ckpt_path=last"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskLearning, "export", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as stop:
+            call(run)
+    assert stop.value.code == 75
+    resumed = call(run)
+    assert resumed.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 3  # none was added
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
