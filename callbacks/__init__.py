@@ -6,6 +6,7 @@ from callbacks.plot_widths import PlotWidths
 from callbacks.prune_blocks import PruneBlocks
 from callbacks.save_checkpoint import SaveCheckpoint
 from callbacks.track_budget import TrackBudget
+from callbacks.watch_ranks import WatchRanks
 
 __all__ = [
     "AnnealSparsity",
@@ -14,4 +15,5 @@ __all__ = [
     "PruneBlocks",
     "SaveCheckpoint",
     "TrackBudget",
+    "WatchRanks",
 ]

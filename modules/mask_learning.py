@@ -363,7 +363,7 @@ class MaskLearning(LanguageModelling):
     def _optimizer(self) -> torch.optim.Optimizer:
         gains = {"params": [self.gains], "lr": self.gain_lr, "weight_decay": 0.0}
         optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, gains])
-        optimizer.register_step_pre_hook(_rest)
+        _let_rest(optimizer)
         return optimizer
 
     def _run(self) -> Run:
@@ -430,14 +430,25 @@ class MaskLearning(LanguageModelling):
         self.log("train_kl", kl)
 
 
-def _rest(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """A group at learning rate 0 takes no part in the step, even if a strategy has given it
-    gradients of zero: they would age the averages with which it begins when its turn comes.
+def _let_rest(optimizer: torch.optim.Optimizer) -> None:
+    """A group at learning rate 0 takes no part in a step, even if a strategy has given it gradients
+    of zero: they would age the averages with which the group begins when its turn comes.
     """
-    for group in optimizer.param_groups:
-        if group["lr"] == 0:
-            for parameter in group["params"]:
+    hidden: list[tuple[Any, Any]] = []
+
+    def hide(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["lr"] == 0 else ():
+                hidden.append((parameter, parameter.grad))
                 parameter.grad = None
+
+    def give_back(*_: Any) -> None:
+        while hidden:
+            parameter, gradient = hidden.pop()
+            parameter.grad = gradient
+
+    optimizer.register_step_pre_hook(hide)
+    optimizer.register_step_post_hook(give_back)
 
 
 def freeze(model: nn.Module) -> None:

@@ -1,0 +1,143 @@
+"""End a run in which a rank has died, and say which one it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import distributed
+
+log = logging.getLogger(__name__)
+_BEAT = 1.0  # seconds between two signs of life
+_CONNECTION = re.compile("gloo|nccl|connection|peer|timed out", re.IGNORECASE)
+EXIT_CODE = 75  # what a rank ends with that has lost another: a failure that may be retried
+
+
+class WatchRanks(Callback):
+    """Every rank gives a sign of life each second; one that is silent for too long ends the run.
+
+    A rank that is killed, or whose machine fails, leaves the others waiting in a collective
+    operation, often for half an hour. Here they end within the patience, with the name of the one
+    that is lost. A rank that fails by an error of its own says so before it goes. Signs of life
+    come from a thread: long steps, exports and measurements do not disturb them.
+
+    Args:
+        patience_seconds: Silence after which a rank counts as lost, above 2.
+
+    Raises:
+        ValueError: `patience_seconds` is too short to tell silence from a pause.
+    """
+
+    def __init__(self, patience_seconds: float = 60.0) -> None:
+        if patience_seconds <= 2 * _BEAT:
+            raise ValueError(f"`patience_seconds` must be above 2, got {patience_seconds}.")
+        self.patience_seconds = patience_seconds
+        self._watch: _Watch | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to watch, once the ranks have met; it goes on until the process ends."""
+        if self._watch is None and trainer.world_size > 1 and distributed.is_initialized():
+            self._watch = _Watch(trainer.global_rank, trainer.world_size, self.patience_seconds)
+            self._watch.start()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the others why this rank goes; or wait to hear who left it in the lurch."""
+        if self._watch is None or not isinstance(exception, Exception):
+            return  # asked to stop, as all are
+        if _CONNECTION.search(str(exception)):
+            self._watch.over.wait(self.patience_seconds + 3 * _BEAT)  # ends here if one is lost
+        self._watch.say(str(exception))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """This rank has finished what it had to do."""
+        if self._watch is not None:
+            self._watch.farewell()
+            self._watch = None
+
+
+class _Watch(threading.Thread):
+    """Signs of life in the store of the process group, under a connection of its own."""
+
+    def __init__(self, rank: int, num_ranks: int, patience_seconds: float) -> None:
+        super().__init__(daemon=True, name="WatchRanks")
+        self.rank, self.patience = rank, patience_seconds
+        self.others = [other for other in range(num_ranks) if other != rank]
+        self.store: Any = distributed.distributed_c10d._get_default_store().clone()
+        self.store.set_timeout(timedelta(seconds=patience_seconds))
+        self.name_of = {rank: f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"}
+        self.store.set(f"watch/name/{rank}", self.name_of[rank])
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        heard = dict.fromkeys(self.others, (b"", time.monotonic()))
+        beat = 0
+        while not self.over.wait(_BEAT):
+            beat += 1
+            try:
+                self.store.set(f"watch/beat/{self.rank}", str(beat))
+                lost = self._listen(heard)
+            except (RuntimeError, OSError):  # DistError is a RuntimeError: the store is gone
+                lost = "rank 0, which the others meet through"
+            if lost and not self.over.is_set():
+                log.error(
+                    "%s: %s is lost; this rank ends as well. Its own output, and the log of its "
+                    "machine, tell why. `--ckpt_path last` goes on from the last checkpoint.",
+                    self.name_of[self.rank],
+                    lost,
+                )
+                logging.shutdown()
+                os._exit(1)  # the main thread may wait in a collective that never ends
+
+    def say(self, words: str) -> None:
+        """Let the others know why this rank goes, and give them the time to hear it."""
+        self._leave("words", words)
+        time.sleep(3 * _BEAT)
+
+    def farewell(self) -> None:
+        """Let the others know that this rank has finished; the one that keeps the store stays."""
+        self._leave("farewell", "done")
+        until = time.monotonic() + self.patience
+        while self.rank == 0 and time.monotonic() < until and not self._all_have_left():
+            time.sleep(_BEAT / 20)
+
+    def _leave(self, key: str, value: str) -> None:
+        self.over.set()
+        try:
+            self.store.set(f"watch/{key}/{self.rank}", value)
+        except (RuntimeError, OSError) as error:  # rank 0 has gone, and the store with it
+            log.info("%s could not say %s: %s", self.name_of[self.rank], key, error)
+
+    def _all_have_left(self) -> bool:
+        return all(self._read(f"watch/farewell/{other}") for other in self.others)
+
+    def _listen(self, heard: dict[int, tuple[bytes, float]]) -> str | None:
+        """The name of a rank that has been silent for too long, or has said why it goes."""
+        now = time.monotonic()
+        for other in self.others:
+            if self._read(f"watch/farewell/{other}"):
+                heard[other] = (b"", now)
+                continue
+            if words := self._read(f"watch/words/{other}"):
+                return f"{self._name(other)}, which ended with {words.decode()!r},"
+            beat = self._read(f"watch/beat/{other}") or b""
+            if beat != heard[other][0]:
+                heard[other] = (beat, now)
+            elif now - heard[other][1] > self.patience:
+                return f"{self._name(other)}, silent for {self.patience:.0f} s,"
+        return None
+
+    def _read(self, key: str) -> bytes | None:
+        value: bytes | None = self.store.get(key) if self.store.check([key]) else None
+        return value
+
+    def _name(self, rank: int) -> str:
+        return (self._read(f"watch/name/{rank}") or f"rank {rank}".encode()).decode()
