@@ -118,13 +118,13 @@ class DSnoT(Refinement):
             inputs = matrix.inputs
             mean_I = inputs[Sums].total_I / inputs.num_tokens
             variance_I = inputs[SquareSums].total_I / inputs.num_tokens - mean_I.square()
-            sums_I = (inputs[Sums].total_I / inputs.num_windows).float()
+            sums_I = inputs[Sums].total_I / inputs.num_windows
             whole = matrix.weight_OI.shape[1]
             masks.append(
                 regrow(
                     matrix.mask_OI,
                     matrix.weight_OI * sums_I,
-                    variance_I.float().clamp(min=torch.finfo(torch.float32).tiny),
+                    variance_I.clamp(min=torch.finfo(torch.float32).tiny),
                     wanda_score(matrix.weight_OI, inputs.norms_I()),
                     self.cycles,
                     self.threshold,

@@ -25,7 +25,7 @@ from torch import Tensor
 from pruning.weights.block import allocate, prune_block
 from pruning.weights.guard import drop_what_harms
 from pruning.weights.masks import WeightMasks
-from pruning.weights.parts import PrunedBlock
+from pruning.weights.parts import BlockCall, PrunedBlock
 from pruning.weights.recipe import WeightRecipe
 from pruning.weights.source import BlockSource, CalibrationStates
 from pruning.weights.store import BlockStore
@@ -54,7 +54,7 @@ class WeightPruning:
 def prune_weights(
     source: BlockSource,
     recipe: WeightRecipe,
-    windows_NT: Int[Tensor, "N T"],
+    windows_NT: Int[Tensor, "N T"] | None = None,
     *,
     held_back_NT: Int[Tensor, "M T"] | None = None,
     batch_size: int = 8,
@@ -66,7 +66,8 @@ def prune_weights(
     Args:
         source: Its blocks. Those of a live model are changed; streamed ones go to the store.
         recipe: How.
-        windows_NT: Calibration windows, token ids; 128 or more are usual.
+        windows_NT: Calibration windows, token ids; 128 or more are usual. None goes with recipes
+            that look at no data, such as `Magnitude` alone.
         held_back_NT: Windows that no statistic sees. With them, allocation, refinement and
             compensation are first tried on some of the calibration windows, and what raises the
             perplexity of the windows held back is dropped and noted. None applies all parts.
@@ -81,8 +82,12 @@ def prune_weights(
     recipe.check(source.linears)
     if store is None and not source.keeps_changes:
         raise ValueError("`store` is needed for blocks that are streamed: they are kept there.")
+    if windows_NT is None and not recipe.data_free:
+        raise ValueError(
+            "`windows_NT` is needed: parts of this recipe look at calibration windows."
+        )
     notes: list[str] = []
-    if held_back_NT is not None:
+    if windows_NT is not None and held_back_NT is not None:
         recipe, notes = drop_what_harms(source, recipe, windows_NT, held_back_NT, batch_size)
     sparsities = allocate(source, recipe)
     masks = WeightMasks()
@@ -98,21 +103,29 @@ def _prune(
     source: BlockSource,
     recipe: WeightRecipe,
     sparsities: Sequence[float],
-    windows_NT: Int[Tensor, "N T"],
+    windows_NT: Int[Tensor, "N T"] | None,
     batch_size: int,
     store: BlockStore | None,
     progress: Progress | None,
 ) -> Iterator[PrunedBlock]:
-    states = CalibrationStates(source, windows_NT, batch_size)
+    states = None
+    if windows_NT is not None and not recipe.data_free:
+        states = CalibrationStates(source, windows_NT, batch_size)
     for index, sparsity in enumerate(sparsities):
         block = source.block(index)
         done = store.load(index, block) if store is not None else None
         if done is None:
             own = recipe.pruned(source.linears[index])
-            done = prune_block(block, own, recipe, sparsity, partial(states.calls, index))
+            calls = partial(states.calls, index) if states is not None else _no_calls
+            done = prune_block(block, own, recipe, sparsity, calls)
             if store is not None:
                 store.save(index, block, done)
-        states.advance(index, block)
+        if states is not None:
+            states.advance(index, block)
         yield done
         if progress is not None:
             progress(index + 1, len(sparsities))
+
+
+def _no_calls() -> Iterator[BlockCall]:
+    return iter(())

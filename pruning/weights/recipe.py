@@ -46,6 +46,11 @@ class WeightRecipe:
         parts = (self.score, self.refinement, self.compensation)
         return frozenset().union(*(part.needs for part in parts if part is not None))
 
+    @property
+    def data_free(self) -> bool:
+        """Whether no part looks at calibration windows."""
+        return not self.needs and self.refinement is None
+
     def group(self, linear: Linear) -> Group:
         """Which entries of a layer compete."""
         return self.pattern.group or self.score.group(linear, self.pattern)

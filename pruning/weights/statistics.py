@@ -3,7 +3,7 @@
 Layers that read the same tensor (queries, keys and values; gate and up) share one collection, and
 only what the parts of a recipe ask for is collected.
 
-Legend: N = tokens of a batch, I = input features.
+Legend: B = windows of a batch, T = tokens of a window, N = tokens of a batch, I = input features.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Statistic(ABC):
     def __init__(self, width: int, device: torch.device) -> None: ...
 
     @abstractmethod
-    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
+    def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
         """Take in a batch, float32."""
 
     @abstractmethod
@@ -40,26 +40,28 @@ class Statistic(ABC):
 
 
 class Sums(Statistic):
-    """Sum of every input feature, float64."""
+    """Sum of every input feature, float32, window after window."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.total_I = torch.zeros(width, dtype=torch.float64, device=device)
+        self.total_I = torch.zeros(width, device=device)
 
-    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
-        self.total_I += x_NI.sum(0)
+    def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
+        for sum_I in x_BTI.sum(1):
+            self.total_I += sum_I
 
     def is_finite(self) -> bool:
         return bool(self.total_I.isfinite().all())
 
 
 class SquareSums(Statistic):
-    """Sum of squares of every input feature, float64."""
+    """Sum of squares of every input feature, float32, window after window."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.total_I = torch.zeros(width, dtype=torch.float64, device=device)
+        self.total_I = torch.zeros(width, device=device)
 
-    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
-        self.total_I += x_NI.square().sum(0)
+    def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
+        for sum_I in x_BTI.square().sum(1):
+            self.total_I += sum_I
 
     def is_finite(self) -> bool:
         return bool(self.total_I.isfinite().all())
@@ -73,7 +75,8 @@ class Gram(Statistic):
         self.memo: dict[float, tuple[Tensor, str | None]] = {}
         """What was derived from the finished sum, by damping."""
 
-    def update(self, x_NI: Float[Tensor, "N I"]) -> None:
+    def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
+        x_NI = x_BTI.flatten(0, 1)
         for start in range(0, x_NI.shape[1], _CHUNK):
             rows = slice(start, start + _CHUNK)
             self._upper_II[rows, start:].addmm_(x_NI[:, rows].T, x_NI[:, start:])
@@ -108,11 +111,11 @@ class Inputs:
 
     def update(self, x: Tensor, num_windows: int) -> None:
         """Take in what the layers read of a batch, of shape (..., I)."""
-        x_NI = x.detach().flatten(0, -2).float()
+        x_BTI = x.detach().reshape(num_windows, -1, x.shape[-1]).float()
         for statistic in self._by_kind.values():
-            statistic.update(x_NI)
+            statistic.update(x_BTI)
         self.num_windows += num_windows
-        self.num_tokens += len(x_NI)
+        self.num_tokens += x_BTI.shape[0] * x_BTI.shape[1]
 
     def __getitem__(self, kind: type[_S]) -> _S:
         statistic = self._by_kind[kind]
@@ -125,7 +128,7 @@ class Inputs:
 
     def norms_I(self) -> Float[Tensor, " I"]:
         """Norm of every input feature, float32: sqrt(mean over windows of the sum of squares)."""
-        return (self[SquareSums].total_I / self.num_windows).sqrt().float()
+        return (self[SquareSums].total_I / self.num_windows).sqrt()
 
     def hessian_II(self) -> Float[Tensor, "I I"]:
         """Hessian of the squared error of an output: 2 sum(x x^T) / windows, float32."""

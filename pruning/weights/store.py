@@ -72,10 +72,17 @@ class BlockStore:
             notes = json.loads(file.metadata()["notes"])
         return PrunedBlock(masks, notes)
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """Parameter name, relative to the block, to new weight."""
+    def weight(self, index: int, name: str) -> Tensor:
+        """A new weight of a finished block, by the name of its parameter in the block.
+
+        Raises:
+            ValueError: The block is not finished.
+        """
+        if not self.path(index).is_file():
+            raise ValueError(f"{self.folder} lacks block {index}: the run has not finished.")
         with safe_open(self.path(index), framework="pt") as file:
-            return {n: file.get_tensor(n) for n in file.keys() if not n.endswith(_MASK)}  # noqa: SIM118
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def _replace(path: Path, write: Any) -> None:

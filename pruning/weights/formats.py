@@ -1,0 +1,114 @@
+"""Sparse models on disk and on the GPU.
+
+On disk they are stock models of their family: safetensors with zeros, as large as before, beside
+the packed masks, one bit per weight. The compressed formats `sparse-bitmask` and
+`sparse-24-bitmask` of the package compressed-tensors are not written: transformers 5.23 demands
+version 0.15 or newer of it, and these versions no longer decompress them.
+
+On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig
+
+from pruning.families import family_of
+from pruning.surgery import COMPANIONS, replaced_folder
+from pruning.surgery import _weight_files as weight_files
+from pruning.weights.masks import FILE, WeightMasks
+from pruning.weights.report import fits_2of4
+from pruning.weights.store import BlockStore
+
+MASKS = "masks"  # beside the weights, where nothing takes them for weights
+
+
+def is_masked_model(folder: Path) -> bool:
+    """Whether a folder is a model with its masks, as `write_pruned_checkpoint` leaves it."""
+    return (folder / "config.json").is_file() and (folder / MASKS / FILE).is_file()
+
+
+def write_pruned_checkpoint(
+    base_folder: str | Path,
+    store: BlockStore,
+    masks: WeightMasks,
+    folder: str | Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the model that the finished blocks of a run make of a checkpoint.
+
+    Files, shards and types are those of the checkpoint; its tensors are streamed, one file at a
+    time. The folder appears when everything is written; on any failure nothing of it remains.
+
+    Args:
+        base_folder: Model folder that was pruned.
+        store: The finished blocks, all of them.
+        masks: What stays; written to the folder `masks`.
+        folder: Where the sparse model goes.
+        progress: Called with the files written and the files in all.
+
+    Raises:
+        ValueError: A block is not finished, or something else lies at `folder`.
+    """
+    base_folder = Path(base_folder)
+    config = AutoConfig.from_pretrained(base_folder)
+    prefix = f"{family_of(config).blocks}."
+    files = weight_files(base_folder)
+    with replaced_folder(folder, is_masked_model) as partial:
+        for number, path in enumerate(files, start=1):
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            for name in tensors:
+                block, _, relative = name.removeprefix(prefix).partition(".")
+                if name.startswith(prefix) and name in masks:
+                    tensors[name] = store.weight(int(block), relative).to(tensors[name].dtype)
+            save_file(tensors, partial / path.name, metadata={"format": "pt"})
+            if progress is not None:
+                progress(number, len(files))
+        for pattern in ("config.json", "*.safetensors.index.json", *COMPANIONS):
+            for path in sorted(base_folder.glob(pattern)):
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, partial / path.name)
+        masks.save(partial / MASKS)
+
+
+@torch.no_grad()
+def to_semi_structured(model: nn.Module, masks: WeightMasks) -> list[str]:
+    """Pack every matrix of a live model that a 2:4 kernel can use, for inference on CUDA.
+
+    Args:
+        model: On CUDA, float16 or bfloat16.
+        masks: What stays.
+
+    Returns:
+        The parameters that were packed.
+
+    Raises:
+        ValueError: The model is not on CUDA or has another type, or no matrix qualifies.
+    """
+    fitting = [name for name in masks if fits_2of4(masks[name])]
+    if not fitting:
+        raise ValueError(
+            "No matrix has 2 zeros in every 4 inputs and a shape of multiples of 32 x 64: a 2:4 "
+            "kernel can use none. Prune with NM(2, 4) along the inputs."
+        )
+    for name in fitting:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = getattr(module, attribute)
+        if weight.device.type != "cuda" or weight.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is {weight.dtype} on {weight.device.type}; 2:4 kernels take float16 or "
+                "bfloat16 on CUDA: move the model there first."
+            )
+        sparse = torch.sparse.to_sparse_semi_structured(weight * masks[name].to(weight.device))
+        setattr(module, attribute, nn.Parameter(sparse, requires_grad=False))
+    return fitting

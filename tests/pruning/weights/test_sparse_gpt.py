@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruning.weights.least_squares import LeastSquares, refit
+from pruning.weights.magnitude import Magnitude
+from pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
+from pruning.weights.sparse_gpt import (
+    ObsSaliency,
+    SparseGPTSweep,
+    damped,
+    inverse_factor,
+    sweep,
+)
+from tests.pruning.weights.matrices import inputs_of, matrix_of, noise, output_error
+
+
+def correlated(*shape: int, seed: int = 0) -> Tensor:
+    """Inputs that predict each other, as those of language models do."""
+    width = shape[-1]
+    return noise(*shape, seed=seed) @ (torch.eye(width) + 0.5 * noise(width, width, seed=seed + 9))
+
+
+def test_a_sweep_by_hand() -> None:
+    hessian_II = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    factor_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True)
+    keep = torch.tensor([[False, True]])
+    weight_OI, _ = sweep(torch.tensor([[1.0, 2.0]]), factor_II, lambda w, d, own: keep[:, own])
+    torch.testing.assert_close(weight_OI, torch.tensor([[0.0, 2.5]]))
+    refitted_OI = refit(torch.tensor([[1.0, 2.0]]), keep, hessian_II)
+    torch.testing.assert_close(refitted_OI, torch.tensor([[0.0, 2.5]]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"),
+    [
+        (Unstructured(0.5), PerMatrix()),
+        (NM(2, 4), PerRow()),
+        (NM(1, 3), PerRow()),
+        (NM(2, 3), PerColumn()),
+    ],
+)
+def test_score_and_sweep_together_are_the_algorithm_of_the_paper(
+    pattern: Pattern, group: PerRow | PerMatrix | PerColumn
+) -> None:
+    weight_OI, x_BTI = noise(6, 300), correlated(2, 400, 300, seed=1)
+    matrix = matrix_of(weight_OI, x_BTI, pattern, group)
+    mask_OI = ObsSaliency().mask(matrix)
+    ours_OI = SparseGPTSweep().weight(matrix, mask_OI)
+    width = (
+        128
+        if isinstance(pattern, Unstructured) or group == PerColumn()
+        else 128 // pattern.m * pattern.m
+    )
+    expected_OI = plainly(weight_OI, matrix.inputs.hessian_II(), pattern, group, width)
+    torch.testing.assert_close(ours_OI, expected_OI, atol=2e-4, rtol=1e-3)
+    assert torch.equal(mask_OI, expected_OI != 0)
+
+
+def plainly(
+    weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, group: object, width: int
+) -> Tensor:
+    """Removes column by column and solves for all columns to the right anew, in float64."""
+    weight_OI, hessian_II = weight_OI.double(), damped(hessian_II, 0.01).double()
+    columns = weight_OI.shape[1]
+    mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+    for j in range(columns):
+        rest_II = torch.linalg.inv(hessian_II[j:, j:])
+        step = pattern.m if isinstance(pattern, NM) and isinstance(group, PerRow) else width
+        if (j % width) % step == 0:
+            own = slice(j, min(j + step, (j // width + 1) * width, columns))
+            # 1 / U_kk^2 is the diagonal of the Schur complements that follow one another
+            diagonal = torch.stack(
+                [torch.linalg.inv(hessian_II[k:, k:])[0, 0] for k in range(own.start, own.stop)]
+            )
+            score = weight_OI[:, own].square() / diagonal
+            mask_OI[:, own] = pattern.mask(score, group)  # type: ignore[arg-type]
+        lost_O = weight_OI[:, j] * ~mask_OI[:, j]
+        weight_OI[:, j:] -= lost_O[:, None] * rest_II[0] / rest_II[0, 0]
+    return (weight_OI * mask_OI).float()
+
+
+def test_a_sweep_for_a_given_mask_equals_the_one_that_chose_it() -> None:
+    matrix = matrix_of(noise(6, 200), correlated(2, 300, 200), Unstructured(0.5), PerMatrix())
+    mask_OI = ObsSaliency().mask(matrix)
+    first_OI = SparseGPTSweep().weight(matrix, mask_OI)
+    matrix.swept = None
+    assert torch.equal(SparseGPTSweep().weight(matrix, mask_OI), first_OI)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_a_sweep_helps_and_the_refit_is_never_worse(pattern: Pattern) -> None:
+    for seed in range(5):
+        weight_OI, x_BTI = noise(6, 40, seed=seed), correlated(2, 60, 40, seed=seed)
+        matrix = matrix_of(weight_OI, x_BTI, pattern, PerRow())
+        mask_OI = Magnitude().mask(matrix)
+        swept_OI = SparseGPTSweep(1e-6).weight(matrix, mask_OI)
+        refitted_OI = LeastSquares(1e-6).weight(matrix, mask_OI)
+        assert torch.equal(refitted_OI != 0, mask_OI)
+        alone, swept, refitted = (
+            output_error(weight_OI, other_OI, x_BTI)
+            for other_OI in (weight_OI * mask_OI, swept_OI, refitted_OI)
+        )
+        assert refitted <= swept * (1 + 1e-4) < alone
+
+
+def test_the_refit_equals_the_formula_of_the_paper() -> None:
+    weight_OI, x_BTI = noise(5, 12).double(), correlated(2, 40, 12).double()
+    hessian_II = damped(2 * torch.einsum("bti,btj->ij", x_BTI, x_BTI), 0.01)
+    mask_OI = noise(5, 12, seed=3) > 0.2  # rows keep different numbers
+    mask_OI[0] = False
+    mask_OI[1] = True
+    inverse_II = torch.linalg.inv(hessian_II)
+    expected_OI = weight_OI.clone()
+    for row, keep_I in zip(expected_OI, mask_OI, strict=True):
+        gone = (~keep_I).nonzero()[:, 0]
+        if len(gone):
+            row -= row[gone] @ torch.linalg.inv(inverse_II[gone][:, gone]) @ inverse_II[gone]
+    torch.testing.assert_close(refit(weight_OI, mask_OI, hessian_II), expected_OI)
+
+
+def test_inputs_that_are_never_read_do_no_harm() -> None:
+    x_BTI = correlated(2, 40, 12)
+    x_BTI[..., 5] = 0
+    matrix = matrix_of(noise(4, 12), x_BTI, Unstructured(0.5), PerMatrix())
+    mask_OI = ObsSaliency().mask(matrix)
+    for part in (SparseGPTSweep(), LeastSquares()):
+        weight_OI = part.weight(matrix, mask_OI)
+        assert bool(weight_OI.isfinite().all())
+        assert not weight_OI[~mask_OI].any()
+
+
+def test_a_failing_cholesky_is_repaired_and_noted() -> None:
+    x_BTI = noise(1, 3, 1).expand(1, 3, 40) * 1e3  # rank one
+    notes: list[str] = []
+    matrix = matrix_of(noise(4, 40), x_BTI, Unstructured(0.5), PerMatrix(), note=notes.append)
+    mask_OI = ObsSaliency(1e-12).mask(matrix)
+    weight_OI = SparseGPTSweep(1e-12).weight(matrix, mask_OI)
+    assert bool(weight_OI.isfinite().all())
+    assert any("Cholesky failed at damping 1e-12" in note for note in notes)
+    notes.clear()
+    assert bool(LeastSquares(1e-12).weight(matrix, mask_OI).isfinite().all())
+    assert any("Cholesky failed at damping 1e-12" in note for note in notes)
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    hessian_II = inputs_of(correlated(2, 40, 12)).hessian_II()
+    factor_II, used = inverse_factor(hessian_II, 0.01)
+    assert used == 0.01
+    torch.testing.assert_close(
+        factor_II.T @ factor_II @ damped(hessian_II, 0.01), torch.eye(12), atol=1e-3, rtol=0
+    )
+
+
+def test_the_gram_matrix_is_whole_and_symmetric() -> None:
+    x_BTI = noise(2, 30, 300)  # wider than one chunk
+    hessian_II = inputs_of(x_BTI).hessian_II()
+    flat = x_BTI.flatten(0, 1)
+    torch.testing.assert_close(hessian_II, flat.T @ flat, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", [ObsSaliency, SparseGPTSweep, LeastSquares])
+def test_a_damping_of_zero_is_refused(part: type) -> None:
+    with pytest.raises(ValueError, match="`damping` must be above 0"):
+        part(damping=0.0)
