@@ -1,17 +1,14 @@
 """Memory of learning masks, predicted from a configuration alone: no weights, no device.
 
-What stays for the whole run is counted on the model's skeleton. What a step adds is found by doing
-one: a model of one and of two blocks is run forward and backward on fake tensors, which have shapes
-and storages but no content, and every storage is followed from its birth to its end. Blocks are
-alike, so that the rest of the model is a straight line through the two. Attention is taken to be
-causal and fused where the model allows it, as in training.
+What stays for the whole run is counted on the model's skeleton; what a step adds is found by
+following the storages of one (`live_bytes`). Attention is taken to be causal and fused where the
+model allows it, as in training.
 
-Sources: the frozen weights need no gradients, so that a linear layer saves nothing (LoRA, arXiv
-2106.09685, section 4.2); sizes of packed weights from QLoRA (arXiv 2305.14314) and LLM.int8()
-(arXiv 2208.07339).
+Sources: sizes of packed weights, QLoRA (arXiv 2305.14314, section 3) and LLM.int8() (arXiv
+2208.07339).
 
-Not counted: the allocator's gaps and the libraries themselves, about 1 GB on a GPU. docs/memory.md
-has the table and how far it is from measurements.
+Not counted: gaps that an allocator leaves, and the libraries themselves. docs/memory.md has the
+table, and how far predictions are from measurements.
 
     python -m pruning.measure.memory 7B 70B path/to/model
 """
@@ -19,35 +16,19 @@ has the table and how far it is from measurements.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 
 from pruning.families import blocks_of, family_of, skeleton
 from pruning.hypernetwork import GRUHypernetwork, SharedHeads
-from pruning.masking import GateHooks
+from pruning.measure.live_bytes import loss_peak, model_step
 from pruning.sites import find_sites
 
 GB = 1e9
@@ -203,24 +184,11 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
     trained += sum(sizes)  # the gains
 
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    one, two = (
-        _decoder_step(
-            _Config(config, text),
-            blocks,
-            run.dtype,
-            run.batch_size,
-            run.window_tokens,
-            run.checkpointing,
-        )
-        for blocks in (1, 2)
-    )
-    num_blocks = len(blocks_of(model, family))
-    kept, peak = (a + (num_blocks - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    kept, peak = model_step(config, run.dtype, run.batch_size, run.window_tokens, run.checkpointing)
     # Hidden states flat, their gradient in chunks and in one piece, those of the teacher.
     head: Any = model.get_output_embeddings()
     hidden = run.tokens * head.in_features * size
-    loss = (3 + run.distillation) * hidden + _loss_peak(
+    loss = (3 + run.distillation) * hidden + loss_peak(
         min(run.loss_chunk_tokens, run.tokens),
         head.in_features,
         head.out_features,
@@ -322,134 +290,6 @@ def _at_most(config: PreTrainedConfig, run: Run) -> int:
         + sum(site.size for site in sites) * per_gate
         + 8 * 4 * run.tokens * (features + scores)
     )
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages of all tensors that are made while it is on.
-
-    Args:
-        known: Tensors that are not counted, such as the weights.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._follow, result)
-        return result
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._end, key, size)
-
-    def _end(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-@dataclass(frozen=True)
-class _Config:
-    """A configuration that can be compared: what makes two traces the same."""
-
-    config: PreTrainedConfig = field(compare=False)
-    text: str
-
-
-@lru_cache(maxsize=64)
-def _decoder_step(
-    of: _Config,
-    num_blocks: int,
-    dtype: torch.dtype,
-    batch_size: int,
-    window_tokens: int,
-    checkpointing: bool,
-) -> tuple[int, int]:
-    """Bytes alive after the forward pass of a model's first blocks, and most of the whole step."""
-    config = copy.deepcopy(of.config)
-    config.num_hidden_layers = num_blocks
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_blocks]
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.requires_grad_(False)
-        model.train()
-        return decoder_step(model, batch_size, window_tokens, checkpointing)
-
-
-def decoder_step(
-    model: Any, batch_size: int, window_tokens: int, checkpointing: bool
-) -> tuple[int, int]:
-    """Bytes of tensors alive after the forward pass with gates, and most of forward and backward.
-
-    Args:
-        model: A frozen causal language model, real or fake; it is changed.
-        batch_size: Windows, 1 or more.
-        window_tokens: Tokens of a window, 1 or more.
-        checkpointing: Recompute activations in the backward pass.
-    """
-    hooks = GateHooks(model)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(_CAUSAL)
-    if checkpointing:
-        # Renamed in transformers 5.23, which deprecates the old name.
-        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-        getattr(model, new if hasattr(model, new) else old)(
-            {
-                "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), hooks.applied(hooks.gates)),
-            }
-        )
-    device = next(model.parameters()).device
-    gates = [torch.ones(site.size, device=device, requires_grad=True) for site in hooks.sites]
-    input_BT = torch.zeros((batch_size, window_tokens), dtype=torch.long, device=device)
-    live = LiveBytes([*model.parameters(), *model.buffers()])
-    with live:
-        with hooks.applied(gates):
-            output = model.get_decoder()(input_ids=input_BT, use_cache=False)
-            hidden_BTD = output.last_hidden_state
-            del output
-        kept = live.now
-        hidden_BTD.backward(torch.ones_like(hidden_BTD))
-    hooks.remove()
-    return kept, live.peak
-
-
-# Fused causal attention without a mask: what training takes for windows without padding. Fake
-# tensors would be given a mask, because they cannot be looked at.
-_CAUSAL = "secateur_causal"
-AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
-AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
-
-
-@lru_cache(maxsize=64)
-def _loss_peak(
-    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, distillation: bool
-) -> int:
-    """Most bytes alive while the losses of a chunk and their gradients are computed."""
-    with FakeTensorMode():
-        head_VD = torch.empty(vocabulary, width, dtype=dtype)
-        piece_CD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
-        live = LiveBytes([head_VD, piece_CD])
-        with live:
-            log_p_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
-            value = F.nll_loss(log_p_CV, torch.zeros(tokens, dtype=torch.long))
-            if distillation:
-                with torch.no_grad():
-                    target_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
-                value = value + F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True)
-            value.backward()
-        return live.peak
 
 
 # Shapes of the Llama 2 models: blocks, width, MLP width, query heads, key and value heads.
