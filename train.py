@@ -32,12 +32,14 @@ class _Without(logging.Filter):
 
 
 def quieten() -> None:
-    """Drop four messages of libraries that tell a user of this program nothing."""
+    """Drop messages of libraries that tell a user of this program nothing, or what is not so."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for logger, text in (
         ("DeepSpeed", "Setting accelerator to CPU"),
         ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"),
         ("lightning.pytorch.utilities.rank_zero", "Tip: For seamless cloud"),
+        # SaveCheckpoint does that.
+        ("lightning.pytorch.trainer.connectors.signal_connector", "SLURM auto-requeueing"),
     ):
         logging.getLogger(logger).addFilter(_Without(text))
     # TextData reads a memory map: workers would only cost.
