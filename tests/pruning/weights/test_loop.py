@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,10 +301,9 @@ def test_zeros_that_no_kernel_can_use_are_not_packed() -> None:
 
 
 @pytest.fixture
-def cuda() -> Iterator[None]:
+def cuda() -> None:
     if not torch.cuda.is_available():
         pytest.skip("2:4 kernels need CUDA")
-    yield
 
 
 @pytest.mark.usefixtures("cuda")

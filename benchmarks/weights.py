@@ -1,0 +1,221 @@
+"""Time and memory of Wanda, DaSS and SparseGPT, over what cannot be avoided and over a plain loop.
+
+What cannot be avoided are two forward passes of the calibration windows through every block and,
+for SparseGPT, one product x x^T of every tensor that its matrices read; they are timed alone, in
+the same run. `overhead_share` is the rest, over the total, the worst of the methods.
+
+The plain loop is how it is usually written: one window at a time, statistics and, for SparseGPT,
+a Hessian and its factor for every matrix, symmetric or not, shared or not. It prunes with the same
+parts.
+
+Memory is the growth of the peak resident set over the loaded model, in a process of its own; the
+formula is that of `pruning.weights.loop`: states and statistics and working copies of one block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
+from pruning.weights.collect import collect
+from pruning.weights.dass import DaSS
+from pruning.weights.loop import prune_weights
+from pruning.weights.parts import Matrix
+from pruning.weights.pattern import Unstructured
+from pruning.weights.recipe import WeightRecipe
+from pruning.weights.selection import MlpOnly
+from pruning.weights.source import CalibrationStates, LiveBlocks
+from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from pruning.weights.statistics import Gram, Inputs
+
+HALF = Unstructured(0.5)
+METHODS = {
+    "wanda": WeightRecipe(HALF),
+    "dass": WeightRecipe(HALF, DaSS(), matrices=MlpOnly()),
+    "sparsegpt": WeightRecipe(HALF, ObsSaliency(), compensation=SparseGPTSweep()),
+}
+
+
+def make_model(width: int | None) -> Any:
+    """The 7 M LLaMA, or a random one of 4 blocks."""
+    if width is None:
+        folder = data_folder() / "models" / "llama7m"
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=4,
+        num_attention_heads=width // 64,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def unavoidable(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
+    """Two forward passes through every block, and the products that a recipe needs."""
+    source = LiveBlocks(model)
+    states = CalibrationStates(source, windows_NT, 8)
+    for index, block in enumerate(source.blocks):
+        states.advance(index, block)
+    for index, block in enumerate(source.blocks):
+        if Gram in recipe.needs:
+            paths = [linear.path for linear in recipe.pruned(source.linears[index])]
+            collect(block, paths, {Gram}, states.calls(index))  # a forward pass and the products
+        else:
+            states.advance(index, block)
+
+
+@torch.no_grad()
+def plain(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
+    """One window at a time, and everything for every matrix of its own."""
+    source = LiveBlocks(model)
+    states = CalibrationStates(source, windows_NT, 1)
+    for index, block in enumerate(source.blocks):
+        linears = recipe.pruned(source.linears[index])
+        paths = {linear.path for linear in linears} | {
+            linear.middle for linear in linears if linear.middle
+        }
+        own: dict[str, Inputs] = {}
+        for path in sorted(paths):
+            layer: Any = block.get_submodule(path)
+            own[path] = _PlainInputs(recipe.needs, layer.in_features, layer.weight.device)
+            layer.register_forward_pre_hook(lambda m, args, i=own[path]: i.update(args[0], 1))
+        states_before = list(states.hidden)
+        states.advance(index, block)
+        states.hidden = states_before
+        for module in block.modules():
+            module._forward_pre_hooks.clear()
+        for linear in linears:
+            weight: Any = block.get_submodule(linear.path).weight
+            matrix = Matrix(
+                linear=linear,
+                weight_OI=weight.float(),
+                inputs=own[linear.path],
+                middle=own[linear.middle] if linear.middle else None,
+                pattern=recipe.pattern,
+                group=recipe.group(linear),
+                note=print,
+            )
+            mask_OI = recipe.score.mask(matrix)
+            if recipe.compensation is not None:
+                weight.copy_(recipe.compensation.weight(matrix, mask_OI))
+            weight.mul_(mask_OI)
+        states.advance(index, block)
+
+
+class _PlainGram(Gram):
+    def update(self, x_BTI: Tensor) -> None:
+        x_NI = x_BTI.flatten(0, 1)
+        self._upper_II += x_NI.T @ x_NI
+
+
+class _PlainInputs(Inputs):
+    def __init__(self, kinds: Any, width: int, device: torch.device) -> None:
+        super().__init__(kinds, width, device)
+        if Gram in kinds:
+            self._by_kind[Gram] = _PlainGram(width, device)
+
+
+def ours(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
+    """The loop of `pruning.weights`."""
+    prune_weights(LiveBlocks(model), recipe, windows_NT)
+
+
+def seconds(run: Callable[[Any], None], width: int | None) -> float:
+    """Wall time on a fresh model."""
+    model = make_model(width)
+    start = time.perf_counter()
+    run(model)
+    return time.perf_counter() - start
+
+
+def peak_growth_mb(width: int | None, recipe: WeightRecipe, windows_NT: Tensor) -> float:
+    """Growth of the peak resident set in MB over the loaded model, in a fresh process."""
+    queue: multiprocessing.Queue[float] = multiprocessing.get_context("fork").Queue()
+
+    def work() -> None:
+        model = make_model(width)
+        model(windows_NT[:1])  # what the libraries allocate for themselves
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        ours(model, recipe, windows_NT)
+        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    grown = queue.get()
+    process.join()
+    return grown
+
+
+def formula_mb(model: Any, recipe: WeightRecipe, windows: int, tokens: int) -> float:
+    """Calibration states, once; statistics of a block; what one matrix takes while it is pruned.
+
+    States: windows x T x D, and the outputs of one batch of the widest layer, three of them (gate,
+    up and their product). A Hessian: the sum, its factor and one copy while it is factorised. A
+    matrix: six float32 copies while it is sorted.
+    """
+    config = model.config
+    width, middle = config.hidden_size, config.intermediate_size
+    states = windows * tokens * width + 3 * 8 * tokens * middle
+    grams = 2 * (3 * width**2 + middle**2) + 2 * middle**2 if Gram in recipe.needs else 0
+    return 4 * (states + grams + 6 * width * middle) / 2**20
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, help="random Llama of this width (default: llama7m)")
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--no-plain", action="store_true", help="leave out the plain loop")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    generator = torch.Generator().manual_seed(0)
+    windows_NT = torch.randint(4096, (args.windows, WINDOW_TOKENS), generator=generator)
+
+    figures: dict[str, Any] = {"windows": args.windows, "threads": args.threads}
+    for name in args.methods:
+        recipe = METHODS[name]
+        figures[f"{name}_peak_growth_mb"] = peak_growth_mb(args.width, recipe, windows_NT)
+        figures[f"{name}_formula_mb"] = formula_mb(
+            make_model(args.width), recipe, args.windows, WINDOW_TOKENS
+        )
+        runs = {"unavoidable": unavoidable, "ours": ours}
+        if not args.no_plain:
+            runs["plain"] = plain
+        times: dict[str, list[float]] = {run: [] for run in runs}
+        for _ in range(args.repeats):
+            for run, function in runs.items():
+                bound = partial(function, recipe=recipe, windows_NT=windows_NT)
+                times[run].append(seconds(bound, args.width))
+        median = {run: statistics.median(values) for run, values in times.items()}
+        figures |= {f"{name}_{run}_seconds": value for run, value in median.items()}
+        figures[f"{name}_overhead_share"] = statistics.median(
+            1 - floor / total
+            for floor, total in zip(times["unavoidable"], times["ours"], strict=True)
+        )
+        if "plain" in median:
+            figures[f"{name}_over_plain"] = median["ours"] / median["plain"]
+    figures["overhead_share"] = max(figures[f"{name}_overhead_share"] for name in args.methods)
+    write_figures(figures, args.json)
+
+
+if __name__ == "__main__":
+    main()

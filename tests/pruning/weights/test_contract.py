@@ -1,0 +1,120 @@
+"""What every part keeps: one row per part, and no part without a row."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pruning.weights
+from pruning.weights.alpha_pruning import AlphaPruning
+from pruning.weights.barber import Barber
+from pruning.weights.dass import DaSS
+from pruning.weights.dsnot import DSnoT
+from pruning.weights.least_squares import LeastSquares
+from pruning.weights.loop import prune_weights
+from pruning.weights.magnitude import Magnitude
+from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
+from pruning.weights.pattern import (
+    NM,
+    Group,
+    Pattern,
+    PerColumn,
+    PerMatrix,
+    PerRow,
+    Unstructured,
+)
+from pruning.weights.recipe import WeightRecipe
+from pruning.weights.selection import AllLinears, AttentionOnly, MlpOnly, Selection
+from pruning.weights.source import LiveBlocks
+from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from pruning.weights.wanda import Wanda
+from tests.tiny import tiny_llama
+
+HALF = Unstructured(0.5)
+ROWS: dict[type, WeightRecipe] = {
+    Uniform: WeightRecipe(HALF, Magnitude(), Uniform()),
+    AlphaPruning: WeightRecipe(HALF, Wanda(), AlphaPruning()),
+    Magnitude: WeightRecipe(HALF, Magnitude()),
+    Wanda: WeightRecipe(HALF, Wanda()),
+    DaSS: WeightRecipe(NM(4, 8), DaSS()),
+    ObsSaliency: WeightRecipe(NM(2, 4), ObsSaliency()),
+    Unstructured: WeightRecipe(Unstructured(0.7), Wanda()),
+    NM: WeightRecipe(NM(3, 8), Wanda()),
+    PerRow: WeightRecipe(Unstructured(0.5, PerRow()), Magnitude()),
+    PerColumn: WeightRecipe(NM(2, 4, PerColumn()), Magnitude()),
+    PerMatrix: WeightRecipe(Unstructured(0.5, PerMatrix()), Wanda()),
+    DSnoT: WeightRecipe(NM(2, 4), Wanda(), refinement=DSnoT()),
+    Barber: WeightRecipe(NM(2, 4), DaSS(), refinement=Barber(0.1)),
+    SparseGPTSweep: WeightRecipe(HALF, Wanda(), compensation=SparseGPTSweep()),
+    LeastSquares: WeightRecipe(HALF, DaSS(), compensation=LeastSquares()),
+    AllLinears: WeightRecipe(HALF, Magnitude(), matrices=AllLinears()),
+    MlpOnly: WeightRecipe(HALF, DaSS(), matrices=MlpOnly()),
+    AttentionOnly: WeightRecipe(HALF, Wanda(), matrices=AttentionOnly()),
+}
+
+
+def parts() -> Iterator[type]:
+    for module in pkgutil.iter_modules(pruning.weights.__path__):
+        names = vars(importlib.import_module(f"pruning.weights.{module.name}"))
+        for value in names.values():
+            if isinstance(value, type) and value.__module__ == f"pruning.weights.{module.name}":
+                axes = (Allocation, Score, Refinement, Compensation, Pattern, Group, Selection)
+                if issubclass(value, axes) and value not in axes:
+                    yield value
+
+
+def test_every_part_has_a_row() -> None:
+    assert set(parts()) == set(ROWS)
+
+
+def make() -> Any:
+    return tiny_llama(num_hidden_layers=2, intermediate_size=40)
+
+
+def windows() -> Tensor:
+    return torch.randint(320, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("part", ROWS, ids=lambda part: part.__name__)
+def test_the_part_keeps_the_contract(part: type) -> None:
+    recipe, model = ROWS[part], make()
+    used = [*vars(recipe).values(), recipe.pattern.group]
+    used += [recipe.group(linear) for linear in linears_of(model)[0]]
+    assert any(isinstance(each, part) for each in used)
+    found = prune_weights(LiveBlocks(model), recipe, windows())
+
+    # Every group loses exactly its number, and what is lost is zero.
+    for linear in (linear for block in linears_of(model) for linear in block):
+        name = f"model.layers.{linear.name}.weight"
+        assert (name in found.masks) == recipe.matrices.takes(linear)
+        if name in found.masks and not isinstance(recipe.score, ObsSaliency):
+            pattern = recipe.pattern.with_sparsity(found.sparsities[linear.block])
+            keep_GE = pattern.split(found.masks[name], recipe.group(linear))
+            removed = pattern.num_removed(keep_GE.shape[1])
+            assert removed > 0
+            assert set((~keep_GE).sum(1).tolist()) == {removed}
+    assert not found.masks.lost(model)
+
+    # Equal runs are equal, bit by bit.
+    again = make()
+    prune_weights(LiveBlocks(again), recipe, windows())
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    # A second run at the same sparsity leaves everything as it is. (An allocation looks at the
+    # spectra of the weights anew.)
+    if not isinstance(recipe.allocation, AlphaPruning):
+        prune_weights(LiveBlocks(again), recipe, windows())
+        for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-3)
+        assert not found.masks.lost(again)
+
+    # The model still computes.
+    with torch.no_grad():
+        assert bool(model(windows()).logits.isfinite().all())
