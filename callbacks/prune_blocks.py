@@ -16,10 +16,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from pruning.depth import Blocks, OneShot, Search, Target, WholeBlocks
-from pruning.depth.cache import Cached
-from pruning.depth.perplexity import Perplexity
+from pruning.depth import (
+    Blocks,
+    Cached,
+    OneShot,
+    Perplexity,
+    Search,
+    Target,
+    Unit,
+    WholeBlocks,
+)
 from pruning.measure.perplexity import perplexity
+from pruning.measure.plots import plot_scores
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
 from pruning.recipe import refuse_other
 
@@ -99,6 +107,8 @@ class PruneBlocks(Callback):
         removals: When blocks go; all at once before training if not given.
         calibration_windows: Windows of the training text to score on, 1 or more.
         calibration_seed: Seed of the draw of these windows, 0 or more.
+        compensate: Scale what comes before a removed block to make up for it (Prune&Comp, arXiv
+            2507.18212), where that lowers the perplexity of the calibration windows.
         folder: Where scores and pictures go, relative to `trainer.default_root_dir`.
 
     Raises:
@@ -112,6 +122,7 @@ class PruneBlocks(Callback):
         removals: Removals | None = None,
         calibration_windows: int = 128,
         calibration_seed: int = 0,
+        compensate: bool = False,
         folder: str = "depth",
     ) -> None:
         for name, value, least in (
@@ -128,7 +139,7 @@ class PruneBlocks(Callback):
             )
         self.removals = removals or AtOnce()
         self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
-        self.folder = folder
+        self.compensate, self.folder = compensate, folder
         self.history: list[dict[str, Any]] = []
         """What was removed so far, with loss and perplexity before and after."""
         self._num_blocks = self._total = 0
@@ -175,6 +186,7 @@ class PruneBlocks(Callback):
             "removals": repr(self.removals),
             "calibration_windows": self.calibration_windows,
             "calibration_seed": self.calibration_seed,
+            "compensate": self.compensate,
         }
         return {"settings": settings, "history": self.history}
 
@@ -197,18 +209,20 @@ class PruneBlocks(Callback):
         if trainer.is_global_zero:  # the others wait for what it chooses
             removal = self._choose(trainer, module, count)
         removal = trainer.strategy.broadcast(removal)
-        module.remove_blocks(removal["blocks"], removal)
+        blocks = removal.pop("blocks")
+        windows_NT = self._windows(trainer)
+        module.remove_blocks(blocks, removal, windows_NT if self.compensate else None)
         with module.plain() as model:
-            after = perplexity(model, self._windows(trainer))
+            after = perplexity(model, windows_NT)
         removal |= {"loss_after": after.mean_nll, "perplexity_after": after.value}
-        self.history.append(removal)
+        self.history.append({"blocks": blocks} | removal)
         figures = {name: value for name, value in removal.items() if isinstance(value, float)}
         figures["kept_blocks"] = float(len(module.kept_blocks))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
         rank_zero_info(
-            f"Step {trainer.global_step}: removed block {', '.join(map(str, removal['blocks']))} "
-            f"of the base model, {len(module.kept_blocks)} are left; perplexity of the calibration "
+            f"Step {trainer.global_step}: removed block {', '.join(map(str, blocks))} of "
+            f"the base model, {len(module.kept_blocks)} are left; perplexity of the calibration "
             f"windows {removal['perplexity_before']:.2f} -> {after.value:.2f}."
         )
 
@@ -220,8 +234,16 @@ class PruneBlocks(Callback):
             before = perplexity(model, windows_NT)
             chosen = search(model, windows_NT, Blocks(count))
         chosen = chosen.better or chosen  # of which the search has told
+        in_base = [Unit(block) for block in module.kept_blocks]
+        blocks = [module.kept_blocks[block] for block in chosen.blocks]
+        plot_scores(
+            replace(chosen.scores, units=tuple(in_base[u.block] for u in chosen.scores.units)),
+            folder / f"scores_step_{trainer.global_step:06d}.png",
+            [Unit(block) for block in blocks],
+            f"{type(self.search.score).__name__} by block, step {trainer.global_step}",
+        )
         return {
-            "blocks": [module.kept_blocks[block] for block in chosen.blocks],
+            "blocks": blocks,
             "step": trainer.global_step,
             "search": repr(self.search),
             "calibration_windows": self.calibration_windows,

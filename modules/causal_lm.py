@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -35,6 +36,7 @@ from modules.loading import check_base, load_config, load_model, resolve
 from modules.lora import LoRA, merged
 from modules.losses import LossWeights, head_of, token_losses
 from modules.shares import dtype_of
+from pruning.depth.compensation import remove_compensated, untie
 from pruning.depth.removal import remove_blocks
 from pruning.depth.surgery import prune_blocks
 from pruning.fingerprint import fingerprint
@@ -234,12 +236,19 @@ class CausalLM(LanguageModelling):
         finally:
             self.model.train(training)
 
-    def remove_blocks(self, blocks: Sequence[int], provenance: Mapping[str, Any]) -> None:
+    def remove_blocks(
+        self,
+        blocks: Sequence[int],
+        provenance: Mapping[str, Any],
+        compensate_on: Tensor | None = None,
+    ) -> None:
         """Take blocks out of the model, of the optimiser and its state; the teacher keeps them.
 
         Args:
             blocks: Their numbers in the base model.
             provenance: Why these, for the model card: JSON values only.
+            compensate_on: Windows of text (int64, shape (N, T)): what stays is scaled to make up
+                for the blocks if that predicts them better, see `pruning.depth.compensation`.
 
         Raises:
             ValueError: A block is not there (any more), none would stay, or the model is sharded.
@@ -254,19 +263,41 @@ class CausalLM(LanguageModelling):
                 "`--trainer.max_steps 0`, then train the exported model under the strategy, with "
                 "`teacher` for distillation from the dense one."
             )
-        remove_blocks(self.model, [self.kept_blocks.index(b) for b in blocks], provenance)
+        places = [self.kept_blocks.index(block) for block in blocks]
+        if compensate_on is None:
+            remove_blocks(self.model, places, provenance)
+        else:
+            self._remove_compensated(places, provenance, compensate_on)
         self.kept_blocks = [block for block in self.kept_blocks if block not in blocks]
         self.removals.append({"blocks": list(blocks), "provenance": dict(provenance)})
-        left = {id(parameter) for parameter in self.parameters()}
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         for optimizer in strategy.optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) in left]
-            for parameter in [p for p in optimizer.state if id(p) not in left]:
+            (group,) = optimizer.param_groups
+            group["params"] = trained
+            for parameter in optimizer.state.keys() - set(trained):
                 del optimizer.state[parameter]
         if isinstance(strategy.model, DistributedDataParallel):  # it waits for every gradient
             assert isinstance(strategy, DDPStrategy)
             strategy.model = self
             strategy.configure_ddp()
+
+    def _remove_compensated(
+        self, places: Sequence[int], provenance: Mapping[str, Any], windows_NT: Tensor
+    ) -> None:
+        if self.lora is not None:
+            raise ValueError(
+                "Compensation scales weights that `lora` keeps frozen; leave one of the two out, "
+                "or prune with `--trainer.max_steps 0` first."
+            )
+        found = remove_compensated(self.model, places, windows_NT, provenance)
+        rank_zero_info(
+            f"Perplexity of the calibration windows without the blocks {found.without:.2f}, "
+            f"compensated {found.compensated:.2f}: {'kept' if found.kept else 'left out'}."
+        )
+        if found.kept:
+            so_far = self.provenance.get("compensation", {})
+            factors = {str(self.kept_blocks[at]): factor for at, factor in found.factors.items()}
+            self.record("compensation", so_far | factors)
 
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
         """Note that a callback has changed weights, for the model card.
@@ -305,9 +336,14 @@ class CausalLM(LanguageModelling):
         for removal in saved[len(self.removals) :]:
             self.remove_blocks(removal["blocks"], removal["provenance"])
         self.provenance = checkpoint["pruning"]["provenance"]
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        if missing := sorted(trained - checkpoint["state_dict"].keys()):
-            raise ValueError(f"The checkpoint lacks {len(missing)} weights, {missing[0]} first.")
+        if "compensation" in self.provenance:  # the embeddings were scaled, their copy was not
+            untie(self.model)
+        if self.lora is not None:  # nobody else looks: frozen weights may be missing
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            if missing := sorted(trained - checkpoint["state_dict"].keys()):
+                raise ValueError(
+                    f"The checkpoint lacks {len(missing)} weights, {missing[0]} first."
+                )
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""

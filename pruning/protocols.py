@@ -105,8 +105,14 @@ class TrainsWeights(Protocol):
         is done to it inside is undone, in part or in whole, at the end.
         """
 
-    def remove_blocks(self, blocks: Sequence[int], provenance: Mapping[str, Any]) -> None:
-        """Take blocks, by their numbers in the base model, out of all that trains.
+    def remove_blocks(
+        self,
+        blocks: Sequence[int],
+        provenance: Mapping[str, Any],
+        compensate_on: Tensor | None = None,
+    ) -> None:
+        """Take blocks, by their numbers in the base model, out of all that trains; what stays is
+        scaled to make up for them if windows are given and that helps on these.
 
         Raises:
             ValueError: They cannot be taken out, or not under this strategy.

@@ -20,6 +20,7 @@ from modules.lora import LoRA
 from modules.text_data import TextData
 from pruning.depth import (
     BlockFraction,
+    BlockInfluence,
     Blocks,
     Greedy,
     HalfBlocks,
@@ -39,6 +40,12 @@ pytestmark = NOISE
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"), num_hidden_layers=5)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    return make_inputs(folder, num_hidden_layers=4, tie_word_embeddings=True)
 
 
 def text(inputs: Path) -> TextData:
@@ -134,7 +141,7 @@ def test_scoring_leaves_the_model_and_its_updates_as_they_were(
         def _remove(self, trainer: Trainer, module: Any, count: int) -> None:
             before = {name: value.clone() for name, value in module.state_dict().items()}
             asked = {name: p.requires_grad for name, p in module.named_parameters()}
-            module.remove_blocks = lambda blocks, _: module.kept_blocks.remove(blocks[0])
+            module.remove_blocks = lambda blocks, *_: module.kept_blocks.remove(blocks[0])
             super()._remove(trainer, module, count)
             after = module.state_dict()
             assert before.keys() == after.keys()
@@ -256,3 +263,30 @@ def test_what_was_only_shortened_is_cut_from_the_files_of_the_base(
             old = f"model.layers.{module.kept_blocks[int(match[1])]}{match[2]}"
         assert torch.equal(tensor, base[old])  # float32 still, although bfloat16 was loaded
     assert json.loads((tmp_path / "model" / "secateur.json").read_text())["steps"] == 0
+
+
+def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
+    tied: Path, tmp_path: Path
+) -> None:
+    """Embeddings are untied by it: the optimiser trains the new head, a resumed run has it."""
+    settings = (Blocks(1), OneShot(BlockInfluence()), OneByOne(3, first_step=1))
+    plain, made = (PruneBlocks(*settings, 8, compensate=how) for how in (False, True))
+    fit(tied, tmp_path / "plain", plain, max_steps=2)
+    module, trainer = fit(tied, tmp_path / "made", made, max_steps=2)
+    assert made.history[0]["perplexity_before"] == plain.history[0]["perplexity_before"]
+    assert made.history[0]["perplexity_after"] < plain.history[0]["perplexity_after"]
+    assert list(module.provenance["compensation"]) == [str(made.history[0]["blocks"][0])]
+    head = module.model.lm_head.weight
+    assert head is not module.model.model.embed_tokens.weight
+    assert head in trainer.optimizers[0].state
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    again = CausalLM(base=str(tied / "base"), warmup_steps=0)
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, callbacks=[PruneBlocks(*settings, 8, compensate=True)],
+    )  # fmt: skip
+    trainer.fit(again, text(tied), ckpt_path=str(tmp_path / "some.ckpt"), weights_only=True)
+    for name, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    again.export(tmp_path / "model", "the command")  # equal to the live model, or an error
