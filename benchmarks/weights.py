@@ -8,6 +8,9 @@ The plain loop is how it is usually written: one window at a time, statistics an
 a Hessian and its factor for every matrix, symmetric or not, shared or not. It prunes with the same
 parts.
 
+Seconds are those that the process spent on the CPU, all threads together, so that what else runs on
+the machine does not count.
+
 Memory is the growth of the peak resident set over the loaded model, in a process of its own; the
 formula is that of `pruning.weights.loop`: states and statistics and working copies of one block.
 """
@@ -136,11 +139,11 @@ def ours(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
 
 
 def seconds(run: Callable[[Any], None], width: int | None) -> float:
-    """Wall time on a fresh model."""
+    """CPU time on a fresh model."""
     model = make_model(width)
-    start = time.perf_counter()
+    start = time.process_time()
     run(model)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def peak_growth_mb(width: int | None, recipe: WeightRecipe, windows_NT: Tensor) -> float:

@@ -64,7 +64,7 @@ def prune_block(
         weight_OI = matrix.weight_OI
         if recipe.compensation is not None:
             weight_OI = recipe.compensation.weight(matrix, matrix.mask_OI)
-        weight_of(block, matrix.linear.path).copy_(weight_OI * matrix.mask_OI)
+        weight_of(block, matrix.linear.path).copy_(weight_OI.masked_fill(~matrix.mask_OI, 0))
     return PrunedBlock({m.linear.path: m.mask_OI.cpu() for m in matrices}, notes)
 
 

@@ -27,7 +27,7 @@ from pruning.weights.guard import drop_what_harms
 from pruning.weights.masks import WeightMasks
 from pruning.weights.parts import BlockCall, PrunedBlock
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource, CalibrationStates
+from pruning.weights.source import BlockSource, CalibrationStates, evaluation
 from pruning.weights.store import BlockStore
 
 Progress = Callable[[int, int], None]
@@ -87,15 +87,16 @@ def prune_weights(
             "`windows_NT` is needed: parts of this recipe look at calibration windows."
         )
     notes: list[str] = []
-    if windows_NT is not None and held_back_NT is not None:
-        recipe, notes = drop_what_harms(source, recipe, windows_NT, held_back_NT, batch_size)
-    sparsities = allocate(source, recipe)
     masks = WeightMasks()
-    finished = _prune(source, recipe, sparsities, windows_NT, batch_size, store, progress)
-    for index, block in enumerate(finished):
-        for path, mask_OI in block.masks.items():
-            masks.add(f"{source.prefix}{index}.{path}.weight", mask_OI)
-        notes += block.notes
+    with evaluation(source.model):
+        if windows_NT is not None and held_back_NT is not None:
+            recipe, notes = drop_what_harms(source, recipe, windows_NT, held_back_NT, batch_size)
+        sparsities = allocate(source, recipe)
+        finished = _prune(source, recipe, sparsities, windows_NT, batch_size, store, progress)
+        for index, block in enumerate(finished):
+            for path, mask_OI in block.masks.items():
+                masks.add(f"{source.prefix}{index}.{path}.weight", mask_OI)
+            notes += block.notes
     return WeightPruning(masks, recipe, sparsities, notes)
 
 

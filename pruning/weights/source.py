@@ -183,7 +183,7 @@ class CalibrationStates:
             return hidden_BTD
 
         body: Any = source.model.base_model
-        with torch.no_grad(), _evaluation(source.model), _replaced(source.blocks, note):
+        with torch.no_grad(), evaluation(source.model), _replaced(source.blocks, note):
             for batch_BT in windows_NT.split(batch_size):
                 body(input_ids=batch_BT.to(source.device), use_cache=False)
 
@@ -229,7 +229,8 @@ def _check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model does not drop out anything for the time."""
     training = model.training
     model.eval()
     try:
