@@ -60,10 +60,11 @@ test-oldest: $(OLDEST_READY)
 	$(OLDEST) -m pytest -m "not slow" \
 		tests/pruning/test_families_contract.py tests/pruning/export/test_serving.py
 
-# The file is named because its name keeps it out of `make test`.
+# The file is named because its name keeps it out of `make test`. A run here starts Python many
+# times, which on a busy machine takes longer than any other test may.
 test-cluster: setup
 	tests/cluster/install
-	$(RUN) -m pytest tests/cluster/preemption.py
+	$(RUN) -m pytest -o faulthandler_timeout=3600 tests/cluster/preemption.py
 
 check: setup
 	$(RUN) -m ruff format --check .
