@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from pruning.depth.removal import bypassed, checked_blocks, remove_blocks
 from pruning.depth.similarity import watch
-from pruning.families import Family, blocks_of, family_of
+from pruning.families import blocks_of, family_of
 from pruning.measure.perplexity import perplexity
 
 _TINY = 1e-12  # a channel that is always zero has no size to compare with
@@ -99,7 +99,7 @@ def remove_compensated(
     remove_blocks(model, gone, dict(provenance or {}) | record)
     if result.kept:
         staying = [block for block in range(num_blocks) if block not in gone]
-        _fold(model, family, staying, factors)
+        fold_factors(model, staying, factors)
     return result
 
 
@@ -133,10 +133,17 @@ def stream_factors(
 
 
 @torch.no_grad()
-def _fold(
-    model: PreTrainedModel, family: Family, staying: Sequence[int], factors: Mapping[int, float]
+def fold_factors(
+    model: PreTrainedModel, staying: Sequence[int], factors: Mapping[int, float]
 ) -> None:
-    """Multiply the factors into the weights of the shortened model."""
+    """Multiply factors of removed blocks into the weights of the shortened model.
+
+    Args:
+        model: The model without the removed blocks.
+        staying: What the indices of its blocks were before.
+        factors: Removed block, by its index before, to its factor.
+    """
+    family = family_of(model.config)
     untie(model)
     owner = model.get_submodule(family.blocks.rpartition(".")[0])
     for child in owner.children():

@@ -1,0 +1,167 @@
+"""Time and memory of depth pruning against the plain ways of doing the same.
+
+Scoring: perplexity without each block of a random Llama of 16 blocks, hidden states kept, against
+one whole forward pass per block with that block bypassed; interleaved, medians. Both give the same
+scores. Memory of Taylor scores: what the code says from shapes, at this size and at that of a 7B
+model; tests/pruning/depth compares it with what is live at small size.
+
+Latency: the model without a quarter of its blocks against the dense one, prefill and decode, beside
+the ideal, which is the fraction of the parameters that multiply (blocks and output head).
+
+Surgery: peak memory of a process of its own that removes a block from a checkpoint in one and in
+many shards, over that of a process that only does the same imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.data import write_figures
+from pruning.depth import Perplexity, bypassed, peak_bytes, prune_blocks, remove_blocks
+from pruning.measure.perplexity import perplexity
+from pruning.measure.report import count
+from pruning.measure.speed import measure_speed
+
+SEVEN_B = LlamaConfig()  # the defaults are those of LLaMA 7B
+
+
+def random_llama(args: argparse.Namespace) -> Any:
+    """A Llama of random weights, always the same."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=args.blocks,
+        hidden_size=args.width,
+        intermediate_size=args.width * 11 // 4,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=args.width // 64,
+        vocab_size=args.vocabulary,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def plain_scores(model: Any, windows_NT: Tensor) -> list[float]:
+    """Perplexity without each block: one whole forward pass for each."""
+    values = []
+    for block in range(model.config.num_hidden_layers):
+        with bypassed(model, [block]):
+            values.append(perplexity(model, windows_NT).value)
+    return values
+
+
+def scoring(model: Any, windows_NT: Tensor, repeats: int) -> dict[str, float]:
+    """Seconds of both ways of scoring, and how far their scores are apart."""
+    times: dict[str, list[float]] = {"plain": [], "kept_states": []}
+    worst = 0.0
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        plain = plain_scores(model, windows_NT)
+        middle = time.perf_counter()
+        ours = Perplexity()(model, windows_NT).values.tolist()
+        end = time.perf_counter()
+        worst = max(worst, *(abs(a - b) / b for a, b in zip(ours, plain, strict=True)))
+        if repeat:
+            times["plain"].append(middle - start)
+            times["kept_states"].append(end - middle)
+    medians = {name: statistics.median(own) for name, own in times.items()}
+    config, (count_N, window) = model.config, windows_NT.shape
+    state = min(8, count_N) * window * config.hidden_size * model.dtype.itemsize
+    return {
+        "perplexity_speedup": medians["plain"] / medians["kept_states"],
+        "perplexity_plain_s": medians["plain"],
+        "perplexity_s": medians["kept_states"],
+        "perplexity_largest_relative_difference": worst,
+        "perplexity_states_mb": config.num_hidden_layers * state / 1e6,
+        "weights_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+    }
+
+
+def latency(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """The dense model against the one without the second quarter of its blocks."""
+    short, gone = random_llama(args), range(args.blocks // 4, args.blocks // 2)
+    remove_blocks(short, gone)
+    speeds = measure_speed(
+        {"dense": model, "short": short}, prompt_tokens=256, new_tokens=24, repeats=args.repeats
+    )
+    dense, pruned = speeds["dense"], speeds["short"]
+    flops = [count(m).flops_per_token(0) for m in (short, model)]
+    return {
+        "prefill_over_dense": pruned.prefill_seconds / dense.prefill_seconds,
+        "decode_over_dense": pruned.decode_seconds / dense.decode_seconds,
+        "ideal_over_dense": flops[0] / flops[1],
+    }
+
+
+def surgery_peak_mb(base: Path | None, folder: Path) -> float:
+    """Peak resident set in MB of a fresh process that removes block 1; None does nothing."""
+    queue: Any = multiprocessing.get_context("spawn").Queue()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_remove_and_report, args=(base, folder, queue)
+    )
+    process.start()
+    peak: float = queue.get()
+    process.join()
+    return peak
+
+
+def _remove_and_report(base: Path | None, folder: Path, queue: Any) -> None:
+    if base is not None:
+        prune_blocks(base, folder, remove=[1])
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def surgery(model: Any) -> dict[str, float]:
+    """Growth of the peak memory with one shard and with many."""
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        idle = surgery_peak_mb(None, folder)
+        for name, shard in (("one", "100GB"), ("many", "8MB")):
+            model.save_pretrained(folder / name, max_shard_size=shard)
+            shards = len(list((folder / name).glob("*.safetensors")))
+            grown = surgery_peak_mb(folder / name, folder / "short") - idle
+            figures |= {f"surgery_{name}_shards": shards, f"surgery_{name}_growth_mb": grown}
+    return figures
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=16, help="blocks of the random model")
+    parser.add_argument("--width", type=int, default=512, help="hidden size, a multiple of 64")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="entries of the vocabulary")
+    parser.add_argument("--windows", type=int, default=8, help="calibration windows")
+    parser.add_argument("--window_tokens", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved timed pairs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = random_llama(args)
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.windows, args.window_tokens)
+    windows_NT = torch.randint(args.vocabulary, shape, generator=generator)
+    figures: dict[str, Any] = scoring(model, windows_NT, args.repeats)
+    here, seven = peak_bytes(model.config, *shape, dtype=model.dtype), peak_bytes(SEVEN_B, 10, 128)
+    figures |= {
+        "taylor_over_weights": here.total / here.weights,
+        "taylor_7b_bf16_10x128_gb": seven.total / 1e9,
+        "taylor_7b_bf16_128x256_gb": peak_bytes(SEVEN_B, 128, 256).total / 1e9,
+        "taylor_7b_gradients_gb": seven.gradients / 1e9,
+    }
+    figures |= latency(model, args) | surgery(model)
+    write_figures(figures | {"blocks": args.blocks, "threads": args.threads}, args.json)
+
+
+if __name__ == "__main__":
+    main()
