@@ -6,9 +6,6 @@ widths.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -29,6 +25,7 @@ from pruning.measure.report import count
 from pruning.plan import PruningPlan
 from pruning.surgery import prune_checkpoint
 from tests.pruning.export.plans import uneven_plan, uniform_plan
+from tests.stranger import run_as_stranger
 from tests.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_family_folder, tiny_model
 
 ROWS = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
@@ -181,13 +178,11 @@ def test_torch_counts_the_same_products(pair: Pair) -> None:
 
 
 _STRANGER = """
-import importlib.util
 import sys
 
 import torch
 from transformers import AutoModelForCausalLM
 
-assert importlib.util.find_spec("pruning") is None, "the repository can be seen"
 given_BT = torch.load(sys.argv[1], weights_only=True)
 settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 for folder in sys.argv[3:]:
@@ -208,21 +203,9 @@ def test_a_process_without_this_repository_loads_saves_reloads_and_generates(
 ) -> None:
     given_BT = tokens(2, 9)
     torch.save(given_BT, tmp_path / "given.pt")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    # In isolated mode neither the working directory nor PYTHONPATH is searched; `site` is switched
-    # off where this repository is installed in place, and the packages are named instead.
-    packages = dict.fromkeys(str(Path(m.__file__).parents[1]) for m in (transformers, torch))
-    program = f"import sys; sys.path += {list(packages)}\n" + _STRANGER
-    subprocess.run(
-        [
-            *(sys.executable, "-I", "-S", "-c", program),
-            *(tmp_path / "given.pt", tmp_path / "done.pt"),
-            *(str(pair.folder) for pair in pairs.values()),
-        ],
-        cwd=tmp_path,
-        env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
+    folders = (pair.folder for pair in pairs.values())
+    run_as_stranger(
+        _STRANGER, tmp_path / "given.pt", tmp_path / "done.pt", *folders, folder=tmp_path
     )
     assert torch.load(tmp_path / "done.pt", weights_only=True) == len(ROWS)
     for pair in pairs.values():
