@@ -44,7 +44,12 @@ class WatchRanks(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch, once the ranks have met; it goes on until the process ends."""
         if self._watch is None and trainer.world_size > 1 and distributed.is_initialized():
-            self._watch = _Watch(trainer.global_rank, trainer.world_size, self.patience_seconds)
+            shared: Any = distributed.distributed_c10d._get_default_store()
+            store = shared.clone()
+            store.set_timeout(timedelta(seconds=self.patience_seconds))
+            self._watch = _Watch(
+                trainer.global_rank, trainer.world_size, self.patience_seconds, store
+            )
             self._watch.start()
 
     def on_exception(
@@ -67,12 +72,11 @@ class WatchRanks(Callback):
 class _Watch(threading.Thread):
     """Signs of life in the store of the process group, under a connection of its own."""
 
-    def __init__(self, rank: int, num_ranks: int, patience_seconds: float) -> None:
+    def __init__(self, rank: int, num_ranks: int, patience_seconds: float, store: Any) -> None:
         super().__init__(daemon=True, name="WatchRanks")
         self.rank, self.patience = rank, patience_seconds
         self.others = [other for other in range(num_ranks) if other != rank]
-        self.store: Any = distributed.distributed_c10d._get_default_store().clone()
-        self.store.set_timeout(timedelta(seconds=patience_seconds))
+        self.store = store
         self.name_of = {rank: f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"}
         self.store.set(f"watch/name/{rank}", self.name_of[rank])
         self.over = threading.Event()

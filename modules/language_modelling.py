@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -30,6 +30,9 @@ class ReadsModels(Protocol):
 
     def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
         """This rank's share of the model in a folder."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """With some parameters whole on every rank."""
 
 
 class LanguageModelling(LightningModule, ABC):
@@ -72,8 +75,15 @@ class LanguageModelling(LightningModule, ABC):
         return isinstance(strategy, ReadsModels) and strategy.divides_models
 
     def whole_parameters(self) -> list[nn.Parameter]:
-        """Parameters that every rank keeps whole, however the strategy divides the others."""
+        """Parameters that every rank needs whole between steps, however the others are divided."""
         return []
+
+    def whole(self) -> AbstractContextManager[None]:
+        """With `whole_parameters` whole, outside of a step; every rank has to enter."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReadsModels):
+            return strategy.whole(self.whole_parameters())
+        return nullcontext()
 
     def measured(self) -> AbstractContextManager[None]:
         """The state in which the model is measured; unless overridden, as it is."""

@@ -284,7 +284,8 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def keep_probability(self) -> Tensor:
         """P(keep) of every gate, shape (N,), float32 on the CPU; deterministic."""
-        probability_N = self.sampler.keep_probability(self.hypernetwork().float()).cpu()
+        with self.whole():
+            probability_N = self.sampler.keep_probability(self.hypernetwork().float()).cpu()
         return torch.cat(self._open(split(probability_N, self.sites)))
 
     @torch.no_grad()
@@ -293,9 +294,10 @@ class MaskLearning(LanguageModelling):
 
         Gains are part of it once they have been learned, which is after the masks have settled.
         """
-        kept, gains = self._kept(), None
-        if bool((self.gains != 1).any()):  # they are trained only once the masks have settled
-            of_sites = split(self.gains.detach().float().cpu(), self.sites)
+        with self.whole():
+            kept, gains, gains_N = self._kept(), None, self.gains.detach().float().cpu().clone()
+        if bool((gains_N != 1).any()):  # they are trained only once the masks have settled
+            of_sites = split(gains_N, self.sites)
             gains = [gain_I[index_W] for gain_I, index_W in zip(of_sites, kept, strict=True)]
         widths_S = torch.tensor([float(len(index)) for index in kept])
         provenance = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +55,7 @@ class Zero(DeepSpeedStrategy):
         offload_parameters: bool = False,
         offload_optimizer: bool = False,
         prefetch_parameters: int = 50_000_000,
-        timeout_seconds: float = 600.0,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"`stage` must be 1, 2 or 3, got {stage}.")
@@ -225,6 +225,15 @@ class Zero(DeepSpeedStrategy):
         return deepspeed.initialize(
             model=model, config=config, model_parameters=[], dist_init_required=False
         )[0]
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """With some parameters whole on every rank, to be read; every rank has to enter."""
+        import deepspeed
+
+        divided = [p for p in parameters if hasattr(p, "ds_tensor")]
+        with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+            yield
 
     def teardown(self) -> None:
         """Leave the model where it is: what comes after training, an export, uses it."""

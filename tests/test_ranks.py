@@ -1,36 +1,165 @@
-"""Two ranks of one machine, on the CPU with gloo, through both phases of learning masks."""
+"""Two ranks of one machine, on the CPU with gloo, under every strategy, through both phases."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import signal
+import time
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pruning.plan import PruningPlan
-from tests.runs import learn_masks, make_inputs
+from tests.ranks import finish, start, trained
+from tests.runs import NOISE, call, content, learn_masks, make_inputs
 
-REPOSITORY = Path(__file__).parents[1]
+pytestmark = [*NOISE, pytest.mark.slow]
+STEPS = 6
+CALLBACKS = ("AnnealSparsity", "TrackBudget", "PlotWidths", "SaveCheckpoint", "WatchRanks")
+STRATEGIES = {
+    "ddp": "ddp_find_unused_parameters_true",
+    "zero1": "{class_path: modules.Zero, init_args: {stage: 1}}",
+    "zero2": "{class_path: modules.Zero, init_args: {stage: 2, offload_optimizer: true}}",
+    "zero3": "{class_path: modules.Zero, init_args: {stage: 3}}",
+    "fsdp": "{class_path: modules.ShardedDDP}",
+}
 
 
-@pytest.mark.slow
-def test_two_ranks_learn_settle_and_export(tmp_path: Path) -> None:
-    make_inputs(tmp_path)
-    arguments = [
-        *learn_masks(tmp_path, tmp_path / "run", 6),
+class Malice:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.path),))
+
+
+def on_one(folder: Path, name: str, *settings: str) -> list[str]:
+    """A run on one rank whose batches are those of two."""
+    run = learn_masks(folder, folder / name, STEPS, CALLBACKS[:4])
+    return [*run, "--data.batch_size=8", "--trainer.logger=false", *settings]
+
+
+def on_two(folder: Path, name: str, strategy: str, *settings: str) -> list[str]:
+    callbacks = [*CALLBACKS, "ExportModel"] if name == "zero3" else [*CALLBACKS]
+    run = learn_masks(folder, folder / name, STEPS, callbacks)
+    return [
+        *run,
+        "--trainer.logger=false",
         "--trainer.devices=2",
-        "--trainer.strategy=ddp_find_unused_parameters_true",  # as the recipes for several GPUs
+        f"--trainer.strategy={STRATEGIES[strategy]}",
+        *settings,
     ]
-    run = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of a run on one rank, and of all runs on two."""
+    folder = make_inputs(tmp_path_factory.mktemp("ranks"))
+    one = call(on_one(folder, "one", "--trainer.val_check_interval=3"))
+    torch.save(trained(one.model), folder / "one.0.pt")
+    torch.save({"x": Malice(folder / "executed")}, folder / "malice.ckpt")
+    half = folder / "one" / "checkpoints" / "step=3.ckpt"
+    all_runs = {name: on_two(folder, name, name) for name in STRATEGIES}
+    all_runs["zero3"].append("--trainer.val_check_interval=3")
+    all_runs["resumed"] = on_two(
+        folder,
+        "resumed",
+        "zero3",
+        f"--ckpt_path={folder / 'zero3' / 'checkpoints' / 'step=3.ckpt'}",
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    plan = PruningPlan.load(tmp_path / "run" / "plan")
-    assert plan.provenance["step"] == 6
-    assert plan.gains is not None  # both phases ran
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    all_runs["from_one"] = on_two(folder, "from_one", "zero2", f"--ckpt_path={half}")
+    all_runs["checkpointed"] = on_two(
+        folder, "checkpointed", "zero3", "--model.gradient_checkpointing=true"
+    )
+    all_runs["refused_malice"] = on_two(
+        folder, "refused_malice", "zero3", f"--ckpt_path={folder / 'malice.ckpt'}"
+    )
+    finish(folder, start(folder, all_runs), timeout=400)
+    return folder
+
+
+def state(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{name}.{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, "from_one", "checkpointed"])
+def test_two_ranks_learn_what_one_learns(runs: Path, name: str) -> None:
+    here, there, one = state(runs, name), state(runs, name, 1), state(runs, "one")
+    assert here.keys() == one.keys()
+    for key, value in one.items():
+        assert torch.equal(here[key], there[key]), key  # bitwise, on all ranks
+        torch.testing.assert_close(here[key], value, atol=1e-5, rtol=0)
+    assert bool((one["gains"] != 1).any())  # both phases ran
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(runs: Path) -> None:
+    for key, value in state(runs, "zero3").items():
+        assert torch.equal(state(runs, "resumed")[key], value), key
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_a_run_of_two_ranks_goes_on_with_one(runs: Path, name: str, tmp_path: Path) -> None:
+    half = runs / name / "checkpoints" / "step=3.ckpt"
+    arguments = on_one(runs, str(tmp_path / "run"), f"--ckpt_path={half}")
+    for key, value in trained(call(arguments).model).items():
+        torch.testing.assert_close(value, state(runs, "one")[key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_checkpoint_does_not_tell_how_many_ranks_wrote_it(runs: Path, name: str) -> None:
+    mine, one = (
+        torch.load(runs / run / "checkpoints" / "step=6.ckpt", weights_only=True)
+        for run in (name, "one")
+    )
+    assert mine["state_dict"].keys() == one["state_dict"].keys()
+    assert not any(key.startswith("model.") for key in mine["state_dict"])
+    ours, theirs = mine["optimizer_states"][0], one["optimizer_states"][0]
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, of_parameter in theirs["state"].items():
+        for key, value in of_parameter.items():
+            torch.testing.assert_close(ours["state"][number][key], value, atol=1e-5, rtol=0)
+
+
+def test_a_divided_model_is_exported_and_proven(runs: Path) -> None:
+    plan, one = PruningPlan.load(runs / "zero3" / "plan"), state(runs, "one")
+    assert plan.provenance["step"] == STEPS
+    assert plan.gains is not None
+    assert plan.gains[0].numel() < one["gains"].numel()
+    assert {"README.md", "model.safetensors", "plan.json"} <= content(
+        runs / "zero3" / "model"
+    ).keys()
+    assert "ranks 2" in (runs / "zero3" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_malicious_checkpoint_does_not_run(runs: Path) -> None:
+    assert zipfile.is_zipfile(runs / "malice.ckpt")
+    assert not (runs / "executed").exists()
+    for rank in (0, 1):
+        assert "weights_only" in (runs / f"refused_malice.{rank}.txt").read_text(encoding="utf-8")
+
+
+def test_a_lost_rank_ends_the_other_with_its_name(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    run = [*on_two(tmp_path, "lost", "ddp"), "--trainer.callbacks.patience_seconds=4"]
+    run += ["--trainer.max_steps=100000"]
+    ranks = start(tmp_path, {"lost": run})
+    deadline = time.monotonic() + 200
+    try:
+        while not list((tmp_path / "lost" / "checkpoints").glob("step=*.ckpt")):
+            assert all(rank.poll() is None for rank in ranks), (tmp_path / "rank0.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks[1].send_signal(signal.SIGKILL)
+        assert ranks[0].wait(timeout=60) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = (tmp_path / "rank0.log").read_text(encoding="utf-8")
+    assert f"process {ranks[1].pid}" in said
+    assert "is lost" in said

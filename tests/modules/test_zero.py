@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from modules import CausalLM, ShardedDDP, Zero
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": 4}, "`stage` must be 1, 2 or 3, got 4"),
+        ({"stage": 2, "offload_parameters": True}, "`offload_parameters` needs `stage` 3, got 2"),
+        ({"stage": 1, "offload_optimizer": True}, "`offload_optimizer` needs `stage` 2 or 3"),
+        ({"prefetch_parameters": -1}, "`prefetch_parameters` must be 0 or more, got -1"),
+        ({"timeout_seconds": 0.0}, "`timeout_seconds` must be above 0, got 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Zero(**settings)
+
+
+@pytest.mark.parametrize("strategy", [Zero(stage=3), ShardedDDP()])
+def test_a_module_that_needs_the_whole_model_is_refused(strategy: Any) -> None:
+    module = CausalLM(architecture={"model_type": "llama"})
+    with pytest.raises(ValueError, match="CausalLM .* use .*stage.? 2"):
+        strategy.connect(module)
+
+
+def test_another_precision_is_refused_with_what_to_do(recwarn: pytest.WarningsRecorder) -> None:
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy=Zero(stage=2), precision="bf16-mixed", logger=False
+    )
+    with pytest.raises(ValueError, match="trains in float32.*bf16-mixed.*--model.dtype bfloat16"):
+        trainer.strategy.setup_environment()
