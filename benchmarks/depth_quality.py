@@ -1,0 +1,107 @@
+"""Perplexity after removing 1, 2 and 3 blocks of a small LLaMA, by every score and search.
+
+The opponents are the published programs on the same model, calibration windows and texts: 10
+windows of 128 tokens, no protected ends; perplexity of the first 372 windows of c4 and of all 393
+of wikitext2. Every model is scored once and every distinct set of blocks measured once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.data import data_folder, evaluation_windows, write_figures
+from pruning.depth import (
+    AngularDistance,
+    BlockInfluence,
+    Blocks,
+    Cached,
+    Greedy,
+    HalfBlocks,
+    Magnitude,
+    OneShot,
+    Perplexity,
+    ReverseOrder,
+    Search,
+    Taylor,
+    Unit,
+    bypassed,
+)
+from pruning.depth.search import names
+from pruning.measure.perplexity import perplexity
+
+WINDOWS = {"c4": 372, "wikitext2": 393}
+SEARCHES: dict[str, Search] = {
+    "perplexity": OneShot(Perplexity()),
+    "perplexity, greedy": Greedy(Perplexity()),
+    "perplexity, greedy halves": Greedy(Perplexity(), units=HalfBlocks()),
+    "block influence": OneShot(BlockInfluence()),
+    "block influence, greedy": Greedy(BlockInfluence()),
+    "angular, contiguous": OneShot(AngularDistance()),
+    "Taylor": OneShot(Taylor()),
+    "Taylor, greedy": Greedy(Taylor()),
+    "Taylor+": OneShot(Taylor(), protect_first=4, protect_last=2),
+    "reverse order": OneShot(ReverseOrder()),
+    "magnitude": OneShot(Magnitude()),
+}
+# c4 and wikitext2 after 1, 2 and 3 removals, by the published programs.
+REFERENCE = {
+    "perplexity": ((120.78, 285.90), (135.82, 302.43), (169.69, 364.21)),
+    "perplexity, greedy": ((120.78, 285.90), (135.82, 302.43), (161.96, 351.72)),
+    "block influence": ((120.78, 285.90), (143.80, 323.50), (164.56, 343.37)),
+    "Taylor": ((130.67, 301.02), (168.71, 379.14), (212.52, 475.34)),
+    "magnitude": ((11934.0, 9967.0), (5663.0, 5680.0), (5794.0, 6004.0)),
+}
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3], help="blocks to remove")
+    parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folder = data_folder() / "models" / "llama7m"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    calibration = np.load(data_folder() / "reference" / "calib_10x128.npy")
+    windows_NT = torch.from_numpy(calibration).long()
+    texts = {n: evaluation_windows(str(folder))[n][:first] for n, first in WINDOWS.items()}
+    measured: dict[frozenset[Unit], tuple[float, ...]] = {}
+
+    def quality(removed: tuple[Unit, ...]) -> tuple[float, ...]:
+        key = frozenset(removed)
+        if key not in measured:
+            with bypassed(model, removed):
+                measured[key] = tuple(perplexity(model, w).value for w in texts.values())
+        return measured[key]
+
+    figures: dict[str, Any] = {}
+    scores = tempfile.TemporaryDirectory()
+    for count in args.counts:
+        for name in args.searches:
+            search = SEARCHES[name]
+            search = replace(search, score=Cached(search.score, scores.name))
+            chosen = search(model, windows_NT, Blocks(count)).removed
+            found = quality(chosen)
+            line = f"{name} | {count} | {names(chosen)} | " + " / ".join(f"{v:.2f}" for v in found)
+            key = f"{name.replace(', ', '_').replace(' ', '_').lower()}_{count}"
+            figures |= {f"{key}_{text}": v for text, v in zip(texts, found, strict=True)}
+            if name in REFERENCE:
+                published = REFERENCE[name][count - 1]
+                figures[f"{key}_over_reference"] = found[0] / published[0]
+                line += f" | reference {published[0]:.2f} / {published[1]:.2f}"
+            print(line, flush=True)
+    write_figures(figures, args.json)
+
+
+if __name__ == "__main__":
+    main()
