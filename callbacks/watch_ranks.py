@@ -131,17 +131,17 @@ class _Watch(threading.Thread):
                 heard[other] = (b"", now)
                 continue
             if words := self._read(f"watch/words/{other}"):
-                return f"{self._name(other)}, which ended with {words.decode()!r},"
+                return f"{self._describe(other)}, which ended with {words.decode()!r},"
             beat = self._read(f"watch/beat/{other}") or b""
             if beat != heard[other][0]:
                 heard[other] = (beat, now)
             elif now - heard[other][1] > self.patience:
-                return f"{self._name(other)}, silent for {self.patience:.0f} s,"
+                return f"{self._describe(other)}, silent for {self.patience:.0f} s,"
         return None
 
     def _read(self, key: str) -> bytes | None:
         value: bytes | None = self.store.get(key) if self.store.check([key]) else None
         return value
 
-    def _name(self, rank: int) -> str:
+    def _describe(self, rank: int) -> str:
         return (self._read(f"watch/name/{rank}") or f"rank {rank}".encode()).decode()
