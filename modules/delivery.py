@@ -251,7 +251,7 @@ def card(
     widths_S = torch.tensor([float(width) for width in plan.widths])
     budget = [["counted", "dense", "kept", "fraction"]]
     for cost in _COSTS:
-        table = cost.table(model)
+        table = cost.table(model, plan.family)
         kept = float(table(widths_S))
         budget.append(
             [cost.label, f"{table.dense:,.0f}", f"{kept:,.0f}", f"{kept / table.dense:.4f}"]

@@ -131,6 +131,7 @@ class MaskLearning(LanguageModelling):
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self.gains: nn.Parameter
         self.settled_N: Tensor
+        self._is_part_N: Tensor
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -154,14 +155,17 @@ class MaskLearning(LanguageModelling):
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
             enable = getattr(self.model, new if hasattr(self.model, new) else old)
             enable({"use_reentrant": False, "context_fn": self._contexts})
-        self.hooks = GateHooks(self.model)
+        family = self.budget.family(self.model.config)
+        self.hooks = GateHooks(self.model, family)
         self.sites = self.hooks.sites
-        self.table = self.budget.cost.table(skeleton(self.model.config))
+        self.table = self.budget.cost.table(skeleton(self.model.config), family)
         self.budget.check(self.sites, self.table)
         sizes = [site.size for site in self.sites]
         self.hypernetwork = self._make_hypernetwork(sizes)
         self.gains = nn.Parameter(torch.ones(sum(sizes)))
         self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
+        is_part_N = torch.cat([torch.full((site.size,), site.is_part) for site in self.sites])
+        self.register_buffer("_is_part_N", is_part_N, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Check that text, strategy and memory suit the model before the model is read.
@@ -310,11 +314,13 @@ class MaskLearning(LanguageModelling):
             "min_width": self.budget.min_width,
             "width_multiple": self.budget.width_multiple,
             "uniform": self.budget.uniform,
+            "parts": self.budget.parts,
             "gains": gains is not None,
             "settle": self.settle,
             "learned_on": repr(self.quantisation or self.model.dtype),
         }
-        return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains)
+        family = self.budget.family(self.model.config)
+        return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains, family)
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
@@ -403,6 +409,8 @@ class MaskLearning(LanguageModelling):
             self.settled_N.copy_(torch.cat(masks))
         # Where nothing was removed there is nothing to make good: the gains get no gradient.
         gains_N = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
+        # A part as a whole has no gain: the last gates inside it do as well, and fold into weights.
+        gains_N = torch.where(self._is_part_N, 1.0, gains_N)
         return self._open(split(self.settled_N * gains_N, self.sites))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -3,8 +3,9 @@
 Sources: DISP-LLM (arXiv 2410.11988), section 3.3 (eq. 7: the log-ratio penalty). The exact
 selection is ours: the paper draws a random mask at the end and meets the budget only roughly.
 
-Every parameter tensor of a block is a product of the widths of its axes, so the cost of a whole
-model is one sum over products of two widths, exact for hard masks and differentiable for soft ones.
+Every parameter tensor of a block is a product of the widths of its axes, and of the gate of its
+part where attention and MLP have gates as a whole. So the cost of a whole model is one sum over
+products, exact for hard masks and differentiable for soft ones.
 
 Legend: S = sites, K = products, F = fixed axis lengths, N = all gates, C = chunks of gates.
 """
@@ -13,16 +14,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.families import Family, blocks_of, family_of
+from pruning.families import PARTS, Family, blocks_of, family_of, part_of
 from pruning.sites import Site, find_sites
+
+Product = tuple[int, *tuple[int | float, ...]]
+"""Unit cost, then up to three axes: a site by its index, a fixed length as a float."""
 
 
 class CostTable:
@@ -30,26 +34,26 @@ class CostTable:
 
     Args:
         sites: The sites, in order.
-        products: (unit cost, site or fixed length, site or fixed length) of every product. A site
-            is given by its index in `sites`, a fixed length as a float.
+        products: Every product; a site appears in it once at most.
         constant: Cost of everything that no site changes.
     """
 
     def __init__(
         self,
         sites: Sequence[Site],
-        products: Sequence[tuple[int, int | float, int | float]],
+        products: Sequence[Product],
         constant: int = 0,
     ) -> None:
-        fixed = sorted({a for _, *axes in products for a in axes if isinstance(a, float)})
+        fixed = sorted({1.0, *(a for _, *axes in products for a in axes if isinstance(a, float))})
         place = {length: len(sites) + i for i, length in enumerate(fixed)}
 
         def index(axis: int | float) -> int:
             return place[axis] if isinstance(axis, float) else axis
 
-        self.unit_K = torch.tensor([unit for unit, _, _ in products], dtype=torch.float64)
-        self.left_K = torch.tensor([index(left) for _, left, _ in products])
-        self.right_K = torch.tensor([index(right) for _, _, right in products])
+        self.unit_K = torch.tensor([unit for unit, *_ in products], dtype=torch.float64)
+        self.axes_3K = torch.tensor(
+            [[index(axis) for axis in (*axes, 1.0, 1.0)[:3]] for _, *axes in products]
+        ).T
         self.fixed_F = torch.tensor(fixed, dtype=torch.float64)
         self.constant = constant
         self.full_S = torch.tensor([float(site.size) for site in sites], dtype=torch.float64)
@@ -57,10 +61,11 @@ class CostTable:
 
     def __call__(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, ""]:
         """Cost at the given widths, float64; exact for whole widths, differentiable."""
-        axes = torch.cat([widths_S.double(), self.fixed_F.to(widths_S.device)])
         device = widths_S.device
-        left_K, right_K = axes[self.left_K.to(device)], axes[self.right_K.to(device)]
-        return (self.unit_K.to(device) * left_K * right_K).sum() + self.constant
+        axes = torch.cat([widths_S.double(), self.fixed_F.to(device)])
+        a_K, b_K, c_K = axes[self.axes_3K.to(device)]
+        cost: Tensor = (self.unit_K.to(device) * a_K * b_K * c_K).sum() + self.constant
+        return cost
 
     def fraction(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, ""]:
         """Cost at the given widths divided by the dense cost, in (0, 1]."""
@@ -70,8 +75,9 @@ class CostTable:
         """Cost of one more entry at every site; no site multiplies itself, so this is exact."""
         axes = torch.cat([widths_S.double(), self.fixed_F])
         marginal = torch.zeros_like(axes)
-        marginal.index_add_(0, self.left_K, self.unit_K * axes[self.right_K])
-        marginal.index_add_(0, self.right_K, self.unit_K * axes[self.left_K])
+        a_K, b_K, c_K = axes[self.axes_3K]
+        for axis_K, others_K in zip(self.axes_3K, (b_K * c_K, a_K * c_K, a_K * b_K), strict=True):
+            marginal.index_add_(0, axis_K, self.unit_K * others_K)
         return marginal[: len(widths_S)]
 
 
@@ -87,8 +93,13 @@ class Cost(ABC):
         return name if self.whole_model else f"block {name}"
 
     @abstractmethod
-    def table(self, model: PreTrainedModel) -> CostTable:
-        """The cost table of a model, which may live on the meta device."""
+    def table(self, model: PreTrainedModel, family: Family | None = None) -> CostTable:
+        """The cost table of a model, which may live on the meta device.
+
+        Args:
+            model: The dense model.
+            family: The row of its family, `with_parts` or without; None is without.
+        """
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,14 @@ class Parameters(Cost):
 
     whole_model: bool = False
 
-    def table(self, model: PreTrainedModel) -> CostTable:
-        family = family_of(model.config)
+    def table(self, model: PreTrainedModel, family: Family | None = None) -> CostTable:
+        family = family or family_of(model.config)
         sites = find_sites(model, family)
         products = _projection_products(model, family, sites, weight_unit=1)
         if not self.whole_model:
             return CostTable(sites, products)
         products += _norm_products(model, family, sites)
+        products += _other_products(model, family, sites)
         inside = CostTable(sites, products).dense
         return CostTable(sites, products, constant=model.num_parameters() - int(inside))
 
@@ -126,28 +138,35 @@ class Flops(Cost):
     whole_model: bool = False
     context_tokens: int = 2048
 
-    def table(self, model: PreTrainedModel) -> CostTable:
-        family = family_of(model.config)
+    def table(self, model: PreTrainedModel, family: Family | None = None) -> CostTable:
+        family = family or family_of(model.config)
         sites = find_sites(model, family)
         products = _projection_products(model, family, sites, weight_unit=2)
         if not self.whole_model:
             return CostTable(sites, products)
         head = model.get_output_embeddings()
         assert head is not None
-        constant = 2 * head.in_features * head.out_features
         attention_output = next(p.path for p in family.projections if p.output == "attn_out")
-        for block in blocks_of(model, family):
+        part = _parts(sites)
+        for number, block in enumerate(blocks_of(model, family)):
             # q k^T and the weighted sum of v: 2 products of context_tokens x query width.
             query_width = block.get_submodule(attention_output).in_features
-            constant += 4 * self.context_tokens * int(query_width)  # type: ignore[arg-type]
-        return CostTable(sites, products, constant=int(constant))
+            products.append((4 * self.context_tokens * int(query_width), part(number, "attn")))  # type: ignore[arg-type]
+        return CostTable(sites, products, constant=2 * head.in_features * head.out_features)
+
+
+def _parts(sites: Sequence[Site]) -> Callable[[int, str], int | float]:
+    """Block and part to its axis in a product: the site of its gate, or 1 if it has none."""
+    index = {(site.block, site.name): i for i, site in enumerate(sites) if site.is_part}
+    return lambda block, part: index.get((block, part), 1.0)
 
 
 def _projection_products(
     model: PreTrainedModel, family: Family, sites: list[Site], weight_unit: int
-) -> list[tuple[int, int | float, int | float]]:
+) -> list[Product]:
     index = {(site.block, site.name): i for i, site in enumerate(sites)}
-    products: list[tuple[int, int | float, int | float]] = []
+    part = _parts(sites)
+    products: list[Product] = []
     for number, block in enumerate(blocks_of(model, family)):
         for projection in family.projections:
             linear = block.get_submodule(projection.path)
@@ -157,23 +176,48 @@ def _projection_products(
                 rows = index[number, projection.output]
             if projection.input is not None:
                 columns = index[number, projection.input]
-            products.append((weight_unit, rows, columns))
+            gate = part(number, part_of(projection.input or projection.output or ""))
+            products.append((weight_unit, rows, columns, gate))
             if linear.bias is not None:
-                products.append((1, rows, 1.0))
+                products.append((1, rows, gate))
     return products
 
 
-def _norm_products(
-    model: PreTrainedModel, family: Family, sites: list[Site]
-) -> list[tuple[int, int | float, int | float]]:
+def _norm_products(model: PreTrainedModel, family: Family, sites: list[Site]) -> list[Product]:
     """The weights of the norms that a site selects, and their biases where they have some."""
-    blocks = blocks_of(model, family)
+    blocks, part = blocks_of(model, family), _parts(sites)
     return [
-        (len(list(blocks[site.block].get_submodule(norm.path).parameters())), i, 1.0)
+        (
+            len(list(blocks[site.block].get_submodule(norm.path).parameters())),
+            i,
+            part(site.block, site.part),
+        )
         for i, site in enumerate(sites)
         for norm in family.norms
         if norm.output == site.name
     ]
+
+
+def _other_products(model: PreTrainedModel, family: Family, sites: list[Site]) -> list[Product]:
+    """What no width changes but a part takes with it, as norms of queries and keys.
+
+    What both parts need, as the one norm of a parallel block, goes when both go: a + m - a m of it
+    stays.
+    """
+    products: list[Product] = []
+    part = _parts(sites)
+    counted = {p.path for p in family.projections} | {norm.path for norm in family.norms}
+    for number, block in enumerate(blocks_of(model, family)):
+        attn, mlp = (part(number, name) for name in PARTS)
+        for path, tensor in block.named_parameters():
+            if path.rpartition(".")[0] in counted:
+                continue
+            size, owner = tensor.numel(), family.part_of_tensor(path)
+            if owner is not None:
+                products.append((size, part(number, owner)))
+            else:
+                products += [(size, attn), (size, mlp), (-size, attn, mlp)]
+    return products
 
 
 def log_ratio_penalty(
@@ -203,9 +247,11 @@ class Budget:
             hardware); a site whose size is not a multiple may also stay whole.
         uniform: Narrow the MLPs only, all to the same width, so that the result is a stock model of
             its family, without code of its own. Which neurons stay still differs per block.
+        parts: Let attentions and MLPs go as a whole, too, by one gate each. What such a part leaves
+            unspent, the widths of the others get.
 
     Raises:
-        ValueError: A setting is outside its range.
+        ValueError: A setting is outside its range, or `uniform` and `parts` are both set.
     """
 
     keep: float = 0.5
@@ -213,13 +259,28 @@ class Budget:
     min_width: int = 1
     width_multiple: int = 1
     uniform: bool = False
+    parts: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"`keep` must be in (0, 1], got {self.keep}.")
+        if self.uniform and self.parts:
+            raise ValueError(
+                "`uniform` and `parts` cannot both be true: a block without attention or MLP is "
+                "no stock block. Remove blocks first, then learn uniform widths of the rest."
+            )
         for name in ("min_width", "width_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+
+    def family(self, config: PreTrainedConfig) -> Family:
+        """The row of the family with the sites that this budget has gates for.
+
+        Raises:
+            ValueError: The family is unknown, or this member of it cannot be pruned.
+        """
+        family = family_of(config)
+        return family.with_parts() if self.parts else family
 
     def prunes(self, site: Site) -> bool:
         """Whether the site may lose entries; the gates of the others stay open."""
@@ -239,7 +300,7 @@ class Budget:
                 "`uniform` needs a site `mlp_mid` of the same size in every block, got "
                 f"{found or 'none'}; set it to false."
             )
-        smallest = min(prunable, key=lambda site: site.size)
+        smallest = min((s for s in prunable if not s.is_part), key=lambda site: site.size)
         for name in ("min_width", "width_multiple"):
             if getattr(self, name) > smallest.size:
                 raise ValueError(
@@ -247,6 +308,8 @@ class Budget:
                     f"has {smallest.size} entries; choose at most {smallest.size}."
                 )
         floor_S = torch.tensor([float(self._floor(site)) for site in sites])
+        attentions = [place for place, site in enumerate(sites) if site.name == "attn"]
+        floor_S[attentions[:1]] = 1.0  # one stays
         reachable = float(table.fraction(floor_S))
         if reachable > self.keep:
             shape = f"`min_width` {self.min_width} and `width_multiple` {self.width_multiple}"
@@ -276,6 +339,10 @@ class Budget:
             sites: The sites, in order.
             table: Cost table of the same sites.
 
+        With `parts`, their gates compete in that ranking as chunks of one. Those that are not in
+        the prefix go, and the ranking is repeated among what is left, so that the budget is met by
+        widths. A part comes back, the best first, if all that is left is whole and it fits.
+
         Returns:
             Sorted indices (int64) of the kept entries, one vector per site.
 
@@ -292,8 +359,12 @@ class Budget:
         limit = self.keep * table.dense * (1 + 1e-12)
         if self.uniform:
             widths_S = self._uniform_widths(sites, table, limit)
+        elif any(site.is_part for site in sites):
+            widths_S = self._widths_with_parts(scores_N, sites, table, limit, ranked)
         else:
-            widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked)
+            floor_S = torch.tensor([self._floor(site) for site in sites])
+            top_S = torch.tensor([site.size for site in sites])
+            widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked, floor_S, top_S)
         return tuple(
             order[:width].sort().values
             for order, width in zip(ranked, widths_S.tolist(), strict=True)
@@ -313,7 +384,7 @@ class Budget:
         affordable = bisect_left(choices, True, key=too_wide)  # the cost grows with the width
         return floor_S.masked_fill(narrow_S, choices[affordable - 1])
 
-    def _ranked_widths(
+    def _widths_with_parts(
         self,
         scores_N: Tensor,
         sites: Sequence[Site],
@@ -321,21 +392,44 @@ class Budget:
         limit: float,
         ranked: Sequence[Tensor],
     ) -> Tensor:
-        """Widths of the best chunks of all sites together."""
+        """Widths of the best chunks of those parts that are among the best themselves."""
+        scores = scores_N.split([site.size for site in sites])
         floor_S = torch.tensor([self._floor(site) for site in sites])
-        chunk_sites, chunk_sizes = self._ranked_chunks(scores_N, sites, ranked, floor_S)
+        size_S = torch.tensor([site.size for site in sites])
+        gates = {(s.block, s.name): place for place, s in enumerate(sites) if s.is_part}
+        gate_S = torch.tensor([gates[site.block, site.part] for site in sites])
+        best_first = sorted(gates.values(), key=lambda place: -float(scores[place]))
+        floor_S[next(place for place in best_first if sites[place].name == "attn")] = 1
+        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, size_S)
+        count = _longest_prefix(*chunks, floor_S, table, limit)
+        open_S = _widths_of_prefix(*chunks, floor_S, count)[gate_S] == 1
+        floor_S[list(gates.values())] = 1
+        while True:
+            lowest_S, top_S = floor_S * open_S, size_S * open_S
+            widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked, lowest_S, top_S)
+            shut = [place for place in best_first if not open_S[place]]
+            if not shut or bool((widths_S < top_S).any()):
+                return widths_S
+            back_S = gate_S == shut[0]
+            if float(table(torch.where(back_S, floor_S, lowest_S))) > limit:
+                return widths_S
+            open_S = open_S | back_S
 
-        def widths_of_prefix(count: int) -> Tensor:
-            return floor_S.index_add(0, chunk_sites[:count], chunk_sizes[:count])
-
-        low, high = 0, len(chunk_sites)  # the longest prefix within the limit lies in [low, high]
-        while low < high:
-            middle = (low + high + 1) // 2
-            if float(table(widths_of_prefix(middle))) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        widths_S = widths_of_prefix(low)
+    def _ranked_widths(
+        self,
+        scores_N: Tensor,
+        sites: Sequence[Site],
+        table: CostTable,
+        limit: float,
+        ranked: Sequence[Tensor],
+        floor_S: Tensor,
+        top_S: Tensor,
+    ) -> Tensor:
+        """Widths of the best chunks of all sites together, between a floor and a top."""
+        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, top_S)
+        chunk_sites, chunk_sizes = chunks
+        low = _longest_prefix(*chunks, floor_S, table, limit)
+        widths_S = _widths_of_prefix(*chunks, floor_S, low)
         cost = float(table(widths_S))
         # A chunk can follow only if all earlier chunks of its site are in: a site that was passed
         # over once stays closed.
@@ -354,6 +448,8 @@ class Budget:
         return widths_S
 
     def _floor(self, site: Site) -> int:
+        if site.is_part:
+            return 0
         if not self.prunes(site):
             return site.size
         chunks = -(-self.min_width // self.width_multiple)
@@ -365,15 +461,17 @@ class Budget:
         sites: Sequence[Site],
         ranked: Sequence[Tensor],
         floor_S: Tensor,
+        top_S: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Site and size of every chunk above the floor, best mean score first."""
+        """Site and size of every chunk between floor and top, best mean score first."""
         keys, places, sizes = [], [], []
         scores = scores_N.double().split([site.size for site in sites])
         for place, (order, vector) in enumerate(zip(ranked, scores, strict=True)):
-            above = vector[order][int(floor_S[place]) :]
-            whole = len(above) - len(above) % self.width_multiple
-            key_C = above[:whole].view(-1, self.width_multiple).mean(1)
-            size_C = torch.full_like(key_C, self.width_multiple, dtype=torch.long)
+            above = vector[order][int(floor_S[place]) : int(top_S[place])]
+            multiple = 1 if sites[place].is_part else self.width_multiple
+            whole = len(above) - len(above) % multiple
+            key_C = above[:whole].view(-1, multiple).mean(1)
+            size_C = torch.full_like(key_C, multiple, dtype=torch.long)
             if whole < len(above):  # the site stays whole only with its last, shorter chunk
                 key_C = torch.cat([key_C, above[whole:].mean().unsqueeze(0)])
                 size_C = torch.cat([size_C, torch.tensor([len(above) - whole])])
@@ -383,3 +481,24 @@ class Budget:
             places.append(torch.full_like(size_C, place))
         best_first = torch.cat(keys).argsort(descending=True, stable=True)
         return torch.cat(places)[best_first], torch.cat(sizes)[best_first]
+
+
+def _widths_of_prefix(
+    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, count: int
+) -> Tensor:
+    """Widths with the first `count` chunks above the floor."""
+    return floor_S.index_add(0, chunk_sites[:count], chunk_sizes[:count])
+
+
+def _longest_prefix(
+    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, table: CostTable, limit: float
+) -> int:
+    """The number of chunks in the longest prefix that costs at most the limit."""
+    low, high = 0, len(chunk_sites)  # it lies in [low, high]; the cost grows with every chunk
+    while low < high:
+        middle = (low + high + 1) // 2
+        if float(table(_widths_of_prefix(chunk_sites, chunk_sizes, floor_S, middle))) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+PARTS = ("attn", "mlp")
+"""The two parts of a block, each of which adds to the residual stream; sites begin with these."""
+
+
+def part_of(site: str) -> str:
+    """The part of a block that a site belongs to: `mlp` of `mlp_mid` and of `mlp` itself."""
+    return site.partition("_")[0]
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,34 @@ class Family:
     exported_as: str
     mlp_width: str = "intermediate_size"
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
+
+    @cached_property
+    def parts(self) -> Mapping[str, GatePoint]:
+        """Part of a block to the place where one gate multiplies all that it adds to the stream."""
+        behind = {norm.output: norm.path for norm in self.norms}
+        return {
+            part: GatePoint(behind.get(f"{part}_out", self.gates[f"{part}_out"].path), "output")
+            for part in PARTS
+        }
+
+    def with_parts(self) -> Family:
+        """The family with two sites of size 1 more per block: its attention and its MLP."""
+        return replace(self, gates={**self.gates, **self.parts})
+
+    def part_of_tensor(self, path: str) -> str | None:
+        """The part that a tensor of a block goes with; None for what both parts need.
+
+        Args:
+            path: Tensor name relative to the block, such as `self_attn.q_norm.weight`.
+        """
+        for projection in self.projections:
+            # Attention and most MLPs are one child of the block; OPT has two layers instead.
+            if projection.path.split(".")[0] == path.split(".")[0]:
+                site = projection.input or projection.output
+                assert site is not None
+                return part_of(site)
+        module = path.rpartition(".")[0]
+        return next((part_of(norm.output) for norm in self.norms if norm.path == module), None)
 
     def gain_axes(self, path: str) -> tuple[str | None, ...]:
         """The site of each axis of a tensor of a block along which the gains of the site fold in.

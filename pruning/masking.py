@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.families import blocks_of, family_of
+from pruning.families import Family, blocks_of, family_of
 from pruning.sites import find_sites
 
 
@@ -28,13 +28,15 @@ class GateHooks:
 
     Args:
         model: A causal language model of a known family.
+        family: The row of the table whose gates these are, `with_parts` or without; None looks it
+            up.
 
     Raises:
         ValueError: The family is unknown, or a module of its row is missing.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        family = family_of(model.config)
+    def __init__(self, model: PreTrainedModel, family: Family | None = None) -> None:
+        family = family or family_of(model.config)
         self.sites = find_sites(model, family)
         self.gates: Sequence[Tensor] | None = None
         self._handles = []

@@ -5,13 +5,16 @@ vector per site named `<block>.<site>`, and the gains of what stays, if there ar
 `<block>.<site>.gain`; `plan.json` says in words and numbers what they mean. Neither can run code.
 Equal plans are equal files, byte for byte.
 
+A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each on attention and MLP
+as a whole. Where such a site keeps nothing, the sites of that part keep nothing either.
+
 Legend: S = sites, I = entries of a site, W = kept entries of a site.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.families import family_of, skeleton
+from pruning.families import FAMILIES, Family, family_of, skeleton
 from pruning.sites import Site, find_sites
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
@@ -40,11 +43,12 @@ class PruningPlan:
         sites: The sites of the base model, in order.
         kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
         gains: Value of the gate of every kept entry (float32), one vector of shape (W,) per site;
-            None stands for ones. Surgery folds them into the weights.
+            None stands for ones. Surgery folds them into the weights. Those of the sites `attn`
+            and `mlp` are 1.
         provenance: How the plan was made: JSON values only, shown in the model card.
 
     Raises:
-        ValueError: Indices are unsorted, repeated, out of range or empty.
+        ValueError: Indices are unsorted, repeated, out of range or empty, or no attention is left.
     """
 
     model_type: str
@@ -57,14 +61,23 @@ class PruningPlan:
     def __post_init__(self) -> None:
         if len(self.sites) != len(self.kept):
             raise ValueError(f"{len(self.kept)} index sets were given for {len(self.sites)} sites.")
+        gone = self._removed()
         for site, index_W in zip(self.sites, self.kept, strict=True):
+            if (site.block, site.part) in gone:
+                if len(index_W) > 0:
+                    raise ValueError(
+                        f"Site {site.key} keeps entries of a part that goes as a whole; keep none."
+                    )
+                continue
             if len(index_W) == 0:
                 raise ValueError(f"Site {site.key} keeps nothing; every site keeps at least one.")
             if bool((index_W[1:] <= index_W[:-1]).any()):
                 raise ValueError(f"Kept indices of site {site.key} must be sorted and unique.")
             if int(index_W[0]) < 0 or int(index_W[-1]) >= site.size:
                 raise ValueError(f"Kept indices of site {site.key} must be in [0, {site.size}).")
-
+        attentions = {site.block for site in self.sites if site.part == "attn"}
+        if attentions and not attentions - {block for block, part in gone if part == "attn"}:
+            raise ValueError("The plan keeps no attention: no token would see another. Keep one.")
         if self.gains is None:
             return
         if len(self.gains) != len(self.sites):
@@ -77,6 +90,28 @@ class PruningPlan:
                 )
             if not bool(gain_W.isfinite().all()):
                 raise ValueError(f"Gains of site {site.key} must be finite.")
+            if site.is_part and not bool((gain_W == 1).all()):
+                raise ValueError(f"The gain of site {site.key} must be 1: no weight can hold it.")
+
+    @property
+    def family(self) -> Family:
+        """The row of the family whose sites these are, `with_parts` or without."""
+        family = FAMILIES[self.model_type]
+        return family.with_parts() if any(site.is_part for site in self.sites) else family
+
+    def keeps(self, block: int, part: str) -> bool:
+        """Whether the attention (`attn`) or the MLP (`mlp`) of a block stays, however narrow."""
+        return (block, part) not in self._removed()
+
+    def kept_blocks(self) -> list[int]:
+        """Blocks of the base model of which anything stays, in order."""
+        parts = sorted({(site.block, site.part) for site in self.sites})
+        return list(dict.fromkeys(block for block, part in parts if self.keeps(block, part)))
+
+    def _removed(self) -> set[tuple[int, str]]:
+        """Block and part of everything that goes as a whole."""
+        sites = zip(self.sites, self.kept, strict=True)
+        return {(site.block, site.name) for site, i in sites if site.is_part and len(i) == 0}
 
     @property
     def widths(self) -> list[int]:
@@ -91,12 +126,15 @@ class PruningPlan:
         return [by_block[block] for block in sorted(by_block)]
 
     def stock_mlp_width(self) -> int | None:
-        """Width of every MLP, if nothing else is cut and all blocks have the same; None otherwise.
+        """Width of every MLP, if nothing else of the blocks that stay is cut and all have the same.
 
-        What such a plan leaves is a stock model of the family: it needs no code of its own.
+        What such a plan leaves is a stock model of the family: it needs no code of its own. None
+        otherwise.
         """
-        cut = {site.name for site, width in self._widths_of_sites() if width < site.size}
-        mlps = {width for site, width in self._widths_of_sites() if site.name == "mlp_mid"}
+        stay = set(self.kept_blocks())
+        sites = [(site, width) for site, width in self._widths_of_sites() if site.block in stay]
+        cut = {site.name for site, width in sites if width < site.size}
+        mlps = {width for site, width in sites if site.name == "mlp_mid"}
         return mlps.pop() if cut <= {"mlp_mid"} and len(mlps) == 1 else None
 
     def _widths_of_sites(self) -> zip[tuple[Site, int]]:
@@ -127,12 +165,13 @@ class PruningPlan:
         Raises:
             ValueError: The plan was made for another family or other sizes.
         """
-        expected = find_sites(skeleton(config), family_of(config))
+        family_of(config)  # an unknown one is told first
         if config.model_type != self.model_type:
             raise ValueError(
                 f"The plan was made for a {self.model_type!r} model and cannot prune a "
                 f"{config.model_type!r} model."
             )
+        expected = find_sites(skeleton(config), self.family)
         for ours, theirs in zip(self.sites, expected, strict=False):
             if ours != theirs:
                 raise ValueError(
@@ -225,6 +264,7 @@ def plan_from_indices(
     kept: Sequence[Tensor],
     provenance: Mapping[str, Any],
     gains: Sequence[Tensor] | None = None,
+    family: Family | None = None,
 ) -> PruningPlan:
     """The plan of a live model.
 
@@ -234,15 +274,42 @@ def plan_from_indices(
         kept: One vector of kept indices (int64, sorted) per site, in order.
         provenance: How they were chosen.
         gains: One vector of gate values per site; None stands for ones.
+        family: The row of the family whose sites these are, `with_parts` or without; None is
+            without.
     """
     return PruningPlan(
         model_type=model.config.model_type,
         base=base,
-        sites=tuple(find_sites(model, family_of(model.config))),
+        sites=tuple(find_sites(model, family or family_of(model.config))),
         kept=tuple(index_W.cpu() for index_W in kept),
         provenance=provenance,
         gains=None if gains is None else tuple(gain_W.cpu() for gain_W in gains),
     )
+
+
+def plan_without(
+    model: PreTrainedModel,
+    base: str,
+    removed: Collection[tuple[int, str]],
+    provenance: Mapping[str, Any],
+) -> PruningPlan:
+    """The plan that removes attentions and MLPs as a whole and keeps everything else.
+
+    Args:
+        model: The dense model.
+        base: Its fingerprint.
+        removed: Block and part, `attn` or `mlp`, of what goes.
+        provenance: How they were chosen.
+
+    Raises:
+        ValueError: There is no such part, or no attention would be left.
+    """
+    family = family_of(model.config).with_parts()
+    sites = find_sites(model, family)
+    if strange := set(removed) - {(site.block, site.part) for site in sites}:
+        raise ValueError(f"`removed` names {sorted(strange)}, which the model does not have.")
+    kept = [torch.arange(0 if (s.block, s.part) in removed else s.size) for s in sites]
+    return plan_from_indices(model, base, kept, provenance, family=family)
 
 
 def _gains(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[Tensor, ...] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.families import Family, blocks_of
+from pruning.families import PARTS, Family, blocks_of, part_of
 
 
 @dataclass(frozen=True, order=True)
@@ -29,6 +29,16 @@ class Site:
     size: int
 
     @property
+    def part(self) -> str:
+        """The part of the block that it belongs to, `attn` or `mlp`."""
+        return part_of(self.name)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is the one gate of a part as a whole, and not one of its widths."""
+        return self.name in PARTS
+
+    @property
     def key(self) -> str:
         """Name used in files: `<block>.<name>`."""
         return f"{self.block}.{self.name}"
@@ -37,12 +47,16 @@ class Site:
 def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
     """All sites of a model, in order; the model may live on the meta device.
 
+    Args:
+        model: A causal language model of the family.
+        family: Its row of the table, `with_parts` or without.
+
     Raises:
         ValueError: A projection or norm of the family's row is missing in the model.
     """
     sites = []
     for index, block in enumerate(blocks_of(model, family)):
-        sizes: dict[str, int] = {}
+        sizes = dict.fromkeys(PARTS, 1)
         paths = [*(p.path for p in family.projections), *(norm.path for norm in family.norms)]
         for path in paths:
             try:

@@ -1,8 +1,9 @@
 """Cut a checkpoint down to a plan without loading the model: tensors are streamed and sliced.
 
 What comes out is a model folder: safetensors, configuration, tokenizer, the plan, and, where widths
-differ from block to block, the modelling file that loads it. A plan that narrows all MLPs alike and
-nothing else leaves a stock model of the family. Equal inputs give equal folders, byte for byte.
+differ from block to block, the modelling file that loads it. A plan that narrows all MLPs alike,
+removes whole blocks and does nothing else leaves a stock model of the family. Equal inputs give
+equal folders, byte for byte.
 
 Memory: one shard of the output; the input is mapped, not loaded. Time: the base model is hashed
 while it is cut, so that the longer of the two counts; hashing takes a second per gigabyte of a
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from pruning.families import FAMILIES, Family, skeleton
+from pruning.families import FAMILIES, PARTS, Family, skeleton
 from pruning.fingerprint import fingerprint
 from pruning.plan import PruningPlan
 
@@ -219,11 +220,18 @@ def _hashed(base_folder: Path, expected: str) -> Iterator[None]:
 def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any]:
     """The configuration of the smaller model: that of the base model and its new widths.
 
-    They are one field of a stock model where the plan leaves one, else `block_widths`.
+    They are one field of a stock model where the plan leaves one, else `block_widths`, one entry
+    per block that stays: a part that goes has width 0.
     """
     config: dict[str, Any] = json.loads((Path(base_folder) / CONFIG).read_text(encoding="utf-8"))
     family = FAMILIES[plan.model_type]
     config.pop("auto_map", None)  # code of the base model's own, which was not used either
+    by_block, keep = plan.widths_by_block(), plan.kept_blocks()
+    if len(keep) < len(by_block):
+        from pruning.depth.removal import shortened_fields  # which imports this module
+
+        method = {"method": plan.provenance.get("method", "a plan")}
+        config |= shortened_fields(AutoConfig.from_pretrained(base_folder), keep, method)
     if (width := plan.stock_mlp_width()) is not None:
         return config | {family.mlp_width: width}
     prefix, module = family.exported_as, MODELLING_FILE.stem
@@ -235,8 +243,14 @@ def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any
             "AutoModel": f"{module}.{prefix}Model",
             "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
         },
-        "block_widths": plan.widths_by_block(),
+        "block_widths": [_shown(by_block[block]) for block in keep],
     }
+
+
+def _shown(widths: dict[str, int]) -> dict[str, int]:
+    """Widths of a block as `block_widths` has them: 0 for a part that is gone, none inside it."""
+    inside = {name: width for name, width in widths.items() if width and name not in PARTS}
+    return {part: 0 for part in PARTS if widths.get(part) == 0} | inside
 
 
 def index_buffers(family: Family) -> dict[str, str]:
@@ -266,6 +280,7 @@ class _Cut:
         indices: What stays along each axis, None for everything; for a buffer, its content.
         num_bytes: Size of what stays.
         gains: What stays is multiplied by, along each axis; None for nothing.
+        source: Name of the whole tensor in its file.
     """
 
     name: str
@@ -273,6 +288,7 @@ class _Cut:
     indices: tuple[Tensor | None, ...]
     num_bytes: int
     gains: tuple[Tensor | None, ...] = ()
+    source: str = ""
 
     def make(self) -> Tensor:
         if self.file is None:
@@ -280,7 +296,7 @@ class _Cut:
             assert content_W is not None
             return content_W.clone()
         with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+            tensor: Tensor = file.get_tensor(self.source)
         for axis, index_W in enumerate(self.indices):
             if index_W is not None:
                 tensor = tensor.index_select(axis, index_W)
@@ -303,13 +319,18 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
         (site.block, site.name): gain_W
         for site, gain_W in zip(plan.sites, plan.gains or (None,) * len(plan.sites), strict=True)
     }
-    cuts = []
+    places = {block: place for place, block in enumerate(plan.kept_blocks())}
+    cuts, names = [], set()
     for path in _weight_files(base_folder):
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
+                names.add(name)
+                block, relative = _in_block(family, name)
+                if block >= 0 and not _stays(family, plan, block, relative):
+                    continue
                 header = file.get_slice(name)
                 shape = header.get_shape()
-                block, sites = _axes(family, name)
+                sites = family.axes(relative)
                 indices, entries = [], prod(shape)
                 for axis, site in enumerate(sites):
                     index_W = None if site is None else kept[block, site]
@@ -325,16 +346,24 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
                 num_bytes = entries * _bytes_of(header.get_dtype())
                 folded = tuple(
                     None if site is None else gains[block, site]
-                    for site in _axes(family, name, family.gain_axes)[1]
+                    for site in family.gain_axes(relative)
                 )
-                cuts.append(_Cut(name, path, tuple(indices), num_bytes, folded))
-    _refuse_missing(base_folder, {cut.name for cut in cuts}, family)
-    for block in range(len(plan.widths_by_block())):
+                written = name if block < 0 else f"{family.blocks}.{places[block]}.{relative}"
+                cuts.append(_Cut(written, path, tuple(indices), num_bytes, folded, name))
+    _refuse_missing(base_folder, names, family)
+    for block, place in places.items():
         for buffer, site in index_buffers(family).items():
-            if (index_W := kept[block, site]) is not None:
-                name = f"{family.blocks}.{block}.{buffer}"
+            index_W = kept[block, site]
+            if index_W is not None and len(index_W) > 0:
+                name = f"{family.blocks}.{place}.{buffer}"
                 cuts.append(_Cut(name, None, (index_W,), 8 * len(index_W)))
     return cuts
+
+
+def _stays(family: Family, plan: PruningPlan, block: int, relative: str) -> bool:
+    """Whether a tensor of a block is part of the smaller model, whole or cut."""
+    part = family.part_of_tensor(relative)
+    return any(plan.keeps(block, name) for name in ([part] if part else PARTS))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -350,21 +379,19 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _axes(
-    family: Family, name: str, of: Callable[[str], tuple[str | None, ...]] | None = None
-) -> tuple[int, tuple[str | None, ...]]:
-    """Block and the sites of the axes of a tensor, by `family.axes` or another of its tables."""
+def _in_block(family: Family, name: str) -> tuple[int, str]:
+    """Block of a tensor, and its name relative to it; -1 and the whole name outside of blocks."""
     prefix = f"{family.blocks}."
     if not name.startswith(prefix):
-        return -1, ()
+        return -1, name
     block, _, relative = name.removeprefix(prefix).partition(".")
-    return int(block), (of or family.axes)(relative)
+    return int(block), relative
 
 
 def _refuse_missing(base_folder: Path, names: set[str], family: Family) -> None:
     """Every prunable tensor must be there under its own name, or it would be left out silently."""
     model = skeleton(AutoConfig.from_pretrained(base_folder))
-    wanted = [name for name in model.state_dict() if any(_axes(family, name)[1])]
+    wanted = [name for name in model.state_dict() if any(family.axes(_in_block(family, name)[1]))]
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(
             f"{base_folder} lacks {len(missing)} tensors of a {family.model_type!r} causal "

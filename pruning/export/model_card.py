@@ -56,7 +56,7 @@ class ModelCard:
             (_SUMMARY, _LOADING) if width is None else (_STOCK_SUMMARY, _STOCK_LOADING)
         )
         gains = "" if plan.gains is None else ", and each kept entry a learned gain in the weights"
-        summary = summary.format(base_model=self.base_model, width=width, gains=gains)
+        summary = summary.format(base_model=self.base_model, width=width, gains=gains) + _gone(plan)
         origin = {"base model": self.base_model, "fingerprint of the base model": plan.base}
         return self.page(
             summary + _VERIFIED,
@@ -120,6 +120,18 @@ class ModelCard:
             "---",
         ]
         return "\n".join(lines)
+
+
+def _gone(plan: PruningPlan) -> str:
+    """A sentence on the parts that go as a whole, nothing where none does."""
+    keep, blocks = plan.kept_blocks(), range(len(plan.widths_by_block()))
+    gone = {
+        "all of blocks": [block for block in blocks if block not in keep],
+        "the attention of blocks": [block for block in keep if not plan.keeps(block, "attn")],
+        "the MLP of blocks": [block for block in keep if not plan.keeps(block, "mlp")],
+    }
+    found = [f"{what} {', '.join(map(str, places))}" for what, places in gone.items() if places]
+    return f"Gone as a whole, counted as in the base model: {'; '.join(found)}. " if found else ""
 
 
 _SUMMARY = """\

@@ -6,14 +6,15 @@ and replaces what differs in a block:
 
 - the norms take their statistics over the full residual stream and give only the selected entries;
 - the linear layers are narrow;
-- their outputs are added to the selected entries of the residual stream, which stays full.
+- their outputs are added to the selected entries of the residual stream, which stays full;
+- a block may have no attention, or no MLP.
 
 The widths are in `config.json` (`block_widths`), the selected entries in the weights, as integer
 buffers. A site that kept its full width has no buffer and runs the stock code.
 
 To add a family: a config class, a decoder layer, a model and a causal language model as for those
-at the end of the file. A block whose modules have other names or another order brings its tables
-and its `forward`, as `SandwichBlock` does.
+at the end of the file. A block whose modules have other names or another order brings its tables,
+its `attend` and its `feed`, as `SandwichBlock` does.
 
 Legend: B = batch, T = tokens, D = width of the residual stream, W = kept entries.
 """
@@ -230,11 +231,29 @@ _GATED_MLP: Mapping[str, tuple[str | None, str | None]] = {
 }
 
 
+def _part(site: str | None) -> str:
+    """The part of a block that a site belongs to: `attn` or `mlp`."""
+    return (site or "").partition("_")[0]
+
+
+def _cache_slot(config: PreTrainedConfig, layer_idx: int) -> int:
+    """The place of the attention of a block in a cache, which has one place per block.
+
+    Attentions of one type move up into the places of those that are gone, so that the first place
+    of every type, by which caches tell how many tokens they hold, is taken.
+    """
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    places = [place for place, kind in enumerate(types) if kind == types[layer_idx]]
+    before = [place for place in places if place < layer_idx]
+    return int(places[sum(config.block_widths[place].get("attn") != 0 for place in before)])
+
+
 class NarrowBlock(nn.Module):
     """Mixin for the decoder layer of a family; it comes before the family's own class.
 
-    The constructor lets the family build its block and puts narrow layers in the place of those
-    that the tables name; `forward` is what a block does with them.
+    The constructor lets the family build its block, puts narrow layers in the place of those that
+    the tables name, and takes out the parts that are gone. `attend` and `feed` compute what
+    attention and MLP add to the residual stream.
     """
 
     self_attn: Any
@@ -250,7 +269,11 @@ class NarrowBlock(nn.Module):
         # and replaced at once need no memory; elsewhere it is one block at a time.
         super().__init__(config, layer_idx)
         size, widths = config.hidden_size, config.block_widths[layer_idx]
+        self.has = {part: widths.get(part) != 0 for part in ("attn", "mlp")}
         for path, (inputs, outputs) in self.linears.items():
+            if not self.has[_part(inputs or outputs)]:
+                setattr(self, path.split(".")[0], None)
+                continue
             stock: Any = self.get_submodule(path)
             narrow = nn.Linear(
                 widths.get(inputs, stock.in_features),
@@ -259,12 +282,37 @@ class NarrowBlock(nn.Module):
             )
             self.set_submodule(path, narrow)
         for path, (site, narrow_class) in self.norms.items():
-            if widths.get(site, size) < size:
+            if not self.has[_part(site)]:
+                setattr(self, path, None)
+            elif widths.get(site, size) < size:
                 stock = self.get_submodule(path)
                 eps = stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps
                 self.set_submodule(path, narrow_class(widths[site], size, eps))
         self.attn_out = IndexedAdd(widths.get("attn_out", size), size)
         self.mlp_out = IndexedAdd(widths.get("mlp_out", size), size)
+        if self.has["attn"]:
+            self.self_attn.layer_idx = _cache_slot(config, layer_idx)
+
+    def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
+        """What the attention adds to its entries of the residual stream, shape (B, T, W)."""
+        raise NotImplementedError
+
+    def feed(self, hidden_BTD: Tensor) -> Tensor:
+        """What the MLP adds to its entries of the residual stream, shape (B, T, W)."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        stream_BTD: Tensor = hidden_states
+        # The stream that comes in is not ours to overwrite: it may be the embeddings of the caller,
+        # a recorded hidden state or the input of a checkpointed block. The first addition therefore
+        # makes the only copy of a block. That copy is known to nobody else, so the second addition
+        # overwrites it, unless autograd has kept it to differentiate the norm.
+        alone = self.has["attn"] and not torch.is_grad_enabled()
+        if self.has["attn"]:
+            stream_BTD = self.attn_out(stream_BTD, self.attend(stream_BTD, **kwargs))
+        if self.has["mlp"]:
+            stream_BTD = self.mlp_out(stream_BTD, self.feed(stream_BTD), in_place=alone)
+        return stream_BTD
 
 
 class PreNormBlock(NarrowBlock):
@@ -279,18 +327,14 @@ class PreNormBlock(NarrowBlock):
         "post_attention_layernorm": ("mlp_in", SelectiveRMSNormGather),
     }
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        normed_BTW = self.input_layernorm(hidden_states)
-        attended_BTW, _ = self.self_attn(hidden_states=normed_BTW, **kwargs)
-        # The stream that comes in is not ours to overwrite: it may be the embeddings of the caller,
-        # a recorded hidden state or the input of a checkpointed block. The first addition therefore
-        # makes the only copy of a block. That copy is known to nobody else, so the second addition
-        # overwrites it, unless autograd has kept it to differentiate the norm.
-        stream_BTD = self.attn_out(hidden_states, attended_BTW)
-        narrow_BTW = self.mlp(self.post_attention_layernorm(stream_BTD))
-        alone = not torch.is_grad_enabled()
-        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=alone)
-        return hidden_BTD
+    def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
+        attended_BTW: Tensor
+        attended_BTW, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_BTD), **kwargs)
+        return attended_BTW
+
+    def feed(self, hidden_BTD: Tensor) -> Tensor:
+        fed_BTW: Tensor = self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return fed_BTW
 
 
 class SandwichBlock(NarrowBlock):
@@ -309,15 +353,16 @@ class SandwichBlock(NarrowBlock):
         "post_feedforward_layernorm": ("mlp_out", NarrowCentredRMSNormOutput),
     }
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        normed_BTW = self.input_layernorm(hidden_states)
-        attended_BTW, _ = self.self_attn(hidden_states=normed_BTW, **kwargs)
-        stream_BTD = self.attn_out(hidden_states, self.post_attention_layernorm(attended_BTW))
-        narrow_BTW = self.mlp(self.pre_feedforward_layernorm(stream_BTD))
-        narrow_BTW = self.post_feedforward_layernorm(narrow_BTW)
-        alone = not torch.is_grad_enabled()  # as in `PreNormBlock`
-        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=alone)
-        return hidden_BTD
+    def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
+        attended_BTW: Tensor
+        attended_BTW, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_BTD), **kwargs)
+        attended_BTW = self.post_attention_layernorm(attended_BTW)
+        return attended_BTW
+
+    def feed(self, hidden_BTD: Tensor) -> Tensor:
+        fed_BTW: Tensor = self.mlp(self.pre_feedforward_layernorm(hidden_BTD))
+        fed_BTW = self.post_feedforward_layernorm(fed_BTW)
+        return fed_BTW
 
 
 class OPTBlock(NarrowBlock):
@@ -341,17 +386,14 @@ class OPTBlock(NarrowBlock):
         "final_layer_norm": ("mlp_in", SelectiveLayerNormGather),
     }
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        normed_BTW = self.self_attn_layer_norm(hidden_states)
+    def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
+        normed_BTW = self.self_attn_layer_norm(hidden_BTD)
         attended_BTW, _ = self.self_attn(hidden_states=normed_BTW, **kwargs)
-        stream_BTD = self.attn_out(
-            hidden_states, F.dropout(attended_BTW, self.dropout, self.training)
-        )
-        narrow_BTW = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(stream_BTD))))
-        narrow_BTW = F.dropout(narrow_BTW, self.dropout, self.training)
-        alone = not torch.is_grad_enabled()  # as in `PreNormBlock`
-        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=alone)
-        return hidden_BTD
+        return F.dropout(attended_BTW, self.dropout, self.training)
+
+    def feed(self, hidden_BTD: Tensor) -> Tensor:
+        fed_BTW = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(hidden_BTD))))
+        return F.dropout(fed_BTW, self.dropout, self.training)
 
 
 class ParallelBlock(NarrowBlock):
@@ -378,13 +420,16 @@ class ParallelBlock(NarrowBlock):
         self.mlp_in = Selection(widths.get("mlp_in", size), size)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        normed_BTD = self.input_layernorm(hidden_states)
-        attended_BTW, _ = self.self_attn(hidden_states=self.attn_in(normed_BTD), **kwargs)
-        stream_BTD = self.attn_out(hidden_states, self.resid_dropout(attended_BTW))
-        narrow_BTW = self.resid_dropout(self.mlp(self.mlp_in(normed_BTD)))
-        # Nothing but the addition reads the stream in between, so autograd has not kept it.
-        hidden_BTD: Tensor = self.mlp_out(stream_BTD, narrow_BTW, in_place=True)
-        return hidden_BTD
+        normed_BTD, stream_BTD = self.input_layernorm(hidden_states), hidden_states
+        if self.has["attn"]:
+            attended_BTW, _ = self.self_attn(hidden_states=self.attn_in(normed_BTD), **kwargs)
+            stream_BTD = self.attn_out(stream_BTD, self.resid_dropout(attended_BTW))
+        if self.has["mlp"]:
+            fed_BTW = self.resid_dropout(self.mlp(self.mlp_in(normed_BTD)))
+            # The sum with the attention is known to nobody else, and nothing but this addition
+            # reads it, so autograd has not kept it.
+            stream_BTD = self.mlp_out(stream_BTD, fed_BTW, in_place=self.has["attn"])
+        return stream_BTD
 
 
 @contextmanager
@@ -433,10 +478,11 @@ class NarrowConfig:
 
     Args:
         block_widths: One mapping per block, from the name of a site to its width, in [1, full
-            width]; a site that is not named has its full width. None stands for full blocks.
+            width]; a site that is not named has its full width. `attn: 0` and `mlp: 0` stand for
+            a block without attention or MLP. None stands for full blocks.
 
     Raises:
-        ValueError: The number of mappings is not the number of blocks.
+        ValueError: The number of mappings is not the number of blocks, or no block has attention.
     """
 
     block_widths: BlockWidths
@@ -451,6 +497,16 @@ class NarrowConfig:
                 f"`block_widths` has {len(self.block_widths)} entries and `num_hidden_layers` is "
                 f"{self.num_hidden_layers}; give one entry per block."
             )
+        attending = [place for place, w in enumerate(self.block_widths) if w.get("attn") != 0]
+        if not attending:
+            raise ValueError("`block_widths` leaves no block with attention; leave one.")
+        config: Any = self
+        if types := getattr(config, "layer_types", None):
+            # A block without attention has no type; it counts as the first, see `_cache_slot`.
+            first = types[attending[0]]
+            config.layer_types = [
+                kind if place in attending else first for place, kind in enumerate(types)
+            ]
 
 
 class SecateurLlamaConfig(NarrowConfig, LlamaConfig):

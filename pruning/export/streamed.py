@@ -91,7 +91,7 @@ def verify_streamed(
     ):
         stored = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
         _check_parameters(dense, plan, exported)
-        hooks = GateHooks(dense)
+        hooks = GateHooks(dense, plan.family)
         with hooks.applied([gate_I.to(device) for gate_I in plan.gates()]):
             return _largest_difference(
                 dense,
@@ -101,6 +101,7 @@ def verify_streamed(
                 plan.gains is None or stored == torch.float32,
                 stored,
                 tolerance,
+                plan.kept_blocks(),
             )
 
 

@@ -12,7 +12,7 @@ Legend: B = windows, T = tokens, V = vocabulary, D = width of the residual strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,14 @@ def verify_export(
     windows_BT = windows_BT.to(dense.device)
     with _gated(dense, plan):
         return _largest_difference(
-            dense, exported, windows_BT, "masked one", exact, model.dtype, tolerance
+            dense,
+            exported,
+            windows_BT,
+            "masked one",
+            exact,
+            model.dtype,
+            tolerance,
+            plan.kept_blocks(),
         )
 
 
@@ -122,8 +129,19 @@ def _largest_difference(
     exact: bool,
     dtype: torch.dtype,
     tolerance: float,
+    blocks: Sequence[int] | None = None,
 ) -> float:
     """The largest absolute difference of two logits.
+
+    Args:
+        dense: One model.
+        exported: The other.
+        windows_BT: Token ids.
+        original: What the first one is, for the message.
+        exact: Whether they differ in the order of sums only.
+        dtype: Whose roundings explain more than that otherwise.
+        tolerance: Largest difference of two logits where they are exact.
+        blocks: Blocks of the first model that the other one still has; None stands for all.
 
     Raises:
         ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
@@ -137,7 +155,7 @@ def _largest_difference(
             raise ExportError(
                 f"The exported model differs from the {original} in {place}: a logit is off by "
                 f"{difference:.3g}, allowed is {limit:.3g}. "
-                f"{_first_difference(dense, exported, windows_BT, limit / scale)}"
+                f"{_first_difference(dense, exported, windows_BT, limit / scale, blocks)}"
             )
         largest = max(largest, difference)
     return largest
@@ -169,7 +187,7 @@ def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check_parameters(model: PreTrainedModel, plan: PruningPlan, exported: PreTrainedModel) -> None:
-    table = Parameters(whole_model=True).table(skeleton(model.config))
+    table = Parameters(whole_model=True).table(skeleton(model.config), plan.family)
     promised = int(table(torch.tensor(plan.widths, dtype=torch.float64)))
     if (found := exported.num_parameters()) != promised:
         raise ExportError(
@@ -181,7 +199,7 @@ def _check_parameters(model: PreTrainedModel, plan: PruningPlan, exported: PreTr
 def _gated(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     """The dense model with the gates of the plan, in evaluation mode, and all put back after."""
     training = model.training
-    hooks = GateHooks(model.eval())
+    hooks = GateHooks(model.eval(), plan.family)
     gates = [gate_I.to(model.device) for gate_I in plan.gates()]
     try:
         with hooks.applied(gates):
@@ -214,6 +232,7 @@ def _first_difference(
     exported: PreTrainedModel,
     windows_BT: Int[Tensor, "B T"],
     limit: float,
+    blocks: Sequence[int] | None,
 ) -> str:
     """A sentence that names the first block whose output differs on whole windows.
 
@@ -222,13 +241,15 @@ def _first_difference(
         exported: The exported model.
         windows_BT: Token ids.
         limit: Largest difference, as a fraction of the largest entry of the residual stream.
+        blocks: Blocks of the dense model that the exported one has; None stands for all.
     """
-    streams = zip(
-        dense(windows_BT, output_hidden_states=True).hidden_states,
-        exported(windows_BT, output_hidden_states=True).hidden_states,
-        strict=True,
-    )
-    for place, (ours_BTD, theirs_BTD) in enumerate(streams):
+    ours = dense(windows_BT, output_hidden_states=True).hidden_states
+    theirs = exported(windows_BT, output_hidden_states=True).hidden_states
+    blocks = range(len(ours) - 1) if blocks is None else blocks
+    # The embeddings, what comes out of each block, and, last, what comes out of the final norm.
+    places = [0, *(block + 1 for block in blocks)]
+    for place, theirs_BTD in zip(places, theirs, strict=True):
+        ours_BTD = ours[-1] if place == places[-1] else ours[place]
         difference_BTD = (ours_BTD.float() - theirs_BTD.float()).abs()
         if not float(difference_BTD.max()) <= limit * float(ours_BTD.float().abs().max()):
             where = f"The first difference is in block {place - 1}."

@@ -409,3 +409,78 @@ def test_uniform_prunes_the_mlps_only() -> None:
 def test_scores_of_a_diverged_run_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="must be finite"):
         _kept(Budget(), [0.0] * 7 + [bad], 3, 5)
+
+
+def _blocks_with_parts(*gates: float) -> tuple[list[Site], CostTable, Tensor]:
+    """Per gate a block whose attention has 4 entries of cost 1 and 2 more for the part itself.
+
+    The entries of every block score 0.9, 0.8, 0.7 and 0.6.
+    """
+    sites = [s for b in range(len(gates)) for s in (Site(b, "attn_in", 4), Site(b, "attn", 1))]
+    products = [(1, 2 * b, 2 * b + 1) for b in range(len(gates))]
+    own = [(2, 2 * b + 1) for b in range(len(gates))]
+    scores = torch.tensor([s for gate in gates for s in (0.9, 0.8, 0.7, 0.6, gate)])
+    return sites, CostTable(sites, [*products, *own]), scores
+
+
+@pytest.mark.parametrize(
+    ("keep", "gates", "widths"),
+    [
+        # Of 18, 9 may stay: two parts with two entries each are 8, one entry more is 9; the gate of
+        # the third part comes after all entries and is out.
+        (9 / 18, (1.0, 0.95, 0.1), [3, 1, 2, 1, 0, 0]),
+        # All of the first two is 12, so the third comes back; three entries of each are 15.
+        (15 / 18, (1.0, 0.95, 0.1), [3, 1, 3, 1, 3, 1]),
+        # One attention stays, however low: the best.
+        (4 / 18, (0.0, 0.2, 0.1), [0, 0, 2, 1, 0, 0]),
+    ],
+)
+def test_parts_by_hand(keep: float, gates: tuple[float, ...], widths: list[int]) -> None:
+    sites, table, scores = _blocks_with_parts(*gates)
+    assert table.dense == 18
+    kept = Budget(keep, parts=True).finalise(scores, sites, table)
+    assert [len(index) for index in kept] == widths
+
+
+def test_the_cost_of_a_closed_part_is_nothing_and_its_gradient_all_of_it() -> None:
+    # Worked by hand: 3 entries and 2 for the part are 5 while it is open.
+    _, table, _ = _blocks_with_parts(1.0)
+    widths = torch.tensor([3.0, 0.0], requires_grad=True)
+    cost = table(widths)
+    assert float(cost.detach()) == 0
+    assert torch.autograd.grad(cost, widths)[0].tolist() == [0, 5]
+    assert table.marginal(torch.tensor([3.0, 0.0])).tolist() == [0, 5]
+    assert table.marginal(torch.tensor([3.0, 1.0])).tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_parts_meet_the_budget_exactly(seed: int) -> None:
+    budget, _, _, _ = _draw(seed)
+    model = skeleton(tiny_llama_config(num_hidden_layers=4))
+    budget = Budget(0.2 + seed / 16, budget.cost, parts=True)
+    family = budget.family(model.config)
+    sites, table = find_sites(model, family), budget.cost.table(model, family)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(sum(site.size for site in sites), generator=generator)
+    try:
+        kept = budget.finalise(scores, sites, table)
+    except ValueError as error:  # embeddings alone cost more
+        assert "cannot be reached" in str(error)  # noqa: PT017
+        assert budget.cost.whole_model
+        return
+    widths_S = torch.tensor([float(len(index)) for index in kept])
+    limit = budget.keep * table.dense
+    assert float(table(widths_S)) <= limit * (1 + 1e-9)
+    parts = {(s.block, s.name): int(w) for s, w in zip(sites, widths_S, strict=True) if s.is_part}
+    assert sum(width for (_, name), width in parts.items() if name == "attn") >= 1
+    for place, (site, width) in enumerate(zip(sites, widths_S.tolist(), strict=True)):
+        assert (width > 0) == (parts[site.block, site.part] == 1)
+        if 0 < width < site.size:
+            wider = widths_S.clone()
+            wider[place] += 1
+            assert float(table(wider)) > limit
+
+
+def test_uniform_and_parts_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="`uniform` and `parts` cannot both be true"):
+        Budget(uniform=True, parts=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,24 +15,37 @@ from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import find_sites
 
 
-def uneven_plan(folder: Path, seed: int = 0, with_gains: bool = True) -> PruningPlan:
+def uneven_plan(
+    folder: Path,
+    seed: int = 0,
+    with_gains: bool = True,
+    removed: Collection[tuple[int, str]] | None = None,
+) -> PruningPlan:
     """Sites of block 0 keep one entry, of block 1 all, of block 2 odd numbers, of block 3 eights.
 
-    Which entries stay, and with which gains, is drawn at random.
+    Which entries stay, and with which gains, is drawn at random. With `removed`, blocks and parts,
+    attention and MLP have gates as a whole, and those of these are closed.
     """
     model = skeleton(AutoConfig.from_pretrained(folder))
-    sites = find_sites(model, family_of(model.config))
+    family = family_of(model.config)
+    if removed is not None:
+        family = family.with_parts()
+    sites = find_sites(model, family)
     generator = torch.Generator().manual_seed(seed)
     kept = []
     for site in sites:
+        if site.is_part or (removed and (site.block, site.part) in removed):
+            kept.append(torch.arange(0 if (site.block, site.part) in (removed or ()) else 1))
+            continue
         odd = 1 + 2 * int(torch.randint((site.size - 1) // 2, (), generator=generator))
         eights = 8 * (1 + odd // 16)
         width = {0: 1, 1: site.size, 3: eights}.get(site.block, odd)
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
     gains = [torch.empty(len(i)).uniform_(0.7, 1.3, generator=generator) for i in kept]
+    gains = [gain_W**0 if s.is_part else gain_W for s, gain_W in zip(sites, gains, strict=True)]
     return plan_from_indices(
-        model, fingerprint(folder), kept, {"seed": seed}, gains if with_gains else None
+        model, fingerprint(folder), kept, {"seed": seed}, gains if with_gains else None, family
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import ModelCard as HubCard
 
 from pruning.export.model_card import ModelCard
+from pruning.plan import plan_without
 from tests.pruning.export.plans import uneven_plan, uniform_plan
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_llama
 
 
 def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
@@ -57,3 +58,12 @@ def test_a_stock_model_needs_no_code_and_its_card_says_so(tmp_path: Path) -> Non
     assert "This is a stock model" in text
     assert "trust_remote_code" not in text
     assert "trust_remote_code" in ModelCard("x", "y").render(uneven_plan(base))
+
+
+def test_parts_that_are_gone_are_named() -> None:
+    plan = plan_without(tiny_llama(), "x", [(0, "attn"), (1, "attn"), (1, "mlp")], {})
+    text = ModelCard("t", "b").render(plan)
+    assert "base model: all of blocks 1; the attention of blocks 0. " in text
+    assert "Gone as a whole" not in ModelCard("t", "b").render(
+        plan_without(tiny_llama(), "x", [], {})
+    )
