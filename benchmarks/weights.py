@@ -77,7 +77,9 @@ def unavoidable(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
     for index, block in enumerate(source.blocks):
         if Gram in recipe.needs:
             paths = [linear.path for linear in recipe.pruned(source.linears[index])]
-            collect(block, paths, {Gram}, states.calls(index))  # a forward pass and the products
+            collect(
+                block, index, paths, {Gram}, states.calls(index)
+            )  # a forward pass and the products
         else:
             states.advance(index, block)
 

@@ -37,7 +37,7 @@ def prune_block(
     notes: list[str] = []
     read = {linear.path for linear in linears}
     middles = {linear.middle for linear in linears if linear.middle is not None}
-    inputs = collect(block, sorted(read | middles), recipe.needs, calls())
+    inputs = collect(block, linears[0].block, sorted(read | middles), recipe.needs, calls())
     matrices = []
     for linear in linears:
         weight = weight_of(block, linear.path)

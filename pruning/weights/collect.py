@@ -15,6 +15,7 @@ from pruning.weights.statistics import Inputs, Statistic
 @torch.no_grad()
 def collect(
     block: nn.Module,
+    number: int,
     paths: Sequence[str],
     kinds: Collection[type[Statistic]],
     calls: Iterable[BlockCall],
@@ -23,6 +24,7 @@ def collect(
 
     Args:
         block: The block.
+        number: Its number, for messages.
         paths: Layers, relative to the block.
         kinds: What to collect.
         calls: What the block is called with, batch by batch.
@@ -62,10 +64,10 @@ def collect(
             handle.remove()
     for path in paths:
         if path not in found:
-            raise ValueError(f"{path} was not called while the calibration windows ran.")
+            raise ValueError(f"{number}.{path} was not called while the calibration windows ran.")
         if not found[path].is_finite():
             raise ValueError(
-                f"{path} reads numbers that are not finite; load the model in float32 or bfloat16, "
-                "or look at the weights before it."
+                f"{number}.{path} reads numbers that are not finite; load the model in float32 or "
+                "bfloat16, or look at the weights before it."
             )
     return found

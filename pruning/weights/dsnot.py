@@ -56,7 +56,7 @@ def regrow(
         score_OI: Wanda scores.
         cycles: Pairs to exchange in a row at most.
         threshold: A row with a smaller |e| is done.
-        group_size: Consecutive inputs within which a pair is exchanged.
+        group_size: Consecutive inputs within which a pair is exchanged; divides I.
     """
     mask_OI = mask_OI.clone()
     error_O = (shift_OI * ~mask_OI).sum(1)
@@ -68,8 +68,11 @@ def regrow(
             break
         keep_RI, error_R = mask_OI[rows_R], error_O[rows_R]
         along_RI = shift_OI[rows_R] * error_R.sign()[:, None]
-        gain_R, grown_R = (along_RI / variance_I).masked_fill(keep_RI, float("-inf")).max(1)
-        removable_RI = keep_RI & (along_RI < 0) & (place_I == place_I[grown_R][:, None])
+        removable_RI = keep_RI & (along_RI < 0)
+        partner_RI = removable_RI.unflatten(1, (-1, group_size)).any(2)[:, place_I]
+        growable_RI = ~keep_RI & partner_RI
+        gain_R, grown_R = (along_RI / variance_I).masked_fill(~growable_RI, float("-inf")).max(1)
+        removable_RI &= place_I == place_I[grown_R][:, None]
         cost_R, removed_R = score_OI[rows_R].masked_fill(~removable_RI, float("inf")).min(1)
         pick_R = torch.arange(len(rows_R), device=rows_R.device)
         after_R = error_R.abs() - along_RI[pick_R, grown_R] + along_RI[pick_R, removed_R]

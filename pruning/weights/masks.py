@@ -49,7 +49,7 @@ class WeightMasks:
         self._packed[name] = pack(mask_OI), (mask_OI.shape[0], mask_OI.shape[1])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
+        return iter(sorted(self._packed))  # however it came about: in one run or in two
 
     def __len__(self) -> int:
         return len(self._packed)
