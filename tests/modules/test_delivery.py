@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modules.delivery
-from modules.delivery import deliver
+from modules.delivery import MARK, deliver, read_stages
 from modules.loading import load_model
 from pruning.budget import Budget, Parameters
 from pruning.families import family_of
@@ -99,3 +99,27 @@ def test_a_model_that_is_not_the_base_is_found_out(base: Path, tmp_path: Path) -
         run(base, tmp_path / "model", model=other)
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "plan").exists()
+
+
+def test_masks_on_a_model_of_ours_tell_of_the_stage_before(tmp_path: Path) -> None:
+    base, before = tiny_folder(tmp_path / "base"), {"parameters": 9, "flops_per_token": 90}
+    stage = {
+        "base": "the first",
+        "provenance": {"depth": {"kept_blocks": [0, 2]}},
+        "context_tokens": 16,
+        "models": {
+            "dense": before | {"perplexity": {"validation": 5.0}},
+            "pruned": before | {"perplexity": {"validation": 6.5}},
+        },
+    }
+    (base / MARK).write_text(json.dumps({"stages": [stage]}), encoding="utf-8")
+    report = run(base, tmp_path / "model")
+    first, second = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["stages"]
+    assert first == stage
+    assert second["models"]["pruned"]["parameters"] == report.rows[1].counts.parameters
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert card.index("`the first`") < card.index("stage 1: depth") < card.index("stage 2: masks")
+    assert read_stages(tmp_path / "model") == [first, second]  # for a stage after this one
+    (base / MARK).write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="secateur.json is damaged.*export the model again"):
+        read_stages(base)
