@@ -8,17 +8,18 @@ s_j the mean over windows of the sum of input j. Up to `cycles` times, one weigh
     remove   the kept k with W_ik s_k of the other sign than e_i that has the smallest Wanda score
              |W_ik| a_k, within the N:M group of j where there are such           (eq. 5)
 
-A row stops as soon as a pair would not make |e_i| smaller.
+A row stops as soon as a pair would not make |e_i| smaller; a weight is grown only where its group
+has one to remove.
 
 Worked by hand: W = (1, 2, -1, 3), s = a = 1, removed are 0 and 1: e = 3. Growing 1 leaves e = 1;
 of the kept ones only 2 has the other sign; removing it leaves e = 0: the new mask keeps 1 and 3.
 
-Differs from the paper: rows stop as above, where the released code goes on; N:M groups are kept by
-the pairs themselves.
+Differs from the paper: rows stop as above, where the released code goes on without asking whether
+|e_i| falls.
 
-It looks at the mean of the output alone. Where inputs have means close to zero, as behind an
-RMSNorm, e_i says little about the error, and weights with large scores are given up to bring it to
-zero: check it on held-back text (docs/weights.md).
+It looks at the mean of the output alone, and gives up weights with larger scores to bring it back:
+the error that differs from token to token grows. On the 7 M LLaMA of docs/weights.md it harms, so
+check it on held-back text.
 
 Legend: O = output features, R = rows that are not done, I = input features.
 """
