@@ -120,6 +120,11 @@ def main() -> None:
     if args.json is not None and args.json.is_file():
         figures = json.loads(args.json.read_text(encoding="utf-8"))
 
+    protocol = {"model": Path(folder).name, "windows_per_text": args.windows or "protocol"}
+    if figures and {key: figures.get(key) for key in protocol} != protocol:
+        parser.error(f"{args.json} was measured otherwise; give another file.")
+    figures |= protocol
+
     def measured(name: str, prune: Callable[[Any], None]) -> None:
         if f"{name}_{list(texts)[-1]}" in figures:
             return
@@ -158,7 +163,8 @@ def summary(figures: dict[str, Any], texts: list[str]) -> dict[str, Any]:
             if f"{name}_{point}_{texts[-1]}" in figures
         }
         for name, values in logs.items():
-            if reference := REFERENCE.get((name, point)):
+            reference = REFERENCE.get((name, point))
+            if reference and figures["windows_per_text"] == "protocol":
                 off = [own - math.log(other) for own, other in zip(values, reference, strict=True)]
                 found[f"reference_{name}_{point}_worst_nats"] = max(off, key=abs)
         opponent = logs.pop("sparsegpt", None)
