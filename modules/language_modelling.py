@@ -130,7 +130,8 @@ class LanguageModelling(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the settings that decide the run."""
-        checkpoint["secateur"] = self.recipe() | self._length()
+        with self.whole():  # the recipe tells the shapes of what trains
+            checkpoint["secateur"] = self.recipe() | self._length()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model or configuration.
