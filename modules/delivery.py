@@ -20,6 +20,7 @@ from pruning.budget import Cost, Flops, Parameters
 from pruning.export.model_card import ModelCard
 from pruning.export.verify import verify_saved
 from pruning.export.writer import export_model
+from pruning.measure.alignment import compare_alignment
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, Row, measure
 from pruning.plan import DESCRIPTION, PruningPlan
@@ -103,6 +104,31 @@ def deliver(
     return report[0]
 
 
+def deliver_alignment(
+    model: PreTrainedModel,
+    aligned: PruningPlan,
+    free: PruningPlan,
+    base_folder: Path,
+    folder: Path,
+    windows_NT: Tensor,
+) -> Report:
+    """Write down, as `alignment.md` and `alignment.json`, what aligned widths cost and bring.
+
+    Args:
+        model: The dense base model, with no gates applied.
+        aligned: The plan that was exported.
+        free: The plan of the same budget without a width multiple.
+        base_folder: Folder of the base model.
+        folder: Where the smaller model lies; the files go beside it.
+        windows_NT: Token windows (int64) to measure on.
+    """
+    speed = _speed_settings(windows_NT)
+    report = compare_alignment(model, base_folder, aligned, free, windows_NT, speed)
+    (folder.parent / "alignment.json").write_text(report.json(), encoding="utf-8")
+    (folder.parent / "alignment.md").write_text(report.markdown(), encoding="utf-8")
+    return report
+
+
 def deliver_weights(
     model: PreTrainedModel,
     dense: PreTrainedModel,
@@ -148,13 +174,17 @@ def compare(
         folder, trust_remote_code=True, dtype=dense.dtype
     )
     pruned.to(dense.device)
-    prompt = max(1, windows_NT.shape[1] // 2)
     return measure(
         {"dense": dense, name: pruned},
         {"validation": windows_NT},
         folders={"dense": base_folder, name: folder},
-        speed={"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3},
+        speed=_speed_settings(windows_NT),
     )
+
+
+def _speed_settings(windows_NT: Tensor) -> dict[str, int]:
+    prompt = max(1, windows_NT.shape[1] // 2)
+    return {"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3}
 
 
 def publish(report: Report, folder: Path) -> None:

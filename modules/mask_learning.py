@@ -12,6 +12,7 @@ gates learn gains. docs/disp.md has the measured effect of each.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from modules.delivery import deliver, is_plan
+from modules.delivery import deliver, deliver_alignment, is_plan
 from modules.device_memory import check_memory, optimizer_bytes
 from modules.language_modelling import LanguageModelling, describe_optimizer
 from modules.loading import (
@@ -131,7 +132,6 @@ class MaskLearning(LanguageModelling):
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self.gains: nn.Parameter
         self.settled_N: Tensor
-        self._is_part_N: Tensor
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -162,10 +162,9 @@ class MaskLearning(LanguageModelling):
         self.budget.check(self.sites, self.table)
         sizes = [site.size for site in self.sites]
         self.hypernetwork = self._make_hypernetwork(sizes)
-        self.gains = nn.Parameter(torch.ones(sum(sizes)))
+        self.gain_sizes = gain_sizes(skeleton(self.model.config), family)
+        self.gains = nn.Parameter(torch.ones(sum(self.gain_sizes.values())))
         self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
-        is_part_N = torch.cat([torch.full((site.size,), site.is_part) for site in self.sites])
-        self.register_buffer("_is_part_N", is_part_N, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Check that text, strategy and memory suit the model before the model is read.
@@ -249,7 +248,7 @@ class MaskLearning(LanguageModelling):
         if weights.distillation:
             with torch.no_grad():
                 teacher_ND = self._hidden(input_BT)
-        with self.hooks.applied(gates):
+        with self.hooks.applied(gates, self._named_gains() if settled else None):
             hidden_ND = self._hidden(input_BT)
         losses = token_losses(
             hidden_ND,
@@ -261,10 +260,8 @@ class MaskLearning(LanguageModelling):
         )
         fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
         penalty = log_ratio_penalty(fraction, self.keep_target, self.penalty)
-        if settled:  # the masks meet the budget, whatever their gains add up to
-            widths_S = [mask.sum() for mask in split(self.settled_N, self.sites)]
-            fraction = self.table.fraction(torch.stack(widths_S).double())
-            penalty = torch.zeros_like(fraction)
+        if settled:  # on budget, as near as whole entries come
+            penalty = torch.zeros_like(penalty)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if not bool(loss.isfinite()):
@@ -328,7 +325,11 @@ class MaskLearning(LanguageModelling):
         refuse_foreign(folder.parent / "plan", is_plan)
 
     def export(self, folder: Path, command: str) -> None:
-        """Finalise, cut the base model's files, prove and measure the result; see `deliver`."""
+        """Finalise, cut the base model's files, prove and measure the result; see `deliver`.
+
+        With a width multiple, the widths that the same gates would have without it are measured
+        beside them, see `deliver_alignment`; not where ranks divide the model.
+        """
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
         what = (self.base, self.base_folder, folder, windows_NT, command)
@@ -340,7 +341,15 @@ class MaskLearning(LanguageModelling):
         dense = self.model
         if self.quantisation is not None:  # packed weights are neither cut nor compared with
             dense = load_original(self.base_folder, self.device, copies=2)
-        deliver(dense, self.plan(), self.base, self.base_folder, folder, windows_NT, command)
+        plan = self.plan()
+        deliver(dense, plan, self.base, self.base_folder, folder, windows_NT, command)
+        if self.budget.width_multiple > 1:
+            free = dataclasses.replace(self.budget, width_multiple=1)
+            with torch.no_grad():
+                logits_N = self.hypernetwork().float().cpu()
+            kept = free.finalise(logits_N, self.sites, self.table)
+            unaligned = dataclasses.replace(plan, kept=kept, gains=None)
+            deliver_alignment(dense, plan, unaligned, self.base_folder, folder, windows_NT)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what trains and the settings that decide the run; the base model is only named."""
@@ -399,7 +408,7 @@ class MaskLearning(LanguageModelling):
         return self.budget.finalise(logits_N, self.sites, self.table)
 
     def _gates(self) -> tuple[Tensor, ...]:
-        """The gates of this step: a sample while masks are learned, then masks times gains."""
+        """The gates of this step: a sample while masks are learned, then the settled masks."""
         if self.global_step < self.mask_steps:
             gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
             return self._open(split(gates_N, self.sites))
@@ -407,11 +416,13 @@ class MaskLearning(LanguageModelling):
             kept = zip(self.sites, self._kept(), strict=True)
             masks = [torch.zeros(s.size, dtype=torch.bool).index_fill(0, i, True) for s, i in kept]
             self.settled_N.copy_(torch.cat(masks))
+        return self._open(split(self.settled_N.to(self.gains.dtype), self.sites))
+
+    def _named_gains(self) -> dict[str, Tensor]:
+        """The gains by name, as `GateHooks` and plans want them."""
         # Where nothing was removed there is nothing to make good: the gains get no gradient.
-        gains_N = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
-        # A part as a whole has no gain: the last gates inside it do as well, and fold into weights.
-        gains_N = torch.where(self._is_part_N, 1.0, gains_N)
-        return self._open(split(self.settled_N * gains_N, self.sites))
+        gains = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
+        return dict(zip(self.gain_sizes, gains.split([*self.gain_sizes.values()]), strict=True))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Ones at the sites that the budget does not prune."""
@@ -424,7 +435,7 @@ class MaskLearning(LanguageModelling):
         """For a checkpointed block: of its forward pass, and of its recomputation in the backward
         pass, where the gates of the forward pass have to multiply again.
         """
-        return nullcontext(), self.hooks.applied(self.hooks.gates)
+        return nullcontext(), self.hooks.applied(self.hooks.gates, self.hooks.gains)
 
     def _hidden(self, input_BT: Tensor) -> Tensor:
         """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""

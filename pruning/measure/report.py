@@ -221,7 +221,7 @@ def measure(
     texts: Mapping[str, Int[Tensor, "N T"]],
     folders: Mapping[str, str | Path] | None = None,
     batch_size: int = 8,
-    speed: Mapping[str, int] | None = None,
+    speed: Mapping[str, Any] | None = None,
     tasks: Mapping[str, Sequence[Question]] | None = None,
 ) -> Report:
     """Measure models side by side; the dense one comes first.

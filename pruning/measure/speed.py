@@ -9,7 +9,7 @@ Legend: B = sequences of the batch, T = tokens of the prompt.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -47,6 +47,7 @@ def measure_speed(
     new_tokens: int = 64,
     repeats: int = 5,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Speed]:
     """Time models against each other on one random prompt, greedy decoding.
 
@@ -57,6 +58,8 @@ def measure_speed(
         new_tokens: Tokens to generate, 2 or more: the first belongs to the prefill.
         repeats: Timed turns of every model, 1 or more, after one that is not counted.
         seed: Seed of the prompt.
+        clock: Tells the time, in seconds. On a CPU that others use too, `time.process_time` counts
+            the work of this process only; let it have one thread, or waiting threads count as well.
 
     Raises:
         ValueError: A setting is out of its range, or there is no model.
@@ -78,7 +81,7 @@ def measure_speed(
     try:
         for turn in range(repeats + 1):
             for name, model in models.items():
-                run = _generate(model.eval(), prompt_BT, new_tokens)
+                run = _generate(model.eval(), prompt_BT, new_tokens, clock)
                 if turn > 0:
                     runs[name].append(run)
     finally:
@@ -96,23 +99,28 @@ class _Run:
 
 
 @torch.inference_mode()
-def _generate(model: Any, prompt_BT: Int[Tensor, "B T"], new_tokens: int) -> _Run:
+def _generate(
+    model: Any,
+    prompt_BT: Int[Tensor, "B T"],
+    new_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> _Run:
     device = next(model.parameters()).device
     input_BT = prompt_BT.to(device)
     cache = DynamicCache(config=model.config)
     others = _start_memory(model, device)
-    begin = _clock(device)
+    begin = _now(clock, device)
     logits = model(
         input_ids=input_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
     ).logits
-    prefilled = _clock(device)
+    prefilled = _now(clock, device)
     next_B1 = logits[:, -1:].argmax(-1)
     next_B1.tolist()  # as a server does that streams what it generates
-    first = _clock(device)
+    first = _now(clock, device)
     for _ in range(new_tokens - 1):
         logits = model(input_ids=next_B1, past_key_values=cache, use_cache=True).logits
         next_B1 = logits[:, -1:].argmax(-1)
-    end = _clock(device)
+    end = _now(clock, device)
     assert cache.get_seq_length() == prompt_BT.shape[1] + new_tokens - 1
     peak = torch.cuda.max_memory_allocated(device) - others if others is not None else None
     return _Run(prefilled - begin, first - begin, end - begin, peak)
@@ -131,10 +139,10 @@ def _start_memory(model: Any, device: torch.device) -> int | None:
     return allocated - sum(own.values())
 
 
-def _clock(device: torch.device) -> float:
+def _now(clock: Callable[[], float], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return clock()
 
 
 def _summary(runs: list[_Run], batch_size: int, new_tokens: int) -> Speed:

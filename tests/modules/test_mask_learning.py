@@ -15,6 +15,7 @@ from modules.mask_learning import MaskLearning
 from modules.text_data import TextData
 from pruning.budget import Budget, Parameters, log_ratio_penalty
 from pruning.gates import GateSampler, StraightThrough
+from pruning.hypernetwork import FreeLogits
 from pruning.masking import GateHooks
 from pruning.measure.perplexity import perplexity
 from pruning.sites import split
@@ -35,8 +36,8 @@ def make(inputs: Path) -> Make:
 
     def module(**settings: Any) -> MaskLearning:
         made = MaskLearning(str(inputs / "base"), **settings)
-        made.configure_model()
         made.trainer = trainer(inputs, max_steps=100)
+        made.configure_model()
         made.log = lambda *_, **__: None  # type: ignore[method-assign]
         return made
 
@@ -341,3 +342,23 @@ def test_masks_settle_and_only_then_gains_are_learned(
         assert not torch.equal(plans.gains[after - 1], plans.gains[after])
     kept_N = torch.cat([gate_I != 0 for gate_I in module.plan().gates()])
     assert bool((module.gains[~kept_N] == 1).all())  # what is cut away has nothing to learn
+
+
+def test_parts_learn_go_and_have_no_gains(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(budget=Budget(0.5, parts=True), hypernetwork=FreeLogits, settle=0.5)
+    places = {site.key: place for place, site in enumerate(module.sites)}
+    logits = split(module.hypernetwork.logits.detach(), module.sites)  # type: ignore[arg-type]
+    logits[places["1.attn"]].fill_(-20)
+    module.training_step(batch(), 0).backward()
+    gradient = split(module.hypernetwork.logits.grad, module.sites)  # type: ignore[arg-type]
+    assert all(bool(gradient[places[f"{block}.mlp"]] != 0) for block in range(3))
+    # Nothing of a closed part is paid for, so nothing pulls at its widths.
+    assert not bool(gradient[places["1.attn_in"]].any())
+    plan = module.plan()
+    assert not plan.keeps(1, "attn")
+    assert float(module.table.fraction(torch.tensor(plan.widths).double())) <= 0.5
+    monkeypatch.setattr(type(module), "global_step", 50)
+    module.training_step(batch(), 0).backward()
+    gains = split(module.gains.grad, module.sites)  # type: ignore[arg-type]
+    for site, gain in zip(module.sites, gains, strict=True):
+        assert bool(gain.any()) == (not site.is_part and plan.keeps(site.block, site.part)), site

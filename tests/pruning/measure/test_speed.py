@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from pruning.measure import speed as module
 from pruning.measure.speed import Speed, measure_speed
 from tests.tiny import tiny_llama
 
 
-def test_models_run_in_turns_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_run_in_turns_with_a_cache() -> None:
     """One second passes at every look at the clock: 4 looks per run give known times."""
     models = {"dense": tiny_llama(), "pruned": tiny_llama(1).train()}
     calls: list[tuple[str, tuple[int, ...]]] = []
@@ -20,8 +19,14 @@ def test_models_run_in_turns_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> No
             with_kwargs=True,
         )
     seconds = iter(range(1000))
-    monkeypatch.setattr(module, "_clock", lambda _: float(next(seconds)))
-    speeds = measure_speed(models, batch_size=2, prompt_tokens=5, new_tokens=3, repeats=2)
+    speeds = measure_speed(
+        models,
+        batch_size=2,
+        prompt_tokens=5,
+        new_tokens=3,
+        repeats=2,
+        clock=lambda: float(next(seconds)),
+    )
     one_run = [(2, 5), (2, 1), (2, 1)]
     turns = ["dense", "pruned"] * 3
     assert calls == [(name, shape) for name in turns for shape in one_run]
