@@ -132,6 +132,7 @@ class MaskLearning(LanguageModelling):
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self.gains: nn.Parameter
         self.settled_N: Tensor
+        self._is_part_N: Tensor
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -162,9 +163,10 @@ class MaskLearning(LanguageModelling):
         self.budget.check(self.sites, self.table)
         sizes = [site.size for site in self.sites]
         self.hypernetwork = self._make_hypernetwork(sizes)
-        self.gain_sizes = gain_sizes(skeleton(self.model.config), family)
-        self.gains = nn.Parameter(torch.ones(sum(self.gain_sizes.values())))
+        self.gains = nn.Parameter(torch.ones(sum(sizes)))
         self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
+        is_part_N = torch.cat([torch.full((site.size,), site.is_part) for site in self.sites])
+        self.register_buffer("_is_part_N", is_part_N, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Check that text, strategy and memory suit the model before the model is read.
@@ -248,7 +250,7 @@ class MaskLearning(LanguageModelling):
         if weights.distillation:
             with torch.no_grad():
                 teacher_ND = self._hidden(input_BT)
-        with self.hooks.applied(gates, self._named_gains() if settled else None):
+        with self.hooks.applied(gates):
             hidden_ND = self._hidden(input_BT)
         losses = token_losses(
             hidden_ND,
@@ -260,8 +262,10 @@ class MaskLearning(LanguageModelling):
         )
         fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
         penalty = log_ratio_penalty(fraction, self.keep_target, self.penalty)
-        if settled:  # on budget, as near as whole entries come
-            penalty = torch.zeros_like(penalty)
+        if settled:  # the masks meet the budget, whatever their gains add up to
+            widths_S = [mask.sum() for mask in split(self.settled_N, self.sites)]
+            fraction = self.table.fraction(torch.stack(widths_S).double())
+            penalty = torch.zeros_like(fraction)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if not bool(loss.isfinite()):
@@ -408,7 +412,7 @@ class MaskLearning(LanguageModelling):
         return self.budget.finalise(logits_N, self.sites, self.table)
 
     def _gates(self) -> tuple[Tensor, ...]:
-        """The gates of this step: a sample while masks are learned, then the settled masks."""
+        """The gates of this step: a sample while masks are learned, then masks times gains."""
         if self.global_step < self.mask_steps:
             gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
             return self._open(split(gates_N, self.sites))
@@ -416,13 +420,11 @@ class MaskLearning(LanguageModelling):
             kept = zip(self.sites, self._kept(), strict=True)
             masks = [torch.zeros(s.size, dtype=torch.bool).index_fill(0, i, True) for s, i in kept]
             self.settled_N.copy_(torch.cat(masks))
-        return self._open(split(self.settled_N.to(self.gains.dtype), self.sites))
-
-    def _named_gains(self) -> dict[str, Tensor]:
-        """The gains by name, as `GateHooks` and plans want them."""
         # Where nothing was removed there is nothing to make good: the gains get no gradient.
-        gains = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
-        return dict(zip(self.gain_sizes, gains.split([*self.gain_sizes.values()]), strict=True))
+        gains_N = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
+        # A part as a whole has no gain: the last gates inside it do as well, and fold into weights.
+        gains_N = torch.where(self._is_part_N, 1.0, gains_N)
+        return self._open(split(self.settled_N * gains_N, self.sites))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Ones at the sites that the budget does not prune."""
@@ -435,7 +437,7 @@ class MaskLearning(LanguageModelling):
         """For a checkpointed block: of its forward pass, and of its recomputation in the backward
         pass, where the gates of the forward pass have to multiply again.
         """
-        return nullcontext(), self.hooks.applied(self.hooks.gates, self.hooks.gains)
+        return nullcontext(), self.hooks.applied(self.hooks.gates)
 
     def _hidden(self, input_BT: Tensor) -> Tensor:
         """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""
