@@ -16,7 +16,6 @@ from pruning.depth import prune_blocks, surgery
 from pruning.depth.surgery import RECORD
 from pruning.families import skeleton
 from pruning.fingerprint import fingerprint
-from tests.runs import content
 from tests.tiny import tiny_folder, tiny_llama
 
 
@@ -57,7 +56,7 @@ def test_tensors_are_dropped_renamed_and_otherwise_untouched(base: Path, tmp_pat
 def test_keep_is_the_other_way_to_say_it(base: Path, tmp_path: Path) -> None:
     prune_blocks(base, tmp_path / "a", remove=[3, 0], provenance={"score": "Perplexity()"})
     prune_blocks(base, tmp_path / "b", keep=[4, 1, 2], provenance={"score": "Perplexity()"})
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
     record = json.loads((tmp_path / "a" / RECORD).read_text())
     assert record == {
         "num_blocks": 5,
@@ -151,13 +150,13 @@ def test_lists_that_make_no_sense(
 
 
 def test_folders_that_are_not_ours_are_left_alone(base: Path, tmp_path: Path) -> None:
-    before = content(base)
+    before = fingerprint(base)
     with pytest.raises(ValueError, match="is the base model itself"):
         prune_blocks(base, base, remove=[1])
     other = shutil.copytree(base, tmp_path / "other")
     with pytest.raises(ValueError, match="is not a model written by Secateur"):
         prune_blocks(base, other, remove=[1])
-    assert content(base) == content(other) == before
+    assert fingerprint(base) == fingerprint(other) == before
     for gone in ([1], [2]):  # an earlier one of ours is replaced
         prune_blocks(base, tmp_path / "short", remove=gone)
     assert json.loads((tmp_path / "short" / RECORD).read_text())["kept_blocks"] == [0, 1, 3, 4]
