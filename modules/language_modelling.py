@@ -63,16 +63,13 @@ class LanguageModelling(LightningModule, ABC):
         Raises:
             ValueError: The folder cannot be read as a causal language model.
         """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ReadsModels):
-            return strategy.read_model(folder, dtype)
-        return load_model(folder, dtype=dtype)
+        reader = self._reader
+        return reader.read_model(folder, dtype) if reader else load_model(folder, dtype=dtype)
 
     @property
     def divided(self) -> bool:
         """Whether no rank holds the model whole."""
-        strategy = self.trainer.strategy
-        return isinstance(strategy, ReadsModels) and strategy.divides_models
+        return self._reader is not None and self._reader.divides_models
 
     def whole_parameters(self) -> list[nn.Parameter]:
         """Parameters that every rank needs whole between steps, however the others are divided."""
@@ -80,10 +77,13 @@ class LanguageModelling(LightningModule, ABC):
 
     def whole(self) -> AbstractContextManager[None]:
         """With `whole_parameters` whole, outside of a step; every rank has to enter."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ReadsModels):
-            return strategy.whole(self.whole_parameters())
-        return nullcontext()
+        return self._reader.whole(self.whole_parameters()) if self._reader else nullcontext()
+
+    @property
+    def _reader(self) -> ReadsModels | None:
+        """The strategy, if it may divide what it reads; a module without a trainer has none."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy if isinstance(strategy, ReadsModels) else None
 
     def measured(self) -> AbstractContextManager[None]:
         """The state in which the model is measured; unless overridden, as it is."""

@@ -6,8 +6,8 @@ model, and the loss is the language-model loss plus a log-ratio penalty on the c
 
 Differs from the paper: logistic instead of Gumbel noise, one sample for loss and budget, a budget
 that may be annealed, optional distillation from the same model with open gates, a deterministic,
-budget-exact selection, and a last part of training in which the selected masks are kept and the
-gates learn gains. docs/disp.md has the measured effect of each.
+budget-exact selection, and a last part of training in which the selected masks are kept and gains
+are learned. docs/disp.md has the measured effect of each.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
 from pruning.masking import GateHooks
 from pruning.measure.memory import ORIGINAL, Run
 from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import split
+from pruning.sites import gain_sizes, split
 from pruning.surgery import refuse_foreign
 
 
@@ -75,8 +75,9 @@ class MaskLearning(LanguageModelling):
         loss: What is trained while masks are learned.
         settled_loss: What is trained while the gains are learned.
         settle: Fraction of the training steps, at the end, in which the masks stay as they will be
-            exported and the gates of what stays learn gains instead, in [0, 1); the gains fold into
-            the weights at export and cost nothing. 0 leaves every kept gate at 1, as the paper.
+            exported and gains are learned instead, in [0, 1): factors on the features at both sides
+            of every projection, which fold into its weights at export and cost nothing. 0 leaves
+            the weights as they are, as the paper.
         gain_lr: Learning rate of the gains at the start of settling, above 0; it falls to 0 along
             a cosine.
         dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
@@ -132,7 +133,6 @@ class MaskLearning(LanguageModelling):
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self.gains: nn.Parameter
         self.settled_N: Tensor
-        self._is_part_N: Tensor
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -163,10 +163,9 @@ class MaskLearning(LanguageModelling):
         self.budget.check(self.sites, self.table)
         sizes = [site.size for site in self.sites]
         self.hypernetwork = self._make_hypernetwork(sizes)
-        self.gains = nn.Parameter(torch.ones(sum(sizes)))
+        self.gain_sizes = gain_sizes(skeleton(self.model.config), family)
+        self.gains = nn.Parameter(torch.ones(sum(self.gain_sizes.values())))
         self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
-        is_part_N = torch.cat([torch.full((site.size,), site.is_part) for site in self.sites])
-        self.register_buffer("_is_part_N", is_part_N, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Check that text, strategy and memory suit the model before the model is read.
@@ -250,7 +249,7 @@ class MaskLearning(LanguageModelling):
         if weights.distillation:
             with torch.no_grad():
                 teacher_ND = self._hidden(input_BT)
-        with self.hooks.applied(gates):
+        with self.hooks.applied(gates, self._named_gains() if settled else None):
             hidden_ND = self._hidden(input_BT)
         losses = token_losses(
             hidden_ND,
@@ -262,10 +261,8 @@ class MaskLearning(LanguageModelling):
         )
         fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
         penalty = log_ratio_penalty(fraction, self.keep_target, self.penalty)
-        if settled:  # the masks meet the budget, whatever their gains add up to
-            widths_S = [mask.sum() for mask in split(self.settled_N, self.sites)]
-            fraction = self.table.fraction(torch.stack(widths_S).double())
-            penalty = torch.zeros_like(fraction)
+        if settled:  # on budget, as near as whole entries come
+            penalty = torch.zeros_like(penalty)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if not bool(loss.isfinite()):
@@ -280,11 +277,12 @@ class MaskLearning(LanguageModelling):
                 "No `ckpt_path` is given: measured are gates that have not been trained; "
                 "`--ckpt_path last` measures those of the run."
             )
-        self._measured_gates = [gate.to(self.device) for gate in self.plan().gates()]
+        plan = self.plan()
+        self._measured = [gate_I.to(self.device) for gate_I in plan.gates()], plan.gains
 
     def measured(self) -> AbstractContextManager[None]:
-        """With the gates of the plan."""
-        return self.hooks.applied(self._measured_gates)
+        """With the gates and gains of the plan."""
+        return self.hooks.applied(*self._measured)
 
     @torch.no_grad()
     def keep_probability(self) -> Tensor:
@@ -300,10 +298,9 @@ class MaskLearning(LanguageModelling):
         Gains are part of it once they have been learned, which is after the masks have settled.
         """
         with self.whole():
-            kept, gains, gains_N = self._kept(), None, self.gains.detach().float().cpu().clone()
-        if bool((gains_N != 1).any()):  # they are trained only once the masks have settled
-            of_sites = split(gains_N, self.sites)
-            gains = [gain_I[index_W] for gain_I, index_W in zip(of_sites, kept, strict=True)]
+            kept, gains = self._kept(), None
+            if bool((self.gains != 1).any()):  # they are trained only once the masks have settled
+                gains = {name: g.float().cpu().clone() for name, g in self._named_gains().items()}
         widths_S = torch.tensor([float(len(index)) for index in kept])
         provenance = {
             "method": "DISP-LLM (arXiv 2410.11988)",
@@ -412,7 +409,7 @@ class MaskLearning(LanguageModelling):
         return self.budget.finalise(logits_N, self.sites, self.table)
 
     def _gates(self) -> tuple[Tensor, ...]:
-        """The gates of this step: a sample while masks are learned, then masks times gains."""
+        """The gates of this step: a sample while masks are learned, then the settled masks."""
         if self.global_step < self.mask_steps:
             gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
             return self._open(split(gates_N, self.sites))
@@ -420,11 +417,13 @@ class MaskLearning(LanguageModelling):
             kept = zip(self.sites, self._kept(), strict=True)
             masks = [torch.zeros(s.size, dtype=torch.bool).index_fill(0, i, True) for s, i in kept]
             self.settled_N.copy_(torch.cat(masks))
+        return self._open(split(self.settled_N.to(self.gains.dtype), self.sites))
+
+    def _named_gains(self) -> dict[str, Tensor]:
+        """The gains by name, as `GateHooks` and plans want them."""
         # Where nothing was removed there is nothing to make good: the gains get no gradient.
-        gains_N = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
-        # A part as a whole has no gain: the last gates inside it do as well, and fold into weights.
-        gains_N = torch.where(self._is_part_N, 1.0, gains_N)
-        return self._open(split(self.settled_N * gains_N, self.sites))
+        gains = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
+        return dict(zip(self.gain_sizes, gains.split([*self.gain_sizes.values()]), strict=True))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Ones at the sites that the budget does not prune."""
@@ -437,7 +436,7 @@ class MaskLearning(LanguageModelling):
         """For a checkpointed block: of its forward pass, and of its recomputation in the backward
         pass, where the gates of the forward pass have to multiply again.
         """
-        return nullcontext(), self.hooks.applied(self.hooks.gates)
+        return nullcontext(), self.hooks.applied(self.hooks.gates, self.hooks.gains)
 
     def _hidden(self, input_BT: Tensor) -> Tensor:
         """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""

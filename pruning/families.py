@@ -121,22 +121,17 @@ class Family:
         module = path.rpartition(".")[0]
         return next((part_of(norm.output) for norm in self.norms if norm.path == module), None)
 
-    def gain_axes(self, path: str) -> tuple[str | None, ...]:
-        """The site of each axis of a tensor of a block along which the gains of the site fold in.
-
-        Gains go where their entries are read, into the columns of projections; those of entries
-        that no projection of the block reads, into the rows and biases that write them.
+    def gain_axes(self, path: str) -> tuple[str, ...]:
+        """Name, within its block, of the gains that fold into each axis of a tensor of a block.
 
         Args:
             path: Tensor name relative to the block, such as `mlp.up_proj.weight`.
         """
         module, _, kind = path.rpartition(".")
-        read = {projection.input for projection in self.projections}
-        for projection in self.projections:
-            if projection.path == module:
-                rows = None if projection.output in read else projection.output
-                return (rows, projection.input) if kind == "weight" else (rows,)
-        return ()
+        if all(projection.path != module for projection in self.projections):
+            return ()
+        axes = (f"{module}.output", f"{module}.input")
+        return axes if kind == "weight" else axes[:1]
 
     def axes(self, path: str) -> tuple[str | None, ...]:
         """The site of each axis of a tensor of a block, all None where nothing is ever sliced.

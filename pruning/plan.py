@@ -1,8 +1,9 @@
 """The plan: which entries of every site stay. Small, exact, reproducible.
 
 On disk a plan is two files of one folder: `plan.safetensors` holds the kept indices, one int32
-vector per site named `<block>.<site>`, and the gains of what stays, if there are any, as
-`<block>.<site>.gain`; `plan.json` says in words and numbers what they mean. Neither can run code.
+vector per site named `<block>.<site>`, and the gains, if there are any, as
+`<block>.<projection>.<input|output>`; `plan.json` says in words and numbers what they mean. Neither
+can run code.
 Equal plans are equal files, byte for byte.
 
 A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each on attention and MLP
@@ -26,11 +27,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pruning.families import FAMILIES, Family, family_of, skeleton
-from pruning.sites import Site, find_sites
+from pruning.sites import Site, find_sites, gain_sizes
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
-_FORMAT = "secateur-plan-1"
-_GAIN = ".gain"
+_FORMAT = "secateur-plan-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class PruningPlan:
         base: Fingerprint of the base model, see `pruning.fingerprint`.
         sites: The sites of the base model, in order.
         kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
-        gains: Value of the gate of every kept entry (float32), one vector of shape (W,) per site;
-            None stands for ones. Surgery folds them into the weights. Those of the sites `attn`
-            and `mlp` are 1.
+        gains: Factors (float32) on the features at both sides of every projection, by the names
+            of `pruning.sites.gain_sizes`; None stands for ones. Surgery folds them into the
+            weights. Those of entries that go do nothing.
         provenance: How the plan was made: JSON values only, shown in the model card.
 
     Raises:
@@ -56,7 +56,7 @@ class PruningPlan:
     sites: tuple[Site, ...]
     kept: tuple[Tensor, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    gains: tuple[Tensor, ...] | None = None
+    gains: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(self.kept):
@@ -78,20 +78,9 @@ class PruningPlan:
         attentions = {site.block for site in self.sites if site.part == "attn"}
         if attentions and not attentions - {block for block, part in gone if part == "attn"}:
             raise ValueError("The plan keeps no attention: no token would see another. Keep one.")
-        if self.gains is None:
-            return
-        if len(self.gains) != len(self.sites):
-            raise ValueError(f"{len(self.gains)} gains were given for {len(self.sites)} sites.")
-        for site, index_W, gain_W in zip(self.sites, self.kept, self.gains, strict=True):
-            if gain_W.shape != index_W.shape:
-                raise ValueError(
-                    f"Gains of site {site.key} must be {len(index_W)} numbers, one per kept entry, "
-                    f"got {len(gain_W)}."
-                )
-            if not bool(gain_W.isfinite().all()):
-                raise ValueError(f"Gains of site {site.key} must be finite.")
-            if site.is_part and not bool((gain_W == 1).all()):
-                raise ValueError(f"The gain of site {site.key} must be 1: no weight can hold it.")
+        for name, gain_F in (self.gains or {}).items():
+            if not bool(gain_F.isfinite().all()):
+                raise ValueError(f"The gains {name} must be finite.")
 
     @property
     def family(self) -> Family:
@@ -152,11 +141,10 @@ class PruningPlan:
         raise KeyError(f"{block}.{name}")
 
     def gates(self) -> tuple[Tensor, ...]:
-        """The gates (float32), one vector of shape (I,) per site: 0, or the gain of what stays."""
-        gains = self.gains or tuple(torch.ones(len(index_W)) for index_W in self.kept)
+        """The gates (float32), one vector of shape (I,) per site: 0, or 1 for what stays."""
         return tuple(
-            torch.zeros(site.size).index_copy(0, index_W, gain_W)
-            for site, index_W, gain_W in zip(self.sites, self.kept, gains, strict=True)
+            torch.zeros(site.size).index_fill(0, index_W, 1.0)
+            for site, index_W in zip(self.sites, self.kept, strict=True)
         )
 
     def verify(self, config: PreTrainedConfig) -> None:
@@ -171,7 +159,8 @@ class PruningPlan:
                 f"The plan was made for a {self.model_type!r} model and cannot prune a "
                 f"{config.model_type!r} model."
             )
-        expected = find_sites(skeleton(config), self.family)
+        model = skeleton(config)
+        expected = find_sites(model, self.family)
         for ours, theirs in zip(self.sites, expected, strict=False):
             if ours != theirs:
                 raise ValueError(
@@ -181,6 +170,14 @@ class PruningPlan:
         if len(self.sites) != len(expected):
             raise ValueError(
                 f"The plan does not fit: it has {len(self.sites)} sites, the model {len(expected)}."
+            )
+        if self.gains is None:
+            return
+        found, sizes = ({n: len(g) for n, g in self.gains.items()}, gain_sizes(model, self.family))
+        if wrong := sorted(n for n in found.keys() | sizes if found.get(n) != sizes.get(n)):
+            raise ValueError(
+                f"The plan does not fit: of {wrong[0]} it has {found.get(wrong[0], 0)} gains, the "
+                f"model has {sizes.get(wrong[0], 0)} features."
             )
 
     def describe(self) -> str:
@@ -212,9 +209,7 @@ class PruningPlan:
             site.key: index_W.to(torch.int32)
             for site, index_W in zip(self.sites, self.kept, strict=True)
         }
-        if self.gains is not None:
-            for site, gain_W in zip(self.sites, self.gains, strict=True):
-                tensors[f"{site.key}{_GAIN}"] = gain_W.float()
+        tensors |= {name: gain_F.float() for name, gain_F in (self.gains or {}).items()}
         save_file(tensors, folder / TENSORS)
         text = json.dumps(description, indent=1, sort_keys=True)
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -244,9 +239,9 @@ class PruningPlan:
             model_type=description["model_type"],
             base=description["base"],
             sites=sites,
-            kept=tuple(tensors[site.key].long() for site in sites),
+            kept=tuple(tensors.pop(site.key).long() for site in sites),
             provenance=description["provenance"],
-            gains=_gains(tensors, sites),
+            gains=tensors or None,
         )
 
 
@@ -263,7 +258,7 @@ def plan_from_indices(
     base: str,
     kept: Sequence[Tensor],
     provenance: Mapping[str, Any],
-    gains: Sequence[Tensor] | None = None,
+    gains: Mapping[str, Tensor] | None = None,
     family: Family | None = None,
 ) -> PruningPlan:
     """The plan of a live model.
@@ -273,7 +268,7 @@ def plan_from_indices(
         base: Its fingerprint.
         kept: One vector of kept indices (int64, sorted) per site, in order.
         provenance: How they were chosen.
-        gains: One vector of gate values per site; None stands for ones.
+        gains: Factors by name, see `PruningPlan`; None stands for ones.
         family: The row of the family whose sites these are, `with_parts` or without; None is
             without.
     """
@@ -283,7 +278,7 @@ def plan_from_indices(
         sites=tuple(find_sites(model, family or family_of(model.config))),
         kept=tuple(index_W.cpu() for index_W in kept),
         provenance=provenance,
-        gains=None if gains is None else tuple(gain_W.cpu() for gain_W in gains),
+        gains=gains and {name: gain_F.cpu() for name, gain_F in gains.items()},
     )
 
 
@@ -310,17 +305,3 @@ def plan_without(
         raise ValueError(f"`removed` names {sorted(strange)}, which the model does not have.")
     kept = [torch.arange(0 if (s.block, s.part) in removed else s.size) for s in sites]
     return plan_from_indices(model, base, kept, provenance, family=family)
-
-
-def _gains(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[Tensor, ...] | None:
-    """The gains in a file, None where it holds none.
-
-    Raises:
-        ValueError: It holds those of some sites only.
-    """
-    present = [f"{site.key}{_GAIN}" in tensors for site in sites]
-    if not any(present):
-        return None
-    if not all(present):
-        raise ValueError(f"{TENSORS} lacks the gains of site {sites[present.index(False)].key}.")
-    return tuple(tensors[f"{site.key}{_GAIN}"] for site in sites)

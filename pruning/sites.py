@@ -7,6 +7,7 @@ over all gates of a model is the concatenation of its sites in this order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -76,6 +77,24 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
                     sizes[site] = int(size)  # type: ignore[arg-type]
         sites += [Site(index, name, sizes[name]) for name in family.gates]
     return sites
+
+
+def gain_sizes(model: PreTrainedModel, family: Family) -> dict[str, int]:
+    """Features on either side of every projection, by the name of the gains that multiply them.
+
+    A name is `<block>.<path>.input` or `<block>.<path>.output`.
+
+    Args:
+        model: A causal language model of the family; it may live on the meta device.
+        family: Its row of the table.
+    """
+    sizes = {}
+    for index, block in enumerate(blocks_of(model, family)):
+        for projection in family.projections:
+            linear: Any = block.get_submodule(projection.path)
+            sizes[f"{index}.{projection.path}.input"] = int(linear.in_features)
+            sizes[f"{index}.{projection.path}.output"] = int(linear.out_features)
+    return sizes
 
 
 def split(vector_N: Tensor, sites: list[Site]) -> tuple[Tensor, ...]:

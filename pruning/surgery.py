@@ -279,7 +279,7 @@ class _Cut:
         file: File that holds the whole tensor; None for an index buffer.
         indices: What stays along each axis, None for everything; for a buffer, its content.
         num_bytes: Size of what stays.
-        gains: What stays is multiplied by, along each axis; None for nothing.
+        gains: What the whole tensor is multiplied by, along each of its first axes.
         source: Name of the whole tensor in its file.
     """
 
@@ -287,7 +287,7 @@ class _Cut:
     file: Path | None
     indices: tuple[Tensor | None, ...]
     num_bytes: int
-    gains: tuple[Tensor | None, ...] = ()
+    gains: tuple[Tensor, ...] = ()
     source: str = ""
 
     def make(self) -> Tensor:
@@ -297,14 +297,16 @@ class _Cut:
             return content_W.clone()
         with safe_open(self.file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.source)
+        dtype, gains = tensor.dtype, list(self.gains)
         for axis, index_W in enumerate(self.indices):
             if index_W is not None:
                 tensor = tensor.index_select(axis, index_W)
-        for axis, gain_W in enumerate(self.gains):
-            if gain_W is not None:  # rounded once, at the end
-                shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
-                tensor = (tensor.float() * gain_W.view(shape)).to(tensor.dtype)
-        return tensor
+                if gains:
+                    gains[axis] = gains[axis][index_W]
+        for axis, gain_F in enumerate(gains):  # rounded once, at the end
+            shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+            tensor = tensor.float() * gain_F.view(shape)
+        return tensor.to(dtype)
 
 
 def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
@@ -315,10 +317,7 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
         (site.block, site.name): index_W if len(index_W) < site.size else None
         for site, index_W in zip(plan.sites, plan.kept, strict=True)
     }
-    gains = {
-        (site.block, site.name): gain_W
-        for site, gain_W in zip(plan.sites, plan.gains or (None,) * len(plan.sites), strict=True)
-    }
+    gains = plan.gains or {}
     places = {block: place for place, block in enumerate(plan.kept_blocks())}
     cuts, names = [], set()
     for path in _weight_files(base_folder):
@@ -344,10 +343,8 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
                         entries = entries // shape[axis] * len(index_W)
                     indices.append(index_W)
                 num_bytes = entries * _bytes_of(header.get_dtype())
-                folded = tuple(
-                    None if site is None else gains[block, site]
-                    for site in family.gain_axes(relative)
-                )
+                axes = family.gain_axes(relative) if gains else ()
+                folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
                 written = name if block < 0 else f"{family.blocks}.{places[block]}.{relative}"
                 cuts.append(_Cut(written, path, tuple(indices), num_bytes, folded, name))
     _refuse_missing(base_folder, names, family)

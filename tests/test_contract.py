@@ -100,7 +100,8 @@ def test_it_exports_what_it_masked(run: tuple[Method, Path], inputs: Path) -> No
     _, root = run
     dense: Any = load_model(inputs / "base")
     ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
-    with GateHooks(dense).applied(PruningPlan.load(root / "plan").gates()), torch.no_grad():
+    plan = PruningPlan.load(root / "plan")
+    with GateHooks(dense).applied(plan.gates(), plan.gains), torch.no_grad():
         masked = dense(ids).logits
         exported = load(root / "model")(ids).logits
     torch.testing.assert_close(exported, masked, atol=1e-4, rtol=0)

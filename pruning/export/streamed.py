@@ -92,7 +92,7 @@ def verify_streamed(
         stored = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
         _check_parameters(dense, plan, exported)
         hooks = GateHooks(dense, plan.family)
-        with hooks.applied([gate_I.to(device) for gate_I in plan.gates()]):
+        with hooks.applied(plan.gates(), plan.gains):
             return _largest_difference(
                 dense,
                 exported,

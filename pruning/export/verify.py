@@ -200,9 +200,8 @@ def _gated(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     """The dense model with the gates of the plan, in evaluation mode, and all put back after."""
     training = model.training
     hooks = GateHooks(model.eval(), plan.family)
-    gates = [gate_I.to(model.device) for gate_I in plan.gates()]
     try:
-        with hooks.applied(gates):
+        with hooks.applied(plan.gates(), plan.gains):
             yield
     finally:
         hooks.remove()

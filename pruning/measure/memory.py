@@ -29,7 +29,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pruning.families import blocks_of, family_of, skeleton
 from pruning.hypernetwork import GRUHypernetwork, SharedHeads
 from pruning.measure.live_bytes import loss_peak, model_step
-from pruning.sites import find_sites
+from pruning.sites import find_sites, gain_sizes
 
 GB = 1e9
 # Vectors over all gates in float32 that a step has at once: logits, noise, samples, gradients.
@@ -182,7 +182,7 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     with torch.device("meta"):
         hypernetwork = run.hypernetwork(sizes)
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
-    trained += sum(sizes)  # the gains
+    trained += sum(gain_sizes(model, family).values())
 
     kept, peak = model_step(config, run.dtype, run.batch_size, run.window_tokens, run.checkpointing)
     # Hidden states flat, their gradient in chunks and in one piece, those of the teacher.

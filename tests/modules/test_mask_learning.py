@@ -174,7 +174,7 @@ def test_validation_measures_the_hard_plan(inputs: Path, data: TextData, tmp_pat
     (measured,) = run.validate(module, data, verbose=False)
     dense: Any = load_model(inputs / "base")
     windows_NT = torch.cat([piece["input_ids"] for piece in data.val_dataloader()])
-    with GateHooks(dense).applied(module.plan().gates()):
+    with GateHooks(dense).applied(module.plan().gates(), module.plan().gains):
         expected = perplexity(dense, windows_NT).value
     assert measured["val_perplexity"] == pytest.approx(expected, rel=1e-4)
     assert measured["val_perplexity"] != pytest.approx(perplexity(dense, windows_NT).value)
@@ -340,8 +340,13 @@ def test_masks_settle_and_only_then_gains_are_learned(
         assert torch.equal(plans.hypernetwork[3], plans.hypernetwork[after])
         assert all(map(torch.equal, plans.kept[3], plans.kept[after]))
         assert not torch.equal(plans.gains[after - 1], plans.gains[after])
-    kept_N = torch.cat([gate_I != 0 for gate_I in module.plan().gates()])
-    assert bool((module.gains[~kept_N] == 1).all())  # what is cut away has nothing to learn
+    plan = module.plan()
+    assert plan.gains is not None
+    kept_I = plan.gates()[0] != 0
+    for path in ("q", "k", "v"):
+        gain_I = plan.gains[f"0.self_attn.{path}_proj.input"]
+        assert bool((gain_I[~kept_I] == 1).all())  # what is cut away has nothing to learn
+        assert bool((gain_I[kept_I] != 1).any())
 
 
 def test_parts_learn_and_go(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

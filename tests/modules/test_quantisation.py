@@ -147,7 +147,7 @@ def test_a_run_exports_the_original_weights_and_resumes_bitwise(
     assert plan.provenance["learned_on"] == "FourBit()"
     ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
     dense, exported = load_model(inputs / "base"), loaded(root / "model")
-    with GateHooks(dense).applied(plan.gates()), torch.no_grad():
+    with GateHooks(dense).applied(plan.gates(), plan.gains), torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, dense(ids).logits, atol=1e-4, rtol=0)
 
     checkpoint = root / "checkpoints" / "step=6.ckpt"

@@ -49,7 +49,7 @@ class Pair:
     @contextmanager
     def masked(self) -> Iterator[PreTrainedModel]:
         hooks = GateHooks(self.dense)
-        with hooks.applied(self.plan.gates()):
+        with hooks.applied(self.plan.gates(), self.plan.gains):
             yield self.dense
         hooks.remove()
 

@@ -47,7 +47,7 @@ def test_masked_equals_exported(family: str, which: str, tmp_path: Path) -> None
     prune_checkpoint(base, plan, tmp_path / "small")
     dense, small = tiny_model(family), load(tmp_path / "small")
     hooks = GateHooks(dense, plan.family)
-    with hooks.applied(plan.gates()):
+    with hooks.applied(plan.gates(), plan.gains):
         expected_BTV = dense(TOKENS_BT).logits
     assert expected_BTV.std() > 0.1
     torch.testing.assert_close(small(TOKENS_BT).logits, expected_BTV, atol=1e-4, rtol=0)
@@ -138,9 +138,6 @@ def test_plans_of_parts_are_kept_and_checked(tmp_path: Path) -> None:
     kept[place] = torch.arange(2)
     with pytest.raises(ValueError, match=r"1\.attn_in keeps entries of a part that goes"):
         PruningPlan("llama", "x", plan.sites, tuple(kept))
-    gains = tuple(torch.full((len(index_W),), 1.5) for index_W in plan.kept)
-    with pytest.raises(ValueError, match=r"gain of site 0\.attn must be 1"):
-        PruningPlan("llama", "x", plan.sites, plan.kept, gains=gains)
     with pytest.raises(ValueError, match="keeps no attention"):
         plan_without(model, "x", [(block, "attn") for block in range(3)], {})
     with pytest.raises(ValueError, match=r"`removed` names \[\(3, 'attn'\)\]"):

@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from pruning.families import FAMILIES
+from pruning.families import FAMILIES, family_of
 from pruning.plan import DESCRIPTION, TENSORS, PruningPlan, full_plan, plan_from_indices
-from pruning.sites import Site, find_sites
+from pruning.sites import Site, find_sites, gain_sizes
 from tests.tiny import tiny_llama, tiny_llama_config
 
 SITES = (Site(0, "a", 4), Site(0, "b", 3), Site(1, "a", 4), Site(1, "b", 3))
@@ -40,16 +40,12 @@ def test_widths_indices_and_gates() -> None:
         plan.index(2, "a")
 
 
-GAINS = tuple(torch.linspace(0.5, 1.5, len(index)) for index in KEPT)
-
-
-def test_gains_are_the_gates_of_what_stays_and_survive_the_disk(tmp_path: Path) -> None:
-    plan = _plan(gains=GAINS)
-    assert [gate.tolist() for gate in plan.gates()][:2] == [[0.5, 0, 1.5, 0], [0, 0.5, 0]]
-    plan.save(tmp_path)
-    loaded = PruningPlan.load(tmp_path)
+def test_gains_survive_the_disk(tmp_path: Path) -> None:
+    gains = {"0.mlp.up_proj.input": torch.linspace(0.5, 1.5, 4)}
+    loaded = PruningPlan.load(_saved(tmp_path / "some", _plan(gains=gains)))
     assert loaded.gains is not None
-    assert all(torch.equal(a, b) for a, b in zip(loaded.gains, GAINS, strict=True))
+    assert loaded.gains.keys() == gains.keys()
+    assert torch.equal(loaded.gains["0.mlp.up_proj.input"], gains["0.mlp.up_proj.input"])
     assert PruningPlan.load(_saved(tmp_path / "none", _plan())).gains is None
 
 
@@ -58,26 +54,27 @@ def _saved(folder: Path, plan: PruningPlan) -> Path:
     return folder
 
 
+def test_gains_are_finite() -> None:
+    with pytest.raises(ValueError, match="gains 0.a must be finite"):
+        _plan(gains={"0.a": torch.tensor([1.0, float("nan")])})
+
+
 @pytest.mark.parametrize(
-    ("gains", "message"),
+    ("changes", "message"),
     [
-        ((torch.ones(1), *GAINS[1:]), r"Gains of site 0\.a must be 2 numbers"),
-        ((torch.tensor([1.0, float("nan")]), *GAINS[1:]), r"Gains of site 0\.a must be finite"),
-        (GAINS[:1], "1 gains were given for 4 sites"),
+        ({"0.mlp.up_proj.input": torch.ones(3)}, "0.mlp.up_proj.input it has 3 gains, .* has 24"),
+        ({"0.mlp.up_proj.inside": torch.ones(24)}, "of 0.mlp.up_proj.inside it has 24 gains"),
     ],
 )
-def test_gains_are_finite_and_one_per_kept_entry(gains: Any, message: str) -> None:
+def test_gains_fit_the_features_of_the_model(changes: Any, message: str) -> None:
+    model = tiny_llama()
+    gains = {
+        name: torch.ones(size) for name, size in gain_sizes(model, family_of(model.config)).items()
+    }
+    plan = full_plan(model, "x")
+    replace(plan, gains=gains).verify(model.config)
     with pytest.raises(ValueError, match=message):
-        _plan(gains=gains)
-
-
-def test_gains_of_some_sites_only_are_a_damaged_plan(tmp_path: Path) -> None:
-    _plan(gains=GAINS).save(tmp_path)
-    tensors = load_file(tmp_path / TENSORS)
-    del tensors["1.a.gain"]
-    save_file(tensors, tmp_path / TENSORS)
-    with pytest.raises(ValueError, match=r"lacks the gains of site 1\.a"):
-        PruningPlan.load(tmp_path)
+        replace(plan, gains=gains | changes).verify(model.config)
 
 
 def test_description_is_a_table() -> None:

@@ -26,10 +26,17 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def gain(plan: PruningPlan, name: str, block: int = 2) -> torch.Tensor:
+def cut(
+    plan: PruningPlan, tensor: torch.Tensor, path: str, *kept: torch.Tensor | None
+) -> torch.Tensor:
+    """What stays of a tensor of a projection of block 2, times the gains of the projection."""
     assert plan.gains is not None
-    places = [(site.block, site.name) for site in plan.sites]
-    return plan.gains[places.index((block, name))]
+    for axis, (side, index_W) in enumerate(zip(("output", "input"), kept, strict=False)):
+        gain_F = plan.gains[f"2.{path}.{side}"]
+        if index_W is not None:
+            tensor, gain_F = tensor.index_select(axis, index_W), gain_F[index_W]
+        tensor = tensor * (gain_F[:, None] if axis == 0 and tensor.dim() == 2 else gain_F)
+    return tensor
 
 
 def test_every_tensor_is_the_slice_that_the_plan_names(tmp_path: Path) -> None:
@@ -41,24 +48,20 @@ def test_every_tensor_is_the_slice_that_the_plan_names(tmp_path: Path) -> None:
     attn_in, attn_out, mlp_in, mlp_mid, mlp_out = (
         plan.index(2, name) for name in ("attn_in", "attn_out", "mlp_in", "mlp_mid", "mlp_out")
     )
-    # Gains fold into the columns that read their entries, or else into the rows that write them.
-    g_in, g_out, m_in, m_mid, m_out = (
-        gain(plan, name) for name in ("attn_in", "attn_out", "mlp_in", "mlp_mid", "mlp_out")
-    )
     expected = {
-        "self_attn.q_proj.weight": dense[f"{layer}.self_attn.q_proj.weight"][:, attn_in] * g_in,
-        "self_attn.q_proj.bias": dense[f"{layer}.self_attn.q_proj.bias"],
-        "self_attn.k_proj.weight": dense[f"{layer}.self_attn.k_proj.weight"][:, attn_in] * g_in,
-        "self_attn.o_proj.weight": (
-            dense[f"{layer}.self_attn.o_proj.weight"][attn_out] * g_out[:, None]
-        ),
-        "self_attn.o_proj.bias": dense[f"{layer}.self_attn.o_proj.bias"][attn_out] * g_out,
-        "mlp.up_proj.weight": dense[f"{layer}.mlp.up_proj.weight"][mlp_mid][:, mlp_in] * m_in,
-        "mlp.up_proj.bias": dense[f"{layer}.mlp.up_proj.bias"][mlp_mid],
-        "mlp.down_proj.weight": (
-            dense[f"{layer}.mlp.down_proj.weight"][mlp_out][:, mlp_mid] * m_out[:, None] * m_mid
-        ),
-        "mlp.down_proj.bias": dense[f"{layer}.mlp.down_proj.bias"][mlp_out] * m_out,
+        f"{path}.{kind}": cut(plan, dense[f"{layer}.{path}.{kind}"], path, *kept)
+        for path, kind, *kept in (
+            ("self_attn.q_proj", "weight", None, attn_in),
+            ("self_attn.q_proj", "bias", None),
+            ("self_attn.k_proj", "weight", None, attn_in),
+            ("self_attn.o_proj", "weight", attn_out, None),
+            ("self_attn.o_proj", "bias", attn_out),
+            ("mlp.up_proj", "weight", mlp_mid, mlp_in),
+            ("mlp.up_proj", "bias", mlp_mid),
+            ("mlp.down_proj", "weight", mlp_out, mlp_mid),
+            ("mlp.down_proj", "bias", mlp_out),
+        )
+    } | {
         "input_layernorm.weight": dense[f"{layer}.input_layernorm.weight"][attn_in],
         "input_layernorm.index": attn_in,
         "post_attention_layernorm.index": mlp_in,

@@ -12,7 +12,7 @@ from pruning.budget import Budget, Parameters
 from pruning.families import family_of, skeleton
 from pruning.fingerprint import fingerprint
 from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import find_sites
+from pruning.sites import find_sites, gain_sizes
 
 
 def uneven_plan(
@@ -42,8 +42,10 @@ def uneven_plan(
         width = {0: 1, 1: site.size, 3: eights}.get(site.block, odd)
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
-    gains = [torch.empty(len(i)).uniform_(0.7, 1.3, generator=generator) for i in kept]
-    gains = [gain_W**0 if s.is_part else gain_W for s, gain_W in zip(sites, gains, strict=True)]
+    gains = {
+        name: torch.empty(size).uniform_(0.7, 1.3, generator=generator)
+        for name, size in gain_sizes(model, family).items()
+    }
     return plan_from_indices(
         model, fingerprint(folder), kept, {"seed": seed}, gains if with_gains else None, family
     )

@@ -44,7 +44,7 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
 @contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
     hooks = GateHooks(model)
-    with hooks.applied(plan.gates()):
+    with hooks.applied(plan.gates(), plan.gains):
         yield model
     hooks.remove()
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from pruning.budget import Budget
+from pruning.families import family_of
 from pruning.fingerprint import fingerprint
 from pruning.masking import GateHooks
 from pruning.measure.alignment import compare_alignment
 from pruning.measure.perplexity import perplexity
 from pruning.plan import PruningPlan, plan_from_indices
+from pruning.sites import gain_sizes
 from tests.tiny import tiny_folder, tiny_llama
 
 
@@ -23,7 +25,8 @@ def test_both_plans_are_measured_without_gains_and_on_budget(tmp_path: Path) -> 
     plans: dict[str, PruningPlan] = {}
     for name, multiple in (("free widths", 1), ("aligned widths", 8)):
         kept = Budget(0.5, width_multiple=multiple).finalise(scores_N, hooks.sites, table)
-        gains = [torch.full((len(index_W),), 1.5) for index_W in kept]
+        sizes = gain_sizes(dense, family_of(dense.config))
+        gains = {name: torch.full((size,), 1.5) for name, size in sizes.items()}
         plans[name] = plan_from_indices(dense, fingerprint(base), kept, {}, gains)
     windows_NT = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
     report = compare_alignment(
