@@ -4,6 +4,7 @@ from callbacks.anneal_sparsity import AnnealSparsity
 from callbacks.export_model import ExportModel
 from callbacks.plot_widths import PlotWidths
 from callbacks.prune_blocks import PruneBlocks
+from callbacks.prune_weights import PruneWeights
 from callbacks.save_checkpoint import SaveCheckpoint
 from callbacks.track_budget import TrackBudget
 from callbacks.watch_ranks import WatchRanks
@@ -13,6 +14,7 @@ __all__ = [
     "ExportModel",
     "PlotWidths",
     "PruneBlocks",
+    "PruneWeights",
     "SaveCheckpoint",
     "TrackBudget",
     "WatchRanks",

@@ -1,0 +1,483 @@
+"""Set weights to zero while a model trains, and keep them zero: sparse fine-tuning.
+
+Sources: the parts are those of `pruning.weights`, each with its paper; all at once and then
+training, as in "A Simple and Effective Pruning Approach" (Wanda, arXiv 2306.11695, section 4); or
+gradually, "To prune, or not to prune" (arXiv 1710.01878, eq. 1). Differs from the latter: a weight
+that was removed is zero when masks are made anew, scores lowest, and does not come back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import AutoConfig
+
+from callbacks._held_masks import HeldMasks, take_out_updates
+from pruning.depth.cache import data_fingerprint, live_fingerprint
+from pruning.families import blocks_of, family_of, skeleton
+from pruning.measure.perplexity import perplexity
+from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+from pruning.recipe import refuse_other
+from pruning.schedules import Cubic, Schedule
+from pruning.weights.loop import Progress as OnBlock
+from pruning.weights.loop import prune_weights
+from pruning.weights.masks import WeightMasks, pack, unpack
+from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
+from pruning.weights.pattern import Pattern
+from pruning.weights.recipe import WeightRecipe
+from pruning.weights.report import plot_sparsity, sparsity_report
+from pruning.weights.selection import AllLinears, Selection
+from pruning.weights.source import LiveBlocks
+from pruning.weights.store import BlockStore
+from pruning.weights.wanda import Wanda
+
+_BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
+
+
+@dataclass(frozen=True)
+class Gradually:
+    """The sparsity rises from 0 to that of the pattern; masks are made anew at every rise.
+
+    Args:
+        every_n_steps: Optimiser steps from one rise to the next, 1 or more; the first comes so
+            many steps after the start.
+        over: Fraction of the steps after which the sparsity is reached, in (0, 1).
+        curve: How it gets there; `pruning.schedules.Cubic` if not given, as in the paper.
+
+    Raises:
+        ValueError: A setting is outside its range.
+
+    Example: every 10 steps over half of 60, 0.7 is approached in three rises, before steps 10, 20
+    and 30: 0.7 (1 - (2/3)^3) = 0.493, 0.7 (1 - (1/3)^3) = 0.674, and 0.7.
+    """
+
+    every_n_steps: int
+    over: float = 0.5
+    curve: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be 1 or more, got {self.every_n_steps}.")
+        if not 0 < self.over < 1:
+            raise ValueError(f"`over` must be in (0, 1), got {self.over}.")
+
+    def last_step(self, steps: int) -> int:
+        """The step before which the sparsity of the pattern is reached, of so many."""
+        return math.ceil(self.over * steps / self.every_n_steps) * self.every_n_steps
+
+    def due(self, step: int, steps: int) -> int:
+        """The step of the latest rise when a step begins; 0, when nothing is removed, included."""
+        return min(step - step % self.every_n_steps, self.last_step(steps))
+
+    def sparsity(self, rise: int, steps: int, final: float) -> float:
+        """Fraction removed from the rise at a step on, in [0, final]."""
+        return final * (self.curve or Cubic())(rise / self.last_step(steps))
+
+    def settings(self) -> str:
+        """What tells two of them apart."""
+        curve = type(self.curve or Cubic()).__name__
+        return f"Gradually({self.every_n_steps}, {self.over}, {curve})"
+
+
+class PruneWeights(Callback):
+    """Set weights to zero block by block, train on, and keep every zero.
+
+    Before every optimiser step the gradients are masked, after it the weights; low-rank updates
+    train and are added up under the masks. Masks are part of the checkpoint, one bit per weight. At
+    the end it is an error if a single removed weight is not zero.
+
+    Below `folder` come `sparsity.json`, `sparsity.txt` and `sparsity.png`, which tell what was
+    achieved; `masks.safetensors`; and, until the run has ended well, the finished `blocks`, as
+    large as what is pruned of the model: a run that was killed goes on at the block that it was in.
+
+    Compensation, allocation and refinement are tried first, and left out where they raise the
+    perplexity of windows that are held back from them; log and report say so.
+
+    Rank 0 prunes while other ranks wait: raise the `timeout` of the strategy where that takes long.
+    The folder must be on a file system that all ranks see.
+
+    Args:
+        pattern: How many entries of every group go: `Unstructured` or `NM`.
+        score: Which ones stay: `Magnitude`, `Wanda` (if not given), `DaSS` or `ObsSaliency`.
+        allocation: How the sparsity is spread over the blocks: `Uniform` (if not given) or
+            `AlphaPruning`.
+        refinement: Changes the masks: `DSnoT` or `Barber`; none if not given.
+        compensation: Changes the weights that stay: `SparseGPTSweep` or `LeastSquares`; none if not
+            given.
+        matrices: Which matrices are pruned: `AllLinears` (if not given), `MlpOnly` or
+            `AttentionOnly`.
+        gradually: How the sparsity rises while the model trains; all at once before the first step
+            if not given.
+        calibration_windows: Windows of the training text that statistics are taken from, 1 or more.
+        held_back_windows: Further windows, to try the parts on and to measure, 1 or more.
+        calibration_seed: Seed of the draw of all these windows, 0 or more.
+        calibration_batch_size: Windows that a block sees at once, 1 or more.
+        folder: Where all this goes, relative to `trainer.default_root_dir`.
+
+    Raises:
+        ValueError: A setting is outside its range, or the pattern has only one sparsity and is to
+            be reached gradually.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        score: Score | None = None,
+        allocation: Allocation | None = None,
+        refinement: Refinement | None = None,
+        compensation: Compensation | None = None,
+        matrices: Selection | None = None,
+        gradually: Gradually | None = None,
+        calibration_windows: int = 128,
+        held_back_windows: int = 32,
+        calibration_seed: int = 0,
+        calibration_batch_size: int = 8,
+        folder: str = "weights",
+    ) -> None:
+        for name, value, least in (
+            ("calibration_windows", calibration_windows, 1),
+            ("held_back_windows", held_back_windows, 1),
+            ("calibration_seed", calibration_seed, 0),
+            ("calibration_batch_size", calibration_batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        self.recipe = WeightRecipe(
+            pattern=pattern,
+            score=score or Wanda(),
+            allocation=allocation or Uniform(),
+            refinement=refinement,
+            compensation=compensation,
+            matrices=matrices or AllLinears(),
+        )
+        if gradually is not None:
+            try:
+                pattern.with_sparsity(pattern.sparsity / 2)
+            except ValueError as error:
+                raise ValueError(f"`gradually` does not go with `pattern`: {error}") from error
+        self.gradually, self.folder = gradually, folder
+        self.calibration_windows, self.held_back_windows = calibration_windows, held_back_windows
+        self.calibration_seed = calibration_seed
+        self.calibration_batch_size = calibration_batch_size
+        self.masks = WeightMasks()
+        """What stays, by the names of the parameters in the live model."""
+        self.history: list[dict[str, Any]] = []
+        """Every pruning so far: step, sparsities, perplexity before and after, notes."""
+        self._kept_blocks: list[int] = []
+        self._held: HeldMasks | None = None
+        self._step = -1
+
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find out at once whether recipe, model and strategy go together.
+
+        Raises:
+            ValueError: They do not.
+        """
+        trained = trains_weights(module, "PruneWeights")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"Masks cannot be held under `trainer.strategy` {type(trainer.strategy).__name__}, "
+                "which has divided weights or optimiser among the ranks. Use one device or ddp, "
+                "with `--model.lora.rank 8` where memory is short."
+            )
+        self.recipe.check(linears_of(skeleton(AutoConfig.from_pretrained(trained.base_folder))))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune what is due at once; hold the masks of a checkpoint.
+
+        Raises:
+            ValueError: The sparsity would not be reached in time, the model cannot be pruned like
+                this, or a checkpoint has lost zeros.
+        """
+        module = trains_weights(pl_module, "PruneWeights")
+        self.check_first(trainer, pl_module)
+        steps = int(trainer.estimated_stepping_batches)
+        if self.gradually is not None and (last := self.gradually.last_step(steps)) >= steps:
+            raise ValueError(
+                f"`gradually` {self.gradually.settings()} would reach the sparsity before step "
+                f"{last}, and training has {steps} steps; raise `trainer.max_steps`, or lower "
+                "`over` or `every_n_steps`."
+            )
+        self._release()
+        self._hold(module)
+        if self.history:
+            self._verify(module, "the checkpoint was loaded")
+        if trainer.ckpt_path is None:  # else optimiser and step of the checkpoint are still to come
+            self._catch_up(trainer, module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune what is due at this step."""
+        self._catch_up(trainer, trains_weights(pl_module, "PruneWeights"))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Take the removed weights out of the gradients."""
+        if self._held is not None:
+            self._held.mask_gradients()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Set the removed weights to zero again after an optimiser step.
+
+        Raises:
+            ValueError: Blocks were removed after the masks were made.
+        """
+        if self._held is None or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._kept_blocks != trains_weights(pl_module, "PruneWeights").kept_blocks:
+            raise ValueError(
+                "Blocks were removed after weights were pruned, and the masks name blocks that "
+                "have moved. Put PruneBlocks, with `removals` AtOnce, before PruneWeights."
+            )
+        self._held.apply()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether a removed weight has come back, before the last checkpoint is written.
+
+        Raises:
+            ValueError: One has.
+        """
+        self._verify(trains_weights(pl_module, "PruneWeights"), "the last step")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same after all that other callbacks do at the end of training.
+
+        Raises:
+            ValueError: A removed weight has come back, or nothing was pruned.
+        """
+        if not self.history:
+            raise ValueError(
+                "PruneWeights has pruned nothing: the checkpoint knows no masks and no step was "
+                "left to take. Start without `--ckpt_path`."
+            )
+        self._verify(trains_weights(pl_module, "PruneWeights"), "the end of training")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure low-rank updates under the masks of the checkpoint."""
+        self._hold(trains_weights(pl_module, "PruneWeights"))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation."""
+        self._hold(trains_weights(pl_module, "PruneWeights"))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation."""
+        self._hold(trains_weights(pl_module, "PruneWeights"))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the finished blocks when everything has gone well; an error does not lead here."""
+        if stage == "fit" and trainer.is_global_zero:
+            shutil.rmtree(self._path(trainer) / _BLOCKS, ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, what was done so far, and the settings that decide the rest."""
+        masks = {}
+        for name in self.masks:
+            mask_OI = self.masks[name]
+            masks[name] = {"packed": pack(mask_OI), "shape": list(mask_OI.shape)}
+        return {
+            "settings": self._settings(),
+            "history": self.history,
+            "kept_blocks": self._kept_blocks,
+            "masks": masks,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: It was written under other settings.
+        """
+        refuse_other(state_dict["settings"], self._settings(), "PruneWeights")
+        self.history, self._kept_blocks = state_dict["history"], state_dict["kept_blocks"]
+        self.masks = WeightMasks()
+        for name, mask in state_dict["masks"].items():
+            rows, columns = mask["shape"]
+            self.masks.add(name, unpack(mask["packed"], (rows, columns)))
+        self._release()
+
+    def _settings(self) -> dict[str, Any]:
+        return self.recipe.settings() | {
+            "gradually": self.gradually and self.gradually.settings(),
+            "calibration_windows": self.calibration_windows,
+            "held_back_windows": self.held_back_windows,
+            "calibration_seed": self.calibration_seed,
+            "calibration_batch_size": self.calibration_batch_size,
+        }
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.folder
+
+    def _hold(self, module: TrainsWeights) -> None:
+        if self._held is None and self.history:
+            self._held = HeldMasks(module.model, self.masks)
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.release()
+        self._held = None
+
+    def _verify(self, module: TrainsWeights, where: str) -> None:
+        with module.plain() as model:
+            lost = self.masks.lost(model)
+        if lost:
+            raise ValueError(
+                f"After {where}, {sum(lost.values())} weights that were removed are not zero, "
+                f"in {len(lost)} matrices, {min(lost)} first: something has changed weights behind "
+                "PruneWeights. Look for an optimiser, strategy or callback that keeps copies of "
+                "the weights (averages, masters) and leave it out."
+            )
+
+    def _catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
+        final, step = self.recipe.pattern.sparsity, 0
+        if self.gradually is not None:
+            steps = int(trainer.estimated_stepping_batches)
+            step = self.gradually.due(trainer.global_step, steps)
+            final = self.gradually.sparsity(step, steps, final)
+        done = self.history[-1]["step"] if self.history else -1
+        if step > done and (self.gradually is None or step > 0):
+            self._prune(trainer, module, step, final)
+
+    def _prune(self, trainer: Trainer, module: TrainsWeights, step: int, sparsity: float) -> None:
+        recipe = replace(self.recipe, pattern=self.recipe.pattern.with_sparsity(sparsity))
+        event: dict[str, Any] = {}
+        store: BlockStore | None = None
+        if trainer.is_global_zero:  # the others wait for what it finds
+            store, event = self._work(trainer, module, step, recipe)
+        store, event = trainer.strategy.broadcast((store, event))
+        assert store is not None
+        self.masks, prefix = WeightMasks(), family_of(module.model.config).blocks
+        for index, block in enumerate(blocks_of(module.model, family_of(module.model.config))):
+            done = store.load(index, block)
+            assert done is not None
+            for path, mask_OI in done.masks.items():
+                self.masks.add(f"{prefix}.{index}.{path}.weight", mask_OI)
+        take_out_updates(module.model, self.masks)
+        self._release()
+        self.history.append(event)
+        self._kept_blocks = list(module.kept_blocks)
+        self._hold(module)
+        assert self._held is not None
+        self._held.apply()
+        if trainer.is_global_zero:
+            self.masks.save(self._path(trainer))
+        module.record("weights", self._provenance())
+        self._verify(module, "pruning")
+        figures = {name: value for name, value in event.items() if isinstance(value, float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        for note in event["notes"]:
+            rank_zero_info(note)
+        rank_zero_info(
+            f"Step {trainer.global_step}: {event['linear_sparsity']:.4f} of the linear layers are "
+            f"zero; perplexity of the windows held back {event['perplexity_before']:.2f} -> "
+            f"{event['perplexity_after']:.2f}."
+        )
+
+    def _work(
+        self, trainer: Trainer, module: TrainsWeights, step: int, recipe: WeightRecipe
+    ) -> tuple[BlockStore, dict[str, Any]]:
+        """Prune a plain copy into the store, and tell what that is worth."""
+        held_back_MT, windows_NT = self._windows(trainer)
+        with module.plain() as model:
+            settings = recipe.settings() | {
+                "model": live_fingerprint(model),
+                "windows": data_fingerprint(windows_NT),
+                "held back": data_fingerprint(held_back_MT),
+                "calibration_batch_size": self.calibration_batch_size,
+                "step": step,
+            }
+            store = self._store(trainer, settings)
+            before = perplexity(model, held_back_MT)
+            with _progress(trainer) as on_block:
+                found = prune_weights(
+                    LiveBlocks(model),
+                    recipe,
+                    windows_NT,
+                    held_back_NT=held_back_MT,
+                    batch_size=self.calibration_batch_size,
+                    store=store,
+                    progress=on_block,
+                )
+            after = perplexity(model, held_back_MT)
+            report = sparsity_report(model, found.masks, found.notes)
+        folder = self._path(trainer)
+        (folder / "sparsity.txt").write_text(report.describe() + "\n", encoding="utf-8")
+        text = json.dumps(report.as_dict(), indent=1) + "\n"
+        (folder / "sparsity.json").write_text(text, encoding="utf-8")
+        plot_sparsity(report, folder / "sparsity.png")
+        event = {
+            "step": step,
+            "applied": found.recipe.settings(),
+            "asked_sparsities": found.sparsities,
+            "linear_sparsity": report.linear_sparsity,
+            "pruned_sparsity": report.pruned_sparsity,
+            "model_sparsity": report.model_sparsity,
+            "matrices_for_2of4_kernels": sum(matrix.fits_2of4 for matrix in report.matrices),
+            "matrices": len(report.matrices),
+            "perplexity_before": before.value,
+            "perplexity_after": after.value,
+            "notes": found.notes,
+        }
+        return store, event
+
+    def _windows(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        held_back, seed = self.held_back_windows, self.calibration_seed
+        count = held_back + self.calibration_windows
+        drawn_NT = calibration_windows(data, count, seed, "PruneWeights")
+        order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return drawn_NT[order_N[:held_back]], drawn_NT[order_N[held_back:]]
+
+    def _store(self, trainer: Trainer, settings: dict[str, Any]) -> BlockStore:
+        """Where finished blocks are kept; those of this very pruning are there already."""
+        folder = self._path(trainer) / _BLOCKS
+        try:
+            return BlockStore(folder, settings)
+        except ValueError as error:
+            if settings["step"] == 0:
+                error.add_note(
+                    f"Or these are the blocks of an earlier run that did not end: delete {folder}."
+                )
+                raise
+            shutil.rmtree(folder)  # of an earlier rise, or of one before the checkpoint
+            return BlockStore(folder, settings)
+
+    def _provenance(self) -> dict[str, Any]:
+        """For the model card: the settings, and the last pruning."""
+        return {"settings": self._settings(), "prunings": len(self.history)} | self.history[-1]
+
+
+@contextmanager
+def _progress(trainer: Trainer) -> Iterator[OnBlock]:
+    """A bar that moves with every block; lines in the log where bars are switched off."""
+    if trainer.progress_bar_callback is None:
+        yield lambda done, total: rank_zero_info(f"Pruned block {done} of {total}.")
+        return
+    columns = (TextColumn("Pruning blocks"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
