@@ -10,15 +10,14 @@ tests/pruning/depth compares it with what is live at small size.
 Latency: the model without a quarter of its blocks against the dense one, prefill and decode, beside
 the ideal, which is the fraction of the parameters that multiply (blocks and output head).
 
-Surgery: peak memory of a process of its own that removes a block from a checkpoint in one and in
-many shards, over that of a process that only does the same imports.
+Surgery: how much a process of its own grows at most while it removes a block from a checkpoint in
+one and in many shards (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -104,35 +103,42 @@ def latency(model: Any, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def surgery_peak_mb(base: Path | None, folder: Path) -> float:
-    """Peak resident set in MB of a fresh process that removes block 1; None does nothing."""
+def surgery_growth_mb(base: Path, folder: Path) -> float:
+    """MB that a fresh process grows by at most while it removes block 1."""
     queue: Any = multiprocessing.get_context("spawn").Queue()
     process = multiprocessing.get_context("spawn").Process(
         target=_remove_and_report, args=(base, folder, queue)
     )
     process.start()
-    peak: float = queue.get()
+    grown: float = queue.get()
     process.join()
-    return peak
+    return grown
 
 
-def _remove_and_report(base: Path | None, folder: Path, queue: Any) -> None:
-    if base is not None:
-        prune_blocks(base, folder, remove=[1])
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+def _remove_and_report(base: Path, folder: Path, queue: Any) -> None:
+    prune_blocks(base, folder, remove=[1])  # whatever is loaded or built once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status_mb("VmRSS")
+    prune_blocks(base, folder, remove=[1])
+    queue.put(_status_mb("VmHWM") - before)
+
+
+def _status_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def surgery(model: Any) -> dict[str, float]:
-    """Growth of the peak memory with one shard and with many."""
+    """Growth of the memory with one shard and with many."""
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
-        idle = surgery_peak_mb(None, folder)
-        for name, shard in (("one", "100GB"), ("many", "8MB")):
+        for name, shard in (("one", "100GB"), ("many", "2MB")):
             model.save_pretrained(folder / name, max_shard_size=shard)
-            shards = len(list((folder / name).glob("*.safetensors")))
-            grown = surgery_peak_mb(folder / name, folder / "short") - idle
-            figures |= {f"surgery_{name}_shards": shards, f"surgery_{name}_growth_mb": grown}
+            figures[f"surgery_{name}_shards"] = len(list((folder / name).glob("*.safetensors")))
+            figures[f"surgery_{name}_growth_mb"] = surgery_growth_mb(
+                folder / name, folder / f"short_{name}"
+            )
     return figures
 
 

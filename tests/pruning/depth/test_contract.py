@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pruning.depth import Unit, bypassed, fractions, prune_blocks, remove_blocks
 from pruning.families import blocks_of, family_of
 from pruning.measure.report import count
+from tests.stranger import run_as_stranger
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model
 
 ROWS = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
@@ -166,13 +165,7 @@ def test_a_fresh_process_loads_stock_models(
     windows_BT = tokens(2, 9)
     torch.save(windows_BT, tmp_path / "given.pt")
     folders = [pair.cut for pair in pairs.values()]
-    # In isolated mode neither the working directory nor PYTHONPATH is searched.
-    subprocess.run(
-        [sys.executable, "-I", "-c", _STRANGER, tmp_path / "given.pt", *folders],
-        cwd=tmp_path,
-        check=True,
-        timeout=240,
-    )
+    run_as_stranger(_STRANGER, tmp_path / "given.pt", *folders, folder=tmp_path)
     for pair in pairs.values():
         with torch.no_grad():
             expected_BTV = pair.short(windows_BT).logits
