@@ -43,7 +43,7 @@ def uneven_plan(
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
     gains = {
-        name: torch.empty(size).uniform_(0.7, 1.3, generator=generator)
+        name: torch.empty(size).uniform_(0.8, 1.2, generator=generator)
         for name, size in gain_sizes(model, family).items()
     }
     return plan_from_indices(
