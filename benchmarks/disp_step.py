@@ -2,8 +2,9 @@
 
 The opponent is a forward pass with labels and a backward pass to the embeddings of the stock
 transformers model, weights frozen: what any method must do that learns from the loss of a frozen
-model. Both run in one process, interleaved; the figures are medians. Memory is the growth of the
-peak resident set over the loaded model, in a process of its own for each.
+model. A third step is one after the masks have settled, with distillation and gains. All run in one
+process, interleaved; the figures are medians. Memory is the growth of the peak resident set over
+the loaded model, in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from torch import Tensor
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
 from modules import MaskLearning
 from modules.loading import load_config, load_model
-from modules.losses import LossWeights
 
 
 def plain_step(folder: str) -> Callable[[Tensor], None]:
@@ -38,13 +38,20 @@ def plain_step(folder: str) -> Callable[[Tensor], None]:
     return step
 
 
-def mask_step(folder: str, distillation: float) -> Callable[[Tensor], None]:
+class _Settled(MaskLearning):
+    """Always at the first step after the masks have settled."""
+
+    @property
+    def global_step(self) -> int:
+        return self.mask_steps
+
+
+def mask_step(folder: str, kind: type[MaskLearning] = MaskLearning) -> Callable[[Tensor], None]:
     """A whole step of MaskLearning: sample, forward, loss, backward, optimiser."""
-    module = MaskLearning(folder, loss=LossWeights(1.0, distillation))
-    # Of 1000 steps only the first, step 0, is timed over and over: masks are learned, not settled.
+    module = kind(folder)
+    # Of 1000 steps one is timed over and over: the first, unless `kind` says otherwise.
     module.trainer = Trainer(logger=False, enable_checkpointing=False, max_steps=1000)
     module.configure_model()
-    assert module.global_step < module.mask_steps
     optimizer = module.configure_optimizers()["optimizer"]
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
@@ -80,9 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="model folder (default: llama7m_mha of the data)")
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved pairs of steps")
+    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds of steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--distillation", type=float, default=0.0, help="weight of the KL loss")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -94,18 +100,21 @@ def main() -> None:
     # Memory first: forked children must not inherit the memory of the timed steps.
     memory = {
         "plain": peak_growth_mb(lambda: plain_step(folder), input_BT),
-        "masks": peak_growth_mb(lambda: mask_step(folder, args.distillation), input_BT),
+        "masks": peak_growth_mb(lambda: mask_step(folder), input_BT),
     }
-    plain, masks = plain_step(folder), mask_step(folder, args.distillation)
-    times: dict[str, list[float]] = {"plain": [], "masks": []}
+    steps = {
+        "plain": plain_step(folder),
+        "masks": mask_step(folder),
+        "settled": mask_step(folder, _Settled),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 2):
-        for name, step in (("plain", plain), ("masks", masks)):
+        for name, step in steps.items():
             start = time.perf_counter()
             step(input_BT)
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
-    plain_ms = statistics.median(times["plain"]) * 1e3
-    masks_ms = statistics.median(times["masks"]) * 1e3
+    plain_ms, masks_ms, settled_ms = (statistics.median(t) * 1e3 for t in times.values())
     write_figures(
         {
             "step_over_floor": masks_ms / plain_ms,
@@ -114,10 +123,11 @@ def main() -> None:
             ),
             "plain_ms": plain_ms,
             "masks_ms": masks_ms,
+            "settled_ms": settled_ms,
+            "settled_over_floor": settled_ms / plain_ms,
             "plain_peak_growth_mb": memory["plain"],
             "masks_peak_growth_mb": memory["masks"],
             "memory_over_floor": memory["masks"] / memory["plain"],
-            "distillation": args.distillation,
             "repeats": args.repeats,
             "threads": args.threads,
         },
