@@ -307,9 +307,11 @@ def stock_card(report: Report, origin: Origin, stages: list[dict[str, Any]]) -> 
         for key, label in names.items()
     ]
     name, done = Path(origin.base).name, " and ".join(origin.provenance)
-    kept = made["parameters"] / dense["parameters"]
+    title = f"{name}, {made['parameters'] / dense['parameters']:.1%} of its parameters"
+    if zeros := origin.provenance.get("weights", {}).get("model_sparsity"):
+        title += f", {zeros:.1%} of them zero"
     return ModelCard(
-        title=f"{name}, {kept:.1%} of its parameters" if done else f"{name}, trained further",
+        title=title if done else f"{name}, trained further",
         base_model=origin.name,
         budget=budget,
         quality=_quality(report),
