@@ -187,7 +187,8 @@ class PruneWeights(Callback):
             ValueError: They do not.
         """
         trained = trains_weights(module, "PruneWeights")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
+        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(
                 f"Masks cannot be held under `trainer.strategy` {type(trainer.strategy).__name__}, "
                 "which has divided weights or optimiser among the ranks. Use one device or ddp, "

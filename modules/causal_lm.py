@@ -256,7 +256,8 @@ class CausalLM(LanguageModelling):
         if gone := sorted(set(blocks) - set(self.kept_blocks)):
             raise ValueError(f"Blocks {gone} are not among the kept ones, {self.kept_blocks}.")
         strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(
                 f"Blocks cannot be removed under `trainer.strategy` {type(strategy).__name__}, "
                 "which has divided them among the ranks. Prune on one device with "

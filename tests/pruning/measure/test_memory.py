@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pruning.families import skeleton
+from pruning.families import family_of, skeleton
 from pruning.hypernetwork import FreeLogits, GRUHypernetwork
 from pruning.measure.live_bytes import LiveBytes, decoder_step, loss_peak, model_step
 from pruning.measure.memory import (
@@ -21,6 +21,7 @@ from pruning.measure.memory import (
     memory_table,
     settings,
 )
+from pruning.sites import gain_sizes
 from tests.tiny import tiny_config
 
 TINY = Run(torch.float32, batch_size=2, window_tokens=32, checkpointing=False)
@@ -102,9 +103,10 @@ def test_packed_weights_by_hand() -> None:
 
 def test_trained_parameters_are_those_of_the_hypernetwork_and_the_gains() -> None:
     config, gates = tiny_config("llama"), 4 * (4 * 24 + 37)
+    gains = sum(gain_sizes(skeleton(config), family_of(config)).values())
     free = replace(TINY, hypernetwork=FreeLogits)
-    assert footprint(config, free).trained == 2 * gates * 16
-    assert footprint(config, replace(free, optimizer_bytes=2.0)).trained == 2 * gates * 10
+    assert footprint(config, free).trained == (gates + gains) * 16
+    assert footprint(config, replace(free, optimizer_bytes=2.0)).trained == (gates + gains) * 10
     large = footprint(config, replace(TINY, hypernetwork=GRUHypernetwork)).trained
     assert large > 128 * gates * 16
 
