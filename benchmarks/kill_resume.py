@@ -96,6 +96,9 @@ def start(arguments: list[str], folder: Path) -> Run:
         for stream in (1, 2):
             os.dup2(log, stream)
         os.chdir(folder)
+        # Torch renews the thread pool that a fork has lost on its next use; were the first uses at
+        # once in several threads, as in surgery, one of them would find none.
+        torch.set_num_threads(torch.get_num_threads())
         for name, (owner, method) in PHASES.items():
             setattr(owner, method, _announced(getattr(owner, method), name, end))
         call(arguments)
