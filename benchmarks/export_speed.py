@@ -45,9 +45,10 @@ from pruning.families import FAMILIES
 from pruning.fingerprint import fingerprint
 from pruning.measure.report import count
 from pruning.measure.speed import measure_speed
+from pruning.model_folder import WEIGHTS
 from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import find_sites
-from pruning.surgery import WEIGHTS, prune_checkpoint
+from pruning.surgery import prune_checkpoint
 
 HEAD_SIZE = 64
 VOCABULARY = 512  # small: embeddings and head are no part of the question

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -40,7 +39,7 @@ from pruning.depth.compensation import remove_compensated, untie
 from pruning.depth.removal import remove_blocks
 from pruning.depth.surgery import prune_blocks
 from pruning.fingerprint import fingerprint
-from pruning.surgery import COMPANIONS, refuse_foreign, replaced_folder
+from pruning.model_folder import copy_companions, refuse_foreign, replaced_folder
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -377,7 +376,7 @@ class CausalLM(LanguageModelling):
                 return
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            _copy_companions(self.base_folder, partial)  # those of the base, if it has any
+            copy_companions(self.base_folder, partial)  # those of the base, if it has any
 
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
@@ -496,12 +495,3 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, data in before.items():
             parameter.data = data
-
-
-def _copy_companions(base_folder: Path, folder: Path) -> None:
-    for pattern in COMPANIONS:
-        for path in sorted(base_folder.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, folder / path.name)

@@ -23,8 +23,8 @@ from pruning.export.writer import export_model
 from pruning.measure.alignment import compare_alignment
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, Row, measure
+from pruning.model_folder import replaced_folder
 from pruning.plan import DESCRIPTION, PruningPlan
-from pruning.surgery import replaced_folder
 
 MARK = "secateur.json"
 """In a model folder of ours: how the model was made, and the models that came before it."""

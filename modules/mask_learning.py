@@ -52,9 +52,9 @@ from pruning.gates import GateSampler
 from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
 from pruning.masking import GateHooks
 from pruning.measure.memory import ORIGINAL, Run
+from pruning.model_folder import refuse_foreign
 from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import gain_sizes, split
-from pruning.surgery import refuse_foreign
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:

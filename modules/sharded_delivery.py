@@ -21,8 +21,9 @@ from pruning.export.verify import ExportError
 from pruning.measure.perplexity import of_windows, window_nll
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, Row, count, file_bytes
+from pruning.model_folder import replaced_folder
 from pruning.plan import PruningPlan
-from pruning.surgery import replaced_folder, write_pruned
+from pruning.surgery import write_pruned
 
 T = TypeVar("T")
 _BATCH = 8  # windows that a model, read anew for each batch, sees at once

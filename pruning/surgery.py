@@ -32,28 +32,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from pruning.families import FAMILIES, PARTS, Family, skeleton
+from pruning.families import FAMILIES, PARTS, Family
 from pruning.fingerprint import fingerprint
-from pruning.plan import PruningPlan
-
-MODELLING_FILE = Path(__file__).parent / "export" / "modeling_secateur.py"
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-# What a model folder holds beside weights and configuration, its licence included.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
+from pruning.model_folder import (
+    CONFIG,
+    INDEX,
+    MODELLING_FILE,
+    WEIGHTS,
+    copy_companions,
+    in_block,
+    refuse_missing,
+    replaced_folder,
+    weight_files,
+    write_json,
 )
+from pruning.plan import PruningPlan
 
 
 def prune_checkpoint(
@@ -86,88 +79,6 @@ def prune_checkpoint(
         write_pruned(base_folder, plan, partial, max_shard_bytes, progress)
 
 
-def is_pruned_model(folder: Path) -> bool:
-    """Whether a folder is a pruned model that this module wrote."""
-    try:
-        plan = PruningPlan.load(folder)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    # A run folder may hold a plan as well, beside logs and checkpoints, and so may a base model:
-    # these are not ours.
-    if (width := plan.stock_mlp_width()) is None:
-        return (folder / MODELLING_FILE.name).is_file()
-    family = FAMILIES.get(plan.model_type)
-    return family is not None and config.get(family.mlp_width) == width
-
-
-def refuse_foreign(folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model) -> None:
-    """Refuse to write over what somebody else has put there.
-
-    Args:
-        folder: Where something is to be written.
-        is_ours: Tells whether an existing folder may be replaced.
-
-    Raises:
-        ValueError: `folder` exists, is not empty and is not ours.
-    """
-    folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not is_ours(folder):
-        raise ValueError(
-            f"`folder` {folder} exists and is not a model written by Secateur; it is left as it "
-            "is. Choose another folder or remove it yourself."
-        )
-
-
-@contextmanager
-def replaced_folder(
-    folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model
-) -> Iterator[Path]:
-    """A folder to write into, which takes its place at `folder` when the block ends without error.
-
-    On an error it is removed and `folder` is as it was. What a killed run left is removed first.
-
-    Args:
-        folder: Where something is to be written.
-        is_ours: Tells whether an existing folder may be replaced.
-
-    Raises:
-        ValueError: `folder` exists, is not empty and is not ours.
-    """
-    folder = Path(folder).absolute()
-    refuse_foreign(folder, is_ours)
-    partial = folder.with_name(f".{folder.name}.secateur-partial")
-    replaced = folder.with_name(f".{folder.name}.secateur-replaced")
-    if replaced.exists() and not folder.exists():
-        replaced.rename(folder)  # a run was killed between the two renames below
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        refuse_foreign(folder, is_ours)
-        # POSIX cannot swap two folders: the old one steps aside, and comes back on failure.
-        _remove(replaced)
-        if folder.exists():
-            folder.rename(replaced)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
-        _remove(replaced)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
 def write_pruned(
     base_folder: str | Path,
     plan: PruningPlan,
@@ -187,11 +98,8 @@ def write_pruned(
         plan.verify(AutoConfig.from_pretrained(base_folder))
         cuts = _find_cuts(base_folder, plan)
         _write_weights(cuts, folder, max_shard_bytes, progress)
-    _write_json(folder / CONFIG, exported_config(base_folder, plan))
-    for pattern in COMPANIONS:
-        for path in sorted(base_folder.glob(pattern)):
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, folder / path.name)
+    write_json(folder / CONFIG, exported_config(base_folder, plan))
+    copy_companions(base_folder, folder)
     if plan.stock_mlp_width() is None:
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
     plan.save(folder)
@@ -320,11 +228,11 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
     gains = plan.gains or {}
     places = {block: place for place, block in enumerate(plan.kept_blocks())}
     cuts, names = [], set()
-    for path in _weight_files(base_folder):
+    for path in weight_files(base_folder):
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
                 names.add(name)
-                block, relative = _in_block(family, name)
+                block, relative = in_block(family, name)
                 if block >= 0 and not _stays(family, plan, block, relative):
                     continue
                 header = file.get_slice(name)
@@ -347,7 +255,7 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
                 folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
                 written = name if block < 0 else f"{family.blocks}.{places[block]}.{relative}"
                 cuts.append(_Cut(written, path, tuple(indices), num_bytes, folded, name))
-    _refuse_missing(base_folder, names, family)
+    refuse_missing(base_folder, names, family)
     for block, place in places.items():
         for buffer, site in index_buffers(family).items():
             index_W = kept[block, site]
@@ -361,39 +269,6 @@ def _stays(family: Family, plan: PruningPlan, block: int, relative: str) -> bool
     """Whether a tensor of a block is part of the smaller model, whole or cut."""
     part = family.part_of_tensor(relative)
     return any(plan.keeps(block, name) for name in ([part] if part else PARTS))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index if there is one, which loading uses."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    names = sorted(set(index["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names.")
-    return [folder / name for name in names]
-
-
-def _in_block(family: Family, name: str) -> tuple[int, str]:
-    """Block of a tensor, and its name relative to it; -1 and the whole name outside of blocks."""
-    prefix = f"{family.blocks}."
-    if not name.startswith(prefix):
-        return -1, name
-    block, _, relative = name.removeprefix(prefix).partition(".")
-    return int(block), relative
-
-
-def _refuse_missing(base_folder: Path, names: set[str], family: Family) -> None:
-    """Every prunable tensor must be there under its own name, or it would be left out silently."""
-    model = skeleton(AutoConfig.from_pretrained(base_folder))
-    wanted = [name for name in model.state_dict() if any(family.axes(_in_block(family, name)[1]))]
-    if missing := [name for name in wanted if name not in names]:
-        raise ValueError(
-            f"{base_folder} lacks {len(missing)} tensors of a {family.model_type!r} causal "
-            f"language model, {missing[0]!r} first. Save it as a causal language model."
-        )
 
 
 def _write_weights(
@@ -427,11 +302,7 @@ def _write_weights(
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, content)
 
 
 def _bytes_of(dtype: str) -> int:

@@ -15,6 +15,7 @@ from pruning.depth.target import (
     Fractions,
     ParameterFraction,
     Target,
+    UnitCount,
     fractions,
 )
 from pruning.depth.taylor import Taylor, peak_bytes
@@ -43,6 +44,7 @@ __all__ = [
     "Target",
     "Taylor",
     "Unit",
+    "UnitCount",
     "Units",
     "WholeBlocks",
     "bypassed",

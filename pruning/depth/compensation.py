@@ -124,7 +124,7 @@ def stream_factors(
             both = torch.stack([x.abs().double().sum((0, 1)) for x in (before_BTD, after_BTD)])
             sums[block].append(both.cpu())
 
-    watch(model, windows_NT, batch_size, see)
+    watch(model, windows_NT.to(model.device).split(batch_size), see)
     totals = {block: torch.stack(parts).sum(0) for block, parts in sums.items()}
     return {
         block: float((after_D / before_D.clamp(min=_TINY)).mean())

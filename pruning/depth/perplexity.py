@@ -25,14 +25,14 @@ from transformers import PreTrainedModel
 
 from pruning.depth.calls import fed, recorded
 from pruning.depth.removal import bypassed
-from pruning.depth.scores import BlockScore, BlockScores
+from pruning.depth.scores import BlockScores, TextScore
 from pruning.depth.units import Unit, first_input
 from pruning.families import blocks_of, family_of
 from pruning.measure.perplexity import window_nll
 
 
 @dataclass(frozen=True)
-class Perplexity(BlockScore):
+class Perplexity(TextScore):
     """Perplexity of the calibration text with the block bypassed.
 
     The best score where no training follows. Its standard error is that of the change against the
@@ -45,16 +45,10 @@ class Perplexity(BlockScore):
         ValueError: A setting is outside its range.
     """
 
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be 1 or more, got {self.batch_size}.")
-
     def _score(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
     ) -> BlockScores:
-        batches = windows_NT.to(model.device).split(self.batch_size)
+        batches = self.batches(model, windows_NT)
         parts = [nll_without(model, input_BT, units) for input_BT in batches]
         nll_UN = torch.cat([nll_UB for nll_UB, _ in parts], dim=1)
         dense_N = torch.cat([dense_B for _, dense_B in parts])

@@ -2,7 +2,8 @@
 
 For good means: the list of blocks, `layer_idx` of every module, the per-block lists and
 `num_hidden_layers` of the configuration. What is left is a stock model of its family, and its
-configuration says where it comes from.
+configuration says where it comes from. Where only half of a block goes, a module without weights
+stands in for it: such a model trains and decodes, but has no stock form.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.depth.units import Unit
+from pruning.depth.units import HalfBlocks, Unit
 from pruning.families import family_of
 
 PROVENANCE = "secateur"
@@ -42,44 +43,56 @@ _UNRELATED = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def remove_blocks(
-    model: PreTrainedModel, blocks: Iterable[int], provenance: Mapping[str, Any] | None = None
+    model: PreTrainedModel, units: Iterable[Unit | int], provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Take blocks out of a model for good, in place.
+    """Take blocks, or halves of them, out of a model for good, in place.
 
-    The model gets a configuration of its own: another model that shares the old one keeps it.
+    A block of which both halves are gone goes as a whole. The model gets a configuration of its
+    own: another model that shares the old one keeps it.
 
     Args:
         model: A causal language model of a known family, not quantised.
-        blocks: Indices of the blocks to remove, in any order.
-        provenance: What to record beside the blocks, such as score and data; JSON values.
+        units: Indices of blocks, or units, in any order.
+        provenance: What to record beside them, such as score and data; JSON values.
 
     Raises:
-        ValueError: An index is out of range or repeated, no block would stay, the model is
-            quantised, or its configuration has a rule that follows the index of a block.
+        ValueError: A block is out of range or a unit repeated, no block or no attention would stay,
+            the model is quantised, or its configuration has a rule that follows the index of a
+            block.
     """
     refuse_quantised(model.config)
-    config = model.config
-    gone = checked_blocks(blocks, config.num_hidden_layers)
-    keep = [block for block in range(config.num_hidden_layers) if block not in gone]
+    config, family = model.config, family_of(model.config)
+    gone = _as_units(units)
+    checked_units(gone, config.num_hidden_layers)
+    left = [u for u in HalfBlocks().of(model) if u not in gone and Unit(u.block) not in gone]
+    keep = sorted({unit.block for unit in left})
+    if keep and not any(unit.part == "attn" for unit in left):
+        raise ValueError("No attention would stay in the model; keep that of one block at least.")
+    halves = sorted(unit for unit in gone if unit.block in keep)
+    if halves:
+        provenance = {"halves": _first_names(config, halves)} | dict(provenance or {})
     shorter = shortened_config(config, keep, provenance)
-    parent, _, name = family_of(config).blocks.rpartition(".")
-    layers = list(model.get_submodule(f"{parent}.{name}").children())
-    setattr(model.get_submodule(parent), name, nn.ModuleList(layers[block] for block in keep))
+    for unit in halves:
+        for parent, name, stand_in in unit.replacements(model.get_submodule(family.blocks), family):
+            setattr(parent, name, stand_in.train(model.training))
+    owner, _, name = family.blocks.rpartition(".")
+    layers = list(model.get_submodule(family.blocks).children())
+    setattr(model.get_submodule(owner), name, nn.ModuleList(layers[block] for block in keep))
     for index, block in enumerate(keep):
         for module in layers[block].modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # type: ignore[assignment]
-    for owner in model.modules():
-        if getattr(owner, "config", None) is config:
-            owner.config = shorter  # type: ignore[assignment]
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = shorter  # type: ignore[assignment]
 
 
 @contextmanager
 def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[None]:
     """The model without some units for the duration of a `with` block.
 
-    Blocks keep their places, so a cache of keys and values counts wrongly when block 0 is out:
-    call the model with `use_cache=False`. Parameters of the units are not the model's meanwhile.
+    Blocks keep their places, so a cache of keys and values counts wrongly when all of block 0 is
+    out: call the model with `use_cache=False`. Parameters of the units are not the model's meanwhile.
 
     Args:
         model: A causal language model of a known family; quantised ones too.
@@ -90,7 +103,7 @@ def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[No
     """
     family = family_of(model.config)
     blocks = model.get_submodule(family.blocks)
-    gone = [Unit(unit) if isinstance(unit, int) else unit for unit in units]
+    gone = _as_units(units)
     checked_units(gone, len(list(blocks.children())))
     before: list[tuple[nn.Module, str, nn.Module]] = []
     try:
@@ -157,6 +170,16 @@ def shortened_fields(
         "removals": [*before["removals"], {"blocks": removed} | dict(provenance or {})],
     }
     return changed
+
+
+def _as_units(units: Iterable[Unit | int]) -> list[Unit]:
+    return [Unit(unit) if isinstance(unit, int) else unit for unit in units]
+
+
+def _first_names(config: PreTrainedConfig, units: Iterable[Unit]) -> list[str]:
+    """What units are called in the model from which the first blocks were removed."""
+    origin = (getattr(config, PROVENANCE, None) or {}).get("kept_blocks")
+    return [Unit(origin[unit.block] if origin else unit.block, unit.part).key for unit in units]
 
 
 def _refuse_rules(fields: Mapping[str, Any], num_blocks: int) -> None:

@@ -54,17 +54,16 @@ class BlockScore(ABC):
         """Score a model; weights, gradients and mode are afterwards what they were.
 
         Args:
-            model: A causal language model of a known family. Units that are bypassed already are
-                left out by leaving them out of `units`.
+            model: A causal language model of a known family.
             windows_NT: Token ids of calibration text; may be left out where no text is read.
-            units: What to score; None scores every whole block.
+            units: What to score; None scores every whole block that is not bypassed.
 
         Raises:
             ValueError: There is no text or too little of it, a unit does not exist or cannot be
                 scored in this way, or a score is not finite (its block is named).
         """
         num_blocks = model.config.num_hidden_layers
-        units = WholeBlocks().of(num_blocks) if units is None else tuple(units)
+        units = WholeBlocks().of(model) if units is None else tuple(units)
         checked_units(units, num_blocks)
         name = type(self).__name__
         if self.reads_text and (windows_NT is None or len(windows_NT) == 0):
@@ -101,6 +100,30 @@ class BlockScore(ABC):
                 f"`{type(self).__name__}` scores whole blocks only; for halves choose Perplexity, "
                 "Taylor or Magnitude."
             )
+
+
+@dataclass(frozen=True)
+class TextScore(BlockScore):
+    """A score that runs the model on windows of text, some at once.
+
+    Args:
+        batch_size: Windows at once, 1 or more; does not change the result.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {self.batch_size}.")
+
+    def batches(
+        self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"]
+    ) -> tuple[Int[Tensor, "B T"], ...]:
+        """The windows, a batch at a time, where the model computes."""
+        return windows_NT.to(model.device).split(self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.depth.removal import bypassed
+from pruning.depth.removal import PROVENANCE, bypassed
 from pruning.depth.scores import BlockScore, BlockScores
 from pruning.depth.target import Fractions, Target, fractions
 from pruning.depth.units import Unit, Units, WholeBlocks
@@ -114,20 +114,28 @@ class Search(ABC):
     ) -> Selection:
         """What to remove."""
 
-    def candidates(self, config: PreTrainedConfig) -> tuple[list[Unit], list[str]]:
-        """Units that may go, and what there is to say about the protected ends.
+    def candidates(
+        self, config: PreTrainedConfig, units: Sequence[Unit]
+    ) -> tuple[list[Unit], list[str]]:
+        """Which units may go, and what there is to say about the protected ends.
+
+        Args:
+            config: Of the model. If blocks have been removed from it, those that it had at first
+                decide whether it is a small one.
+            units: All units that are in it, first to last.
 
         Raises:
             ValueError: The protected ends overlap or cover everything.
         """
         num_blocks = config.num_hidden_layers
+        had = (getattr(config, PROVENANCE, None) or {"num_blocks": num_blocks})["num_blocks"]
         first, last, messages = self.protect_first, self.protect_last, []
-        if num_blocks < _FEW_BLOCKS:
-            first = min(first, max(1, 4 * num_blocks // _FEW_BLOCKS))
-            last = min(last, max(1, 2 * num_blocks // _FEW_BLOCKS))
+        if had < _FEW_BLOCKS:
+            first = min(first, max(1, 4 * had // _FEW_BLOCKS))
+            last = min(last, max(1, 2 * had // _FEW_BLOCKS))
         if (first, last) != (self.protect_first, self.protect_last):
             messages.append(
-                f"The model has {num_blocks} blocks, fewer than {_FEW_BLOCKS}: the first {first} "
+                f"The model has {had} blocks, fewer than {_FEW_BLOCKS}: the first {first} "
                 f"and the last {last} are protected instead of {self.protect_first} and "
                 f"{self.protect_last}."
             )
@@ -136,26 +144,26 @@ class Search(ABC):
                 f"`protect_first` {first} and `protect_last` {last} leave nothing to remove of "
                 f"{num_blocks} blocks; lower them to {num_blocks - 1} in all."
             )
-        units = self.units.of(num_blocks)
         return [unit for unit in units if first <= unit.block < num_blocks - last], messages
 
-    def _check(self, config: PreTrainedConfig, target: Target) -> tuple[list[Unit], list[str]]:
-        """What may go, if it is enough and something stays.
+    def check(
+        self, config: PreTrainedConfig, units: Sequence[Unit], target: Target
+    ) -> tuple[list[Unit], list[str]]:
+        """Which units may go, see `candidates`, if they are enough.
 
         Raises:
-            ValueError: It is not.
+            ValueError: They are not.
         """
-        units, messages = self.candidates(config)
-        sizes = target.sizes(config, units)
-        everything = len(units) == len(self.units.of(config.num_hidden_layers))
-        most = sorted(sizes)[1:] if everything else sizes  # one unit stays in any case
-        if not target.reached(most):
+        candidates, messages = self.candidates(config, units)
+        most = sparing(candidates, units)
+        sizes = target.sizes(config, most)
+        if not target.reached(sizes):
             raise ValueError(
                 f"{target} cannot be reached: of {config.num_hidden_layers} blocks, "
-                f"{len(most)} removable units make up {sum(most):.4g}. Lower the target"
-                + (" or protect fewer blocks." if not everything else ".")
+                f"{len(most)} removable units make up {sum(sizes):.4g}. Lower the target"
+                + (" or protect fewer blocks." if len(candidates) < len(units) else ".")
             )
-        return units, messages
+        return candidates, messages
 
 
 @dataclass(frozen=True)
@@ -176,26 +184,27 @@ class OneShot(Search):
     def _search(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
     ) -> Selection:
-        self._check(model.config, target)
-        scores = self.score(model, windows_NT, self.units.of(model.config.num_hidden_layers))
+        units = self.units.of(model)
+        self.check(model.config, units, target)
+        scores = self.score(model, windows_NT, units)
         return measured(model, windows_NT, self.choose(scores, model.config, target))
 
     def choose(self, scores: BlockScores, config: PreTrainedConfig, target: Target) -> Selection:
         """Choose by scores that are there already; needs neither model nor text.
 
         Args:
-            scores: Scores of all units of the dense model.
+            scores: Scores of all units of the model.
             config: Its configuration.
             target: How much to remove.
 
         Raises:
             ValueError: As for the search itself.
         """
-        units, messages = self._check(config, target)
+        units, messages = self.check(config, scores.units, target)
         if scores.runs is not None:
             removed = _lowest_run(scores, units, config, target)
         else:
-            order = ranking(scores, units)
+            order = sparing(ranking(scores, units), scores.units)
             sizes = target.sizes(config, order)
             needed = next(n for n in range(1, len(order) + 1) if target.reached(sizes[:n]))
             removed = order[:needed]
@@ -223,18 +232,17 @@ class Greedy(Search):
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
     ) -> Selection:
         config = model.config
-        candidates, messages = self._check(config, target)
-        everything = self.units.of(config.num_hidden_layers)
-        dense = scores = self.score(model, windows_NT, everything)
+        units = self.units.of(model)
+        candidates, messages = self.check(config, units, target)
+        dense = scores = self.score(model, windows_NT, units)
         removed: list[Unit] = []
         while True:
             left = [unit for unit in candidates if unit not in removed]
-            removed.append(ranking(scores, left)[0])
+            removed.append(sparing(ranking(scores, left), scores.units)[0])
             if target.reached(target.sizes(config, removed)):
                 break
             with bypassed(model, removed):
-                staying = [unit for unit in everything if unit not in removed]
-                scores = self.score(model, windows_NT, staying)
+                scores = self.score(model, windows_NT, self.units.of(model))
         chosen = Selection(tuple(removed), dense, fractions(config, removed), None, tuple(messages))
         return self._compared(model, windows_NT, measured(model, windows_NT, chosen), target)
 
@@ -265,6 +273,19 @@ def ranking(scores: BlockScores, candidates: Sequence[Unit]) -> list[Unit]:
     """Candidates in the order of their removal: lowest score first, ties to the earlier unit."""
     value = dict(zip(scores.units, scores.values.tolist(), strict=True))
     return sorted(candidates, key=lambda unit: value[unit])
+
+
+def sparing(order: Sequence[Unit], units: Sequence[Unit]) -> list[Unit]:
+    """Units in the order of their removal without the last attention, which stays in any case.
+
+    Args:
+        order: Units that may go.
+        units: All units that are in the model.
+    """
+    attentions = [unit for unit in order if unit.part != "mlp"]
+    if len(attentions) < sum(unit.part != "mlp" for unit in units):
+        return list(order)
+    return [unit for unit in order if unit is not attentions[-1]]
 
 
 def names(units: Sequence[Unit]) -> str:

@@ -15,7 +15,7 @@ Legend: L = blocks, U = units, N = windows, B = windows of a batch, T = tokens, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.depth.scores import BlockScore, BlockScores
+from pruning.depth.scores import BlockScores, TextScore
 from pruning.depth.units import Unit, first_input
 from pruning.families import blocks_of, family_of
 
 
 @dataclass(frozen=True)
-class BlockInfluence(BlockScore):
+class BlockInfluence(TextScore):
     """1 minus the cosine between what goes into a block and what comes out, mean over tokens.
 
     One forward pass, and nothing is kept: the score for the largest models.
@@ -43,12 +43,6 @@ class BlockInfluence(BlockScore):
         ValueError: A setting is outside its range.
     """
 
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be 1 or more, got {self.batch_size}.")
-
     def _score(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
     ) -> BlockScores:
@@ -59,13 +53,13 @@ class BlockInfluence(BlockScore):
             if block in influence:
                 influence[block].append(1 - cosine(before_BTD, after_BTD).mean(1).cpu())
 
-        watch(model, windows_NT, self.batch_size, see)
+        watch(model, self.batches(model, windows_NT), see)
         influence_UN = torch.stack([torch.cat(parts_B) for parts_B in influence.values()])
         return BlockScores(influence_UN.mean(1), standard_errors(influence_UN), units)
 
 
 @dataclass(frozen=True)
-class AngularDistance(BlockScore):
+class AngularDistance(TextScore):
     """Angle between what goes into a run of blocks and what comes out, at the last token, over pi.
 
     One-shot search removes the run of consecutive blocks with the smallest distance; every length
@@ -77,12 +71,6 @@ class AngularDistance(BlockScore):
     Raises:
         ValueError: A setting is outside its range.
     """
-
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be 1 or more, got {self.batch_size}.")
 
     def _score(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
@@ -96,7 +84,7 @@ class AngularDistance(BlockScore):
             if block == num_blocks - 1:
                 last[num_blocks].append(after_BTD[:, -1].double().cpu())
 
-        watch(model, windows_NT, self.batch_size, see)
+        watch(model, self.batches(model, windows_NT), see)
         states = [torch.cat(parts_BD) for parts_BD in last]
         runs_LL = torch.full((num_blocks, num_blocks), math.nan, dtype=torch.float64)
         for start in range(num_blocks):
@@ -123,23 +111,21 @@ def standard_errors(samples_UN: Float[Tensor, "U N"]) -> Float[Tensor, " U"] | N
 @torch.inference_mode()
 def watch(
     model: PreTrainedModel,
-    windows_NT: Int[Tensor, "N T"],
-    batch_size: int,
+    batches: Iterable[Int[Tensor, "B T"]],
     see: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run a model on all windows and show what goes into and comes out of every block.
+    """Run a model on windows and show what goes into and comes out of every block.
 
     Args:
         model: A causal language model.
-        windows_NT: Token ids.
-        batch_size: Windows at once, 1 or more.
+        batches: Token ids, on its device.
         see: Called with the index of a block, its input and its output (B, T, D), per batch.
     """
     was_training = model.training
     model.eval()
     try:
         with _watched(blocks_of(model, family_of(model.config)), see):
-            for input_BT in windows_NT.to(model.device).split(batch_size):
+            for input_BT in batches:
                 model.base_model(input_ids=input_BT, use_cache=False)
     finally:
         model.train(was_training)

@@ -12,7 +12,6 @@ stays, and of reading everything once for the fingerprint of the base model.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,15 @@ from transformers import AutoConfig
 from pruning.depth.removal import PROVENANCE, checked_blocks, refuse_quantised, shortened_fields
 from pruning.families import Family, family_of
 from pruning.fingerprint import fingerprint
-from pruning.surgery import (
-    COMPANIONS,
+from pruning.model_folder import (
     CONFIG,
     INDEX,
     WEIGHTS,
-    _refuse_missing,
-    _weight_files,
-    _write_json,
+    copy_companions,
+    refuse_missing,
     replaced_folder,
+    weight_files,
+    write_json,
 )
 
 RECORD = "blocks.json"
@@ -79,12 +78,9 @@ def prune_blocks(
     with replaced_folder(folder, is_shortened_model) as partial:
         _copy_weights(base_folder, partial, family, staying, progress)
         raw = json.loads((base_folder / CONFIG).read_text(encoding="utf-8"))
-        _write_json(partial / CONFIG, raw | fields)
-        _write_json(partial / RECORD, fields[PROVENANCE])
-        for pattern in COMPANIONS:
-            for path in sorted(base_folder.glob(pattern)):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, partial / path.name)
+        write_json(partial / CONFIG, raw | fields)
+        write_json(partial / RECORD, fields[PROVENANCE])
+        copy_companions(base_folder, partial)
 
 
 def is_shortened_model(folder: Path) -> bool:
@@ -117,13 +113,13 @@ def _copy_weights(
 ) -> None:
     files: list[tuple[Path, int, dict[str, Any]]] = []
     names: set[str] = set()
-    for path in _weight_files(base_folder):
+    for path in weight_files(base_folder):
         header, start = _read_header(path)
         names |= header.keys()
         kept = {_renamed(name, family, staying): entry for name, entry in header.items()}
         if own := {name: entry for name, entry in kept.items() if name is not None}:
             files.append((path, start, own))
-    _refuse_missing(base_folder, names, family)
+    refuse_missing(base_folder, names, family)
     total = sum(_size(entry) for _, _, own in files for entry in own.values())
     done, weight_map = 0, {}
     for number, (path, start, own) in enumerate(files, start=1):
@@ -144,7 +140,7 @@ def _copy_weights(
                 if progress is not None:
                     progress(done, total)
     if len(files) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _renamed(name: str, family: Family, staying: list[int]) -> str | None:

@@ -118,6 +118,31 @@ class Blocks(Target):
 
 
 @dataclass(frozen=True)
+class UnitCount(Target):
+    """A number of units: of blocks, or of halves where these go one by one.
+
+    Args:
+        count: Units to remove, 1 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"`count` must be 1 or more, got {self.count}.")
+
+    @property
+    def goal(self) -> float:
+        return float(self.count)
+
+    def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
+        return [1.0] * len(units)
+
+
+@dataclass(frozen=True)
 class _Fraction(Target):
     fraction: float
 

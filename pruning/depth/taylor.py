@@ -29,14 +29,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pruning.depth.calls import Call, recorded, with_input
-from pruning.depth.scores import BlockScore, BlockScores, weights
+from pruning.depth.scores import BlockScores, TextScore, weights
 from pruning.depth.units import Unit, first_input
 from pruning.families import blocks_of, family_of
 from pruning.measure.perplexity import window_nll
 
 
 @dataclass(frozen=True)
-class Taylor(BlockScore):
+class Taylor(TextScore):
     """Sum of |weight x gradient| over the block: what the loss would lose, to first order.
 
     Keeps more of downstream tasks than perplexity does, with `protect_first` 4 and `protect_last` 2
@@ -49,12 +49,6 @@ class Taylor(BlockScore):
         ValueError: A setting is outside its range.
     """
 
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be 1 or more, got {self.batch_size}.")
-
     def _score(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
     ) -> BlockScores:
@@ -64,7 +58,7 @@ class Taylor(BlockScore):
         score: dict[Unit, float] = {}
         with _frozen(model), torch.enable_grad():
             calls, gradients = [], []
-            for input_BT in windows_NT.to(model.device).split(self.batch_size):
+            for input_BT in self.batches(model, windows_NT):
                 call, gradient_BTD = _to_the_last_block(model, input_BT, len(windows_NT))
                 calls.append({block: call[block] for block in call if block >= lowest})
                 gradients.append(gradient_BTD)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from pruning.families import Family
+from pruning.families import Family, family_of
 
 
 @dataclass(frozen=True, order=True)
@@ -29,6 +30,12 @@ class Unit:
     def key(self) -> str:
         """Name used in files and messages: `4`, `4.attn` or `4.mlp`."""
         return str(self.block) if self.part == "block" else f"{self.block}.{self.part}"
+
+    @classmethod
+    def of_key(cls, key: str) -> Unit:
+        """The unit of a name, see `key`."""
+        block, _, part = key.partition(".")
+        return cls(int(block), part or "block")  # type: ignore[arg-type]
 
     @property
     def num_blocks(self) -> float:
@@ -67,6 +74,14 @@ class Unit:
             parent, _, name = f"{self.block}.{path}".rpartition(".")
             yield blocks.get_submodule(parent), name, stand_in
 
+    def is_in(self, blocks: nn.Module, family: Family) -> bool:
+        """Whether the unit is there and nothing stands in for it."""
+        block = blocks.get_submodule(str(self.block))
+        if isinstance(block, _Silent):
+            return False
+        inside = (block.get_submodule(path) for path in self._stand_ins(family))
+        return not any(isinstance(module, _Silent) for module in inside)
+
     def _stand_ins(self, family: Family) -> dict[str, nn.Module]:
         """Path inside the block to what stands in for it when a half is silent.
 
@@ -82,7 +97,7 @@ class Unit:
         # Attention and most MLPs are one child of the block; OPT has two layers in their place.
         *before, last = dict.fromkeys(path.split(".")[0] for path in linears)
         modules |= {name: nn.Identity() for name in before}
-        modules[last] = _NoAttention() if self.part == "attn" else _Nothing()
+        modules[last] = _NoAttention(self.block) if self.part == "attn" else _Nothing()
         return modules
 
 
@@ -90,15 +105,22 @@ class Units(ABC):
     """What a search may remove one by one."""
 
     @abstractmethod
-    def of(self, num_blocks: int) -> tuple[Unit, ...]:
-        """All units of a model, first to last."""
+    def all(self, num_blocks: int) -> tuple[Unit, ...]:
+        """All units of a model of so many blocks, first to last."""
+
+    def of(self, model: PreTrainedModel) -> tuple[Unit, ...]:
+        """The units that are in a model, first to last."""
+        family = family_of(model.config)
+        blocks = model.get_submodule(family.blocks)
+        units = self.all(model.config.num_hidden_layers)
+        return tuple(unit for unit in units if unit.is_in(blocks, family))
 
 
 @dataclass(frozen=True)
 class WholeBlocks(Units):
     """Whole blocks: what stays is a stock model of its family."""
 
-    def of(self, num_blocks: int) -> tuple[Unit, ...]:
+    def all(self, num_blocks: int) -> tuple[Unit, ...]:
         return tuple(Unit(block) for block in range(num_blocks))
 
 
@@ -106,7 +128,7 @@ class WholeBlocks(Units):
 class HalfBlocks(Units):
     """Attention and MLP of every block, each on its own (BlockPruner, arXiv 2406.10594)."""
 
-    def of(self, num_blocks: int) -> tuple[Unit, ...]:
+    def all(self, num_blocks: int) -> tuple[Unit, ...]:
         return tuple(Unit(block, part) for block in range(num_blocks) for part in ("attn", "mlp"))
 
 
@@ -117,22 +139,37 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-class _Skip(nn.Module):
+class _Silent(nn.Module):
+    """In the place of something that adds nothing to the residual stream."""
+
+
+class _Skip(_Silent):
     """In the place of a block: gives what it got."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return first_input(args, kwargs)
 
 
-class _NoAttention(nn.Module):
-    """In the place of an attention: adds nothing to the residual stream."""
+class _NoAttention(_Silent):
+    """In the place of an attention: zeros, and one number per token in its place of a cache.
+
+    Caches tell by their first places how many tokens they hold, whoever has put them there.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(first_input(args, kwargs)), None
+        hidden_BTD = first_input(args, kwargs)
+        if (cache := kwargs.get("past_key_values")) is not None:
+            number_B1T1 = hidden_BTD.new_zeros(hidden_BTD.shape[0], 1, hidden_BTD.shape[1], 1)
+            cache.update(number_B1T1, number_B1T1, self.layer_idx)
+        return torch.zeros_like(hidden_BTD), None
 
 
-class _Nothing(nn.Module):
-    """In the place of an MLP: adds nothing to the residual stream."""
+class _Nothing(_Silent):
+    """In the place of an MLP: zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

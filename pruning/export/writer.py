@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pruning.export.model_card import ModelCard
 from pruning.export.verify import verify_export
+from pruning.model_folder import replaced_folder
 from pruning.plan import PruningPlan
-from pruning.surgery import replaced_folder, write_pruned
+from pruning.surgery import write_pruned
 
 
 def export_model(

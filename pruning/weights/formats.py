@@ -10,7 +10,6 @@ On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +20,14 @@ from torch import nn
 from transformers import AutoConfig
 
 from pruning.families import family_of
-from pruning.surgery import COMPANIONS, replaced_folder
-from pruning.surgery import _weight_files as weight_files
+from pruning.model_folder import (
+    COMPANIONS,
+    CONFIG,
+    INDEX,
+    copy_companions,
+    replaced_folder,
+    weight_files,
+)
 from pruning.weights.masks import FILE, WeightMasks
 from pruning.weights.report import fits_2of4
 from pruning.weights.store import BlockStore
@@ -73,10 +78,7 @@ def write_pruned_checkpoint(
             save_file(tensors, partial / path.name, metadata={"format": "pt"})
             if progress is not None:
                 progress(number, len(files))
-        for pattern in ("config.json", "*.safetensors.index.json", *COMPANIONS):
-            for path in sorted(base_folder.glob(pattern)):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, partial / path.name)
+        copy_companions(base_folder, partial, (CONFIG, INDEX, *COMPANIONS))
         masks.save(partial / MASKS)
 
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from pruning.families import blocks_of, family_of, skeleton
 from pruning.measure.perplexity import Perplexity, perplexity
-from pruning.surgery import _weight_files as weight_files
+from pruning.model_folder import weight_files
 from pruning.weights.parts import BlockCall, Linear, linears_of
 
 

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import LightningModule
 
 from callbacks import ExportModel
-from pruning.surgery import refuse_foreign
+from pruning.model_folder import refuse_foreign
 from tests.callbacks.fakes import fake_trainer
 
 

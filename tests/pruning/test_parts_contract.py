@@ -21,8 +21,9 @@ from pruning.families import FAMILIES, skeleton
 from pruning.fingerprint import fingerprint
 from pruning.masking import GateHooks
 from pruning.measure.report import count
+from pruning.model_folder import WEIGHTS
 from pruning.plan import PruningPlan, plan_without
-from pruning.surgery import WEIGHTS, prune_checkpoint
+from pruning.surgery import prune_checkpoint
 from tests.pruning.export.plans import uneven_plan
 from tests.pruning.test_surgery import tensors_of
 from tests.tiny import VOCABULARY, tiny_family_folder, tiny_folder, tiny_llama, tiny_model

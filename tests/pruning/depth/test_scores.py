@@ -71,7 +71,7 @@ def test_perplexity_runs_half_of_the_blocks() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taylor_is_weight_times_the_gradient_of_backpropagation(family: str) -> None:
     model, windows_NT = tiny_model(family), tokens(5, 12)
-    units = [*HalfBlocks().of(4)[:4], Unit(2), Unit(3)]
+    units = [*HalfBlocks().all(4)[:4], Unit(2), Unit(3)]
     found = Taylor(batch_size=2)(model, windows_NT, units)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     nll(model, windows_NT).mean().backward()

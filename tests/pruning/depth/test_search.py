@@ -40,7 +40,7 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 def scores_of(values: list[float]) -> BlockScores:
-    return BlockScores(torch.tensor(values).double(), None, WholeBlocks().of(len(values)))
+    return BlockScores(torch.tensor(values).double(), None, WholeBlocks().all(len(values)))
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def test_a_run_is_the_lowest_of_its_length() -> None:
             [0.2, math.nan, math.nan, math.nan],
         ]
     ).double()
-    scores = BlockScores(runs_LL[:, 0], None, WholeBlocks().of(4), runs_LL)
+    scores = BlockScores(runs_LL[:, 0], None, WholeBlocks().all(4), runs_LL)
     config = tiny_llama_config(num_hidden_layers=4)
     search = OneShot(AngularDistance())
     chosen = [search.choose(scores, config, Blocks(n)).blocks for n in (1, 2, 3)]

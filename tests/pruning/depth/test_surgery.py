@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_nothing(
     def full(path: Path, fields: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(surgery, "_write_json", full)
+    monkeypatch.setattr(surgery, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         prune_blocks(base, tmp_path / "short", remove=[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

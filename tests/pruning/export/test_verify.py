@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from pruning.export import verify
 from pruning.export.verify import ExportError, verify_export
 from pruning.masking import GateHooks
+from pruning.model_folder import CONFIG, WEIGHTS
 from pruning.plan import PruningPlan
-from pruning.surgery import CONFIG, WEIGHTS, prune_checkpoint
+from pruning.surgery import prune_checkpoint
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama
 
