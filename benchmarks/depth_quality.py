@@ -2,12 +2,15 @@
 
 The opponents are the published programs on the same model, calibration windows and texts: 10
 windows of 128 tokens, no protected ends; perplexity of the first 372 windows of c4 and of all 393
-of wikitext2. Every model is scored once and every distinct set of blocks measured once.
+of wikitext2. Every model is scored once and every distinct set of blocks measured once. The file of
+figures grows row by row, and rows that are in it are not measured again: a killed run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +33,11 @@ from pruning.depth import (
     Perplexity,
     ReverseOrder,
     Search,
+    Selection,
     Taylor,
     Unit,
     bypassed,
+    remove_compensated,
 )
 from pruning.depth.search import names
 from pruning.measure.perplexity import perplexity
@@ -66,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3], help="blocks to remove")
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--compensate", action="store_true", help="with Prune&Comp; whole blocks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
@@ -75,31 +81,51 @@ def main() -> None:
     calibration = np.load(data_folder() / "reference" / "calib_10x128.npy")
     windows_NT = torch.from_numpy(calibration).long()
     texts = {n: evaluation_windows(str(folder))[n][:first] for n, first in WINDOWS.items()}
-    measured: dict[frozenset[Unit], tuple[float, ...]] = {}
+    measured: dict[frozenset[Unit], list[float]] = {}
 
-    def quality(removed: tuple[Unit, ...]) -> tuple[float, ...]:
+    def quality(removed: tuple[Unit, ...]) -> list[float]:
+        """Perplexity of the texts without some units."""
         key = frozenset(removed)
         if key not in measured:
             with bypassed(model, removed):
-                measured[key] = tuple(perplexity(model, w).value for w in texts.values())
+                measured[key] = [perplexity(model, w).value for w in texts.values()]
         return measured[key]
 
-    figures: dict[str, Any] = {}
+    def compensated(chosen: Selection) -> dict[str, Any]:
+        """What Prune&Comp makes of a choice; perplexity of the texts only where it is kept."""
+        shorter = copy.deepcopy(model)
+        found = remove_compensated(shorter, chosen.blocks, windows_NT)
+        figures: dict[str, Any] = {"compensated_calibration": found.compensated}
+        if found.kept:
+            figures |= {f"compensated_{n}": perplexity(shorter, w).value for n, w in texts.items()}
+        return figures
+
+    known = args.json is not None and args.json.is_file()
+    figures: dict[str, Any] = json.loads(args.json.read_text()) if known else {}
     scores = tempfile.TemporaryDirectory()
     for count in args.counts:
         for name in args.searches:
+            key = f"{name.replace(', ', '_').replace(' ', '_').lower()}_{count}"
+            if f"{key}_{'compensated_calibration' if args.compensate else 'c4'}" in figures:
+                continue
             search = SEARCHES[name]
             search = replace(search, score=Cached(search.score, scores.name))
-            chosen = search(model, windows_NT, Blocks(count)).removed
-            found = quality(chosen)
-            line = f"{name} | {count} | {names(chosen)} | " + " / ".join(f"{v:.2f}" for v in found)
-            key = f"{name.replace(', ', '_').replace(' ', '_').lower()}_{count}"
-            figures |= {f"{key}_{text}": v for text, v in zip(texts, found, strict=True)}
-            if name in REFERENCE:
-                published = REFERENCE[name][count - 1]
-                figures[f"{key}_over_reference"] = found[0] / published[0]
-                line += f" | reference {published[0]:.2f} / {published[1]:.2f}"
-            print(line, flush=True)
+            chosen = search(model, windows_NT, Blocks(count))
+            row: dict[str, Any] = {"removed": names(chosen.removed)}
+            row["calibration"] = chosen.perplexity
+            if chosen.better is not None:
+                row["better"] = names(chosen.better.removed)
+                row["better_calibration"] = chosen.better.perplexity
+            if args.compensate:
+                row |= compensated(chosen)
+            else:
+                row |= dict(zip(texts, quality(chosen.removed), strict=True))
+                if name in REFERENCE:
+                    row["c4_over_reference"] = row["c4"] / REFERENCE[name][count - 1][0]
+            print(f"{name}, {count}: {json.dumps(row)}", flush=True)
+            figures |= {f"{key}_{name}": value for name, value in row.items()}
+            if args.json is not None:
+                args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     write_figures(figures, args.json)
 
 

@@ -1,8 +1,9 @@
 """Time and memory of depth pruning against the plain ways of doing the same.
 
 Scoring: perplexity without each block of a random Llama of 16 blocks, hidden states kept, against
-one whole forward pass per block with that block bypassed; interleaved, medians of CPU seconds of
-the process, which others on the machine disturb least. Both give the same scores.
+one whole forward pass per block with that block bypassed; interleaved, medians of wall seconds, and
+of CPU seconds of the process, which others on the machine disturb less. Both give the same scores.
+By calls of blocks alone, L (L - 1) against L (L + 1) / 2, 16 blocks allow 1.76.
 
 Memory of Taylor scores: what the code says from shapes, at this size and at that of a 7B model;
 tests/pruning/depth compares it with what is live at small size.
@@ -21,6 +22,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from pruning.measure.perplexity import perplexity
 from pruning.measure.report import count
 from pruning.measure.speed import measure_speed
 
+_CLOCKS = {"_s": time.perf_counter, "_cpu_s": time.process_time}
 SEVEN_B = LlamaConfig()  # the defaults are those of LLaMA 7B
 
 
@@ -61,26 +64,30 @@ def plain_scores(model: Any, windows_NT: Tensor) -> list[float]:
 
 
 def scoring(model: Any, windows_NT: Tensor, repeats: int) -> dict[str, float]:
-    """CPU seconds of both ways of scoring, and how far their scores are apart."""
-    times: dict[str, list[float]] = {"plain": [], "kept_states": []}
+    """Seconds of both ways of scoring, and how far their scores are apart."""
+    ways: dict[str, Callable[[], list[float]]] = {
+        "plain": lambda: plain_scores(model, windows_NT),
+        "kept_states": lambda: Perplexity()(model, windows_NT).values.tolist(),
+    }
+    times: dict[str, list[float]] = {f"{way}{clock}": [] for way in ways for clock in _CLOCKS}
     worst = 0.0
     for repeat in range(repeats + 1):
-        start = time.process_time()
-        plain = plain_scores(model, windows_NT)
-        middle = time.process_time()
-        ours = Perplexity()(model, windows_NT).values.tolist()
-        end = time.process_time()
-        worst = max(worst, *(abs(a - b) / b for a, b in zip(ours, plain, strict=True)))
-        if repeat:
-            times["plain"].append(middle - start)
-            times["kept_states"].append(end - middle)
+        found = {}
+        for way, scores in ways.items():
+            start = {clock: now() for clock, now in _CLOCKS.items()}
+            found[way] = scores()
+            if repeat:
+                for clock, now in _CLOCKS.items():
+                    times[f"{way}{clock}"].append(now() - start[clock])
+        pairs = zip(found["kept_states"], found["plain"], strict=True)
+        worst = max(worst, *(abs(ours - plain) / plain for ours, plain in pairs))
     medians = {name: statistics.median(own) for name, own in times.items()}
     config, (count_N, window) = model.config, windows_NT.shape
     state = min(8, count_N) * window * config.hidden_size * model.dtype.itemsize
     return {
-        "perplexity_speedup": medians["plain"] / medians["kept_states"],
-        "perplexity_plain_cpu_s": medians["plain"],
-        "perplexity_cpu_s": medians["kept_states"],
+        "perplexity_speedup": medians["plain_s"] / medians["kept_states_s"],
+        "perplexity_speedup_cpu": medians["plain_cpu_s"] / medians["kept_states_cpu_s"],
+        **{f"perplexity_{name}": seconds for name, seconds in medians.items()},
         "perplexity_largest_relative_difference": worst,
         "perplexity_states_mb": config.num_hidden_layers * state / 1e6,
         "weights_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,

@@ -92,7 +92,7 @@ def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[No
     """The model without some units for the duration of a `with` block.
 
     Blocks keep their places, so a cache of keys and values counts wrongly when all of block 0 is
-    out: call the model with `use_cache=False`. Parameters of the units are not the model's meanwhile.
+    out: call the model with `use_cache=False`. Parameters of the units are not the model's then.
 
     Args:
         model: A causal language model of a known family; quantised ones too.

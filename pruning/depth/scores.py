@@ -121,7 +121,7 @@ class TextScore(BlockScore):
 
     def batches(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"]
-    ) -> tuple[Int[Tensor, "B T"], ...]:
+    ) -> tuple[Int[Tensor, "_ T"], ...]:
         """The windows, a batch at a time, where the model computes."""
         return windows_NT.to(model.device).split(self.batch_size)
 

@@ -111,7 +111,7 @@ def standard_errors(samples_UN: Float[Tensor, "U N"]) -> Float[Tensor, " U"] | N
 @torch.inference_mode()
 def watch(
     model: PreTrainedModel,
-    batches: Iterable[Int[Tensor, "B T"]],
+    batches: Iterable[Int[Tensor, "_ T"]],
     see: Callable[[int, Tensor, Tensor], None],
 ) -> None:
     """Run a model on windows and show what goes into and comes out of every block.

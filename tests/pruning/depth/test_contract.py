@@ -133,6 +133,12 @@ def test_a_silent_half_adds_nothing(part: Any, pair: Pair) -> None:
     with bypassed(pair.dense, [Unit(1, part)]):
         found_BTV = pair.dense(windows_BT, use_cache=False).logits
         counted = 1 - pair.dense.num_parameters() / before
+    with bypassed(pair.dense, [Unit(0, part)]):  # where caches count tokens
+        cache, uncached_BTV = DynamicCache(), pair.dense(windows_BT, use_cache=False).logits
+        for begin, end in ((0, 4), (4, 5), (5, 9)):
+            given = {"past_key_values": cache, "use_cache": True}
+            logits_BtV = pair.dense(windows_BT[:, begin:end], **given).logits
+            torch.testing.assert_close(logits_BtV, uncached_BTV[:, begin:end], atol=1e-4, rtol=0)
     handle = projection.register_forward_hook(lambda module, args, output: output * 0)
     expected_BTV = pair.dense(windows_BT).logits
     handle.remove()
