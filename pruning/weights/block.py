@@ -38,6 +38,7 @@ def prune_block(
     read = {linear.path for linear in linears}
     middles = {linear.middle for linear in linears if linear.middle is not None}
     inputs = collect(block, linears[0].block, sorted(read | middles), recipe.needs, calls())
+    read_once = list({id(each): each for each in inputs.values()}.values())
     matrices = []
     for linear in linears:
         weight = weight_of(block, linear.path)
@@ -52,6 +53,7 @@ def prune_block(
                 pattern=recipe.pattern.with_sparsity(sparsity),
                 group=recipe.group(linear),
                 note=partial(_note, notes, linear.name),
+                alike=[each for each in read_once if each.width == inputs[linear.path].width],
             )
         )
     for matrix in matrices:

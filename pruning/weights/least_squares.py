@@ -22,15 +22,13 @@ Legend: O = output features, R = rows of a chunk, I = input features, K = inputs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pruning.weights.hessian import Damped, damped, next_damping, note_repair
 from pruning.weights.parts import Compensation, Matrix
-from pruning.weights.sparse_gpt import damped
-from pruning.weights.statistics import Gram, Statistic
 
 _CHUNK_ENTRIES = 2**24  # of the batched K x K matrices: 64 MiB
 
@@ -70,7 +68,7 @@ def refit(
 
 
 @dataclass(frozen=True)
-class LeastSquares(Compensation):
+class LeastSquares(Damped, Compensation):
     """What stays of a row is refitted to the outputs of the whole row, exactly.
 
     Args:
@@ -80,20 +78,13 @@ class LeastSquares(Compensation):
         ValueError: `damping` is not above 0.
     """
 
-    damping: float = 0.01
-    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
-
-    def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"`damping` must be above 0, got {self.damping}; 0.01 is usual.")
-
     def weight(self, matrix: Matrix, mask_OI: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:
-        hessian_II = matrix.inputs.hessian_II()
-        damping = self.damping
+        hessian_II, damping = matrix.inputs.hessian_II(), self.damping
         while True:
             try:
-                return refit(matrix.weight_OI, mask_OI, damped(hessian_II, damping))
-            except RuntimeError:
-                assert damping < 1e6, "a symmetric matrix is positive definite at some damping"
-                damping *= 10
-                matrix.note(f"Cholesky failed at damping {damping / 10:g}; tried {damping:g}.")
+                weight_OI = refit(matrix.weight_OI, mask_OI, damped(hessian_II, damping))
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                damping = next_damping(damping)
+            else:
+                note_repair(matrix, self.damping, damping)
+                return weight_OI

@@ -109,6 +109,8 @@ class Matrix:
         group: Which of its entries compete.
         note: Takes a sentence for the report.
         mask_OI: True for what stays; set by the score, changed by the refinement.
+        alike: What is known of the inputs of the block's matrices that are as wide, its own among
+            it, each once; or nothing.
         swept: Damping, mask and weights of the sweep that chose the mask, if one did.
     """
 
@@ -120,6 +122,7 @@ class Matrix:
     group: Group
     note: Callable[[str], None]
     mask_OI: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    alike: Sequence[Inputs] = ()
     swept: tuple[float, Tensor, Tensor] | None = None
 
 

@@ -28,60 +28,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pruning.weights.hessian import Damped, factor_of
 from pruning.weights.parts import Compensation, Linear, Matrix, Score
 from pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
-from pruning.weights.statistics import Gram, Inputs, Statistic
 
 _COLUMNS = 128  # columns of a block, as in the paper
-
-
-def damped(hessian_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I I"]:
-    """A Hessian with a share of its mean diagonal added; inputs that are never read count as 1."""
-    diagonal_I = hessian_II.diagonal()
-    diagonal_I = torch.where(diagonal_I == 0, 1.0, diagonal_I)
-    diagonal_I = diagonal_I + damping * diagonal_I.mean()
-    return hessian_II.clone().diagonal_scatter(diagonal_I)
-
-
-def inverse_factor(
-    hessian_II: Float[Tensor, "I I"], damping: float
-) -> tuple[Float[Tensor, "I I"], float]:
-    """Upper Cholesky factor of the inverse of a damped Hessian, and the damping that it took.
-
-    A factorisation that fails is repeated with ten times the damping.
-
-    Args:
-        hessian_II: Symmetric.
-        damping: Share of the mean diagonal to begin with, above 0.
-    """
-    while True:
-        lower_II, failed = torch.linalg.cholesky_ex(damped(hessian_II, damping))
-        if not failed:
-            inverse_II = torch.cholesky_inverse(lower_II)
-            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
-            if not failed and bool(upper_II.isfinite().all()):
-                return upper_II, damping
-        assert damping < 1e6, "a finite symmetric matrix is positive definite at some damping"
-        damping *= 10
-
-
-def factor_of(inputs: Inputs, damping: float, note: Callable[[str], None]) -> Tensor:
-    """The factor of a layer's Hessian, computed once for all that read the same; repairs noted."""
-    memo = inputs[Gram].memo
-    if damping not in memo:
-        factor_II, used = inverse_factor(inputs.hessian_II(), damping)
-        repaired = f"Cholesky failed at damping {damping:g}; repaired with {used:g}."
-        memo[damping] = factor_II, repaired if used > damping else None
-    factor_II, repair = memo[damping]
-    if repair:
-        note(repair)
-    return factor_II
 
 
 Choose = Callable[[Tensor, Tensor, slice], Tensor]
@@ -124,13 +80,8 @@ def sweep(
     return w_IO.T.contiguous(), mask_IO.T.contiguous()
 
 
-def _refuse_damping(damping: float) -> None:
-    if not damping > 0:
-        raise ValueError(f"`damping` must be above 0, got {damping}; the paper has 0.01.")
-
-
 @dataclass(frozen=True)
-class ObsSaliency(Score):
+class ObsSaliency(Damped, Score):
     """Weights stay whose removal could not be made up for, chosen column by column in a sweep.
 
     Compared over all rows x 128 columns; within an N:M group along the inputs.
@@ -141,12 +92,6 @@ class ObsSaliency(Score):
     Raises:
         ValueError: `damping` is not above 0.
     """
-
-    damping: float = 0.01
-    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
-
-    def __post_init__(self) -> None:
-        _refuse_damping(self.damping)
 
     def group(self, linear: Linear, pattern: Pattern) -> Group:
         return PerRow() if isinstance(pattern, NM) else PerMatrix()
@@ -161,7 +106,7 @@ class ObsSaliency(Score):
         columns = matrix.pattern.sweep_columns(_COLUMNS)
         weight_OI, mask_OI = sweep(
             matrix.weight_OI,
-            factor_of(matrix.inputs, self.damping, matrix.note),
+            factor_of(matrix, self.damping),
             choose,
             matrix.pattern.column_step(matrix.group, columns),
             columns,
@@ -171,7 +116,7 @@ class ObsSaliency(Score):
 
 
 @dataclass(frozen=True)
-class SparseGPTSweep(Compensation):
+class SparseGPTSweep(Damped, Compensation):
     """Every column hands what it loses to the columns to its right, in closed form.
 
     Args:
@@ -181,17 +126,11 @@ class SparseGPTSweep(Compensation):
         ValueError: `damping` is not above 0.
     """
 
-    damping: float = 0.01
-    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
-
-    def __post_init__(self) -> None:
-        _refuse_damping(self.damping)
-
     def weight(self, matrix: Matrix, mask_OI: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         if matrix.swept is not None:
             damping, swept_OI, weight_OI = matrix.swept
             if damping == self.damping and torch.equal(swept_OI, mask_OI):
                 return weight_OI  # the sweep that chose the mask left these
-        factor_II = factor_of(matrix.inputs, self.damping, matrix.note)
+        factor_II = factor_of(matrix, self.damping)
         weight_OI, _ = sweep(matrix.weight_OI, factor_II, lambda w, d, own: mask_OI[:, own])
         return weight_OI

@@ -72,8 +72,8 @@ class Gram(Statistic):
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._upper_II = torch.zeros(width, width, device=device)
-        self.memo: dict[float, tuple[Tensor, str | None]] = {}
-        """What was derived from the finished sum, by damping."""
+        self.memo: dict[float, tuple[Tensor, float]] = {}
+        """Factor of the finished sum and the damping that it took, by the damping asked for."""
 
     def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
         x_NI = x_BTI.flatten(0, 1)
@@ -105,6 +105,7 @@ class Inputs:
     def __init__(
         self, kinds: Collection[type[Statistic]], width: int, device: torch.device
     ) -> None:
+        self.width = width
         self._by_kind = {kind: kind(width, device) for kind in kinds}
         self.num_windows = 0
         self.num_tokens = 0

@@ -4,16 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pruning.weights.hessian import damped, inverse_factors
 from pruning.weights.least_squares import LeastSquares, refit
 from pruning.weights.magnitude import Magnitude
 from pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
-from pruning.weights.sparse_gpt import (
-    ObsSaliency,
-    SparseGPTSweep,
-    damped,
-    inverse_factor,
-    sweep,
-)
+from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep, sweep
+from pruning.weights.statistics import Gram
 from tests.pruning.weights.matrices import inputs_of, matrix_of, noise, output_error
 
 
@@ -135,19 +131,38 @@ def test_a_failing_cholesky_is_repaired_and_noted() -> None:
     mask_OI = ObsSaliency(1e-12).mask(matrix)
     weight_OI = SparseGPTSweep(1e-12).weight(matrix, mask_OI)
     assert bool(weight_OI.isfinite().all())
-    assert any("Cholesky failed at damping 1e-12" in note for note in notes)
+    assert notes[0].startswith("Cholesky failed at damping 1e-12; repaired with 1e-")
     notes.clear()
     assert bool(LeastSquares(1e-12).weight(matrix, mask_OI).isfinite().all())
     assert any("Cholesky failed at damping 1e-12" in note for note in notes)
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
-    hessian_II = inputs_of(correlated(2, 40, 12)).hessian_II()
-    factor_II, used = inverse_factor(hessian_II, 0.01)
-    assert used == 0.01
-    torch.testing.assert_close(
-        factor_II.T @ factor_II @ damped(hessian_II, 0.01), torch.eye(12), atol=1e-3, rtol=0
+def test_the_factors_are_those_of_the_inverses_and_only_a_failure_is_damped_more() -> None:
+    singular = torch.ones(12, 12)
+    hessian_SII = torch.stack(
+        [inputs_of(correlated(2, 40, 12, seed=seed)).hessian_II() for seed in (0, 1)]
     )
+    factor_SII, used = inverse_factors(
+        torch.stack([hessian_SII[0], singular, hessian_SII[1]]), 1e-9
+    )
+    assert used[0] == used[2] == 1e-9
+    assert used[1] > 1e-9
+    for factor_II, hessian_II in zip(factor_SII[[0, 2]], hessian_SII, strict=True):
+        assert torch.equal(factor_II, inverse_factors(hessian_II[None], 1e-9)[0][0])
+        product_II = factor_II.T @ factor_II @ damped(hessian_II, 1e-9)
+        torch.testing.assert_close(product_II, torch.eye(12), atol=1e-3, rtol=0)
+    assert bool(factor_SII[1].isfinite().all())
+
+
+def test_layers_that_read_inputs_as_wide_are_factorised_together() -> None:
+    first, second = (
+        matrix_of(noise(4, 12), correlated(2, 40, 12, seed=seed), NM(2, 4)) for seed in (0, 1)
+    )
+    ObsSaliency().mask(second)
+    alone_II, _ = second.inputs[Gram].memo.pop(0.01)
+    first.alike = second.alike = [first.inputs, second.inputs]
+    ObsSaliency().mask(first)
+    assert torch.equal(second.inputs[Gram].memo[0.01][0], alone_II)
 
 
 def test_the_gram_matrix_is_whole_and_symmetric() -> None:
