@@ -6,16 +6,19 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import xxhash
+
 
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def fingerprint(folder: str | Path) -> str:
     """Hash of a model folder: its config.json and all of its safetensors files, hex, 64 digits.
 
-    Files are read once, in parallel, about a gigabyte per second and core.
+    It tells models apart that differ by accident, faster than a disk reads; against somebody who
+    makes two models of one fingerprint on purpose it is no protection.
 
     Raises:
         ValueError: The folder holds no config.json or no safetensors file.
