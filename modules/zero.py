@@ -228,10 +228,14 @@ class Zero(DeepSpeedStrategy):
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """With some parameters whole on every rank, to be read; every rank has to enter."""
+        """With some parameters whole on every rank, to be read; every rank has to enter.
+
+        Those that are whole anyway stay so: DeepSpeed has noted when each is to be gathered.
+        """
         import deepspeed
 
-        divided = [p for p in parameters if hasattr(p, "ds_tensor")]
+        away = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE
+        divided = [p for p in parameters if getattr(p, "ds_status", None) is away]
         with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
             yield
 

@@ -75,7 +75,11 @@ def with_callbacks(names: Sequence[str] = CALLBACKS, every_n_steps: int = 3) -> 
 
 
 def learn_masks(
-    folder: Path, root: Path, max_steps: int = 8, callbacks: Sequence[str] = CALLBACKS
+    folder: Path,
+    root: Path,
+    max_steps: int = 8,
+    callbacks: Sequence[str] = CALLBACKS,
+    every_n_steps: int = 3,
 ) -> list[str]:
     """Arguments of a whole run that learns masks."""
     return [
@@ -84,7 +88,7 @@ def learn_masks(
         f"--model.base={folder / 'base'}",
         *on_text(folder, root),
         f"--trainer.max_steps={max_steps}",
-        *with_callbacks(callbacks),
+        *with_callbacks(callbacks, every_n_steps),
     ]
 
 

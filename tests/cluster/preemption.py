@@ -57,15 +57,13 @@ class Training:
     def submit(self, nodes: int = 2) -> None:
         """Submit it, with what differs here from a cluster of GPUs."""
         self.root.mkdir(exist_ok=True)
-        arguments = learn_masks(self.inputs, self.root, STEPS, CALLBACKS)[1:]
-        assert "--trainer.callbacks.every_n_steps=3" in arguments
+        arguments = learn_masks(self.inputs, self.root, STEPS, CALLBACKS, EVERY)[1:]
         self.job = self.cluster.submit(
             *(f"--nodes={nodes}", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"),
             *("--time=60", f"--output={self.log}", f"--chdir={REPOSITORY}"),
             "--export=ALL,MASTER_ADDR=127.0.0.1",
             REPOSITORY / "slurm" / "train.sbatch",
             *arguments,
-            f"--trainer.callbacks.every_n_steps={EVERY}",
             *("--trainer.logger=false", "--trainer.strategy=modules.Zero"),
             "--trainer.strategy.stage=3",
         )

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 
 from modules import CausalLM, ShardedDDP, Zero
+from tests.runs import NOISE, call, learn_masks, make_inputs
+
+pytestmark = NOISE
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,21 @@ def test_another_precision_is_refused_with_what_to_do(recwarn: pytest.WarningsRe
     )
     with pytest.raises(ValueError, match="trains in float32.*bf16-mixed.*--model.dtype bfloat16"):
         trainer.strategy.setup_environment()
+
+
+def test_training_goes_on_after_a_checkpoint(tmp_path: Path) -> None:
+    """With heads that DeepSpeed would not keep whole by itself, and nothing before the checkpoint
+    that gathers them: from the third step on it expects parameters in an order that it has noted.
+    """
+    make_inputs(tmp_path, intermediate_size=1024)
+    line = call(
+        [
+            *learn_masks(tmp_path, tmp_path / "run", 4, ("SaveCheckpoint",), 3),
+            "--trainer.logger=false",
+            "--trainer.strategy=modules.Zero",
+            "--trainer.strategy.stage=3",
+            "--trainer.limit_val_batches=0",
+        ]
+    )
+    assert max(p.ds_numel for p in line.model.whole_parameters()) > 100_000
+    assert line.trainer.global_step == 4
