@@ -7,6 +7,7 @@ scores again after every block, which the gradual schedule does with training in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from pruning.depth import (
-    Blocks,
     Cached,
     OneShot,
     Perplexity,
     Search,
     Target,
     Unit,
+    UnitCount,
     WholeBlocks,
 )
+from pruning.depth.search import names
 from pruning.measure.perplexity import perplexity
 from pruning.measure.plots import plot_scores
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
@@ -33,25 +35,25 @@ from pruning.recipe import refuse_other
 
 
 class Removals(ABC):
-    """When blocks go; a pure function of the optimiser step."""
+    """When blocks, or halves of them, go; a pure function of the optimiser step."""
 
     @abstractmethod
     def due(self, step: int, total: int) -> int:
-        """Blocks that are gone when a step begins.
+        """Units that are gone when a step begins.
 
         Args:
             step: Number of the optimiser step, 0 or more.
-            total: Blocks that go in all, 1 or more.
+            total: Units that go in all, 1 or more.
         """
 
     @abstractmethod
     def last_step(self, total: int) -> int:
-        """The step before which the last block goes."""
+        """The step before which the last unit goes."""
 
 
 @dataclass(frozen=True)
 class AtOnce(Removals):
-    """All blocks before the first step; without any step, the model is pruned only."""
+    """All of them before the first step; without any step, the model is pruned only."""
 
     def due(self, step: int, total: int) -> int:
         return total
@@ -62,11 +64,11 @@ class AtOnce(Removals):
 
 @dataclass(frozen=True)
 class OneByOne(Removals):
-    """One block every few steps; the model is scored anew each time.
+    """One block, or one half, every few steps; the model is scored anew each time.
 
     Args:
         every_n_steps: Optimiser steps from one removal to the next, 1 or more.
-        first_step: The step before which the first block goes, 0 or more.
+        first_step: The step before which the first one goes, 0 or more.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -99,20 +101,23 @@ class PruneBlocks(Callback):
 
     Around every removal the loss and the perplexity of the calibration windows are logged. Below
     `folder` come the scores, as files that a later run with the same model, text and score reuses,
-    and a picture of them.
+    and a picture of them. Whole blocks leave a stock model; with `search.units` HalfBlocks,
+    attention and MLP of a block may go on their own, and the exported model brings the code that
+    loads it.
 
     Args:
         target: How much to remove, counted on the base model.
-        search: How to choose; whole blocks only. One-shot by perplexity if not given.
-        removals: When blocks go; all at once before training if not given.
+        search: How to choose. One-shot by perplexity if not given.
+        removals: When they go; all at once before training if not given.
         calibration_windows: Windows of the training text to score on, 1 or more.
         calibration_seed: Seed of the draw of these windows, 0 or more.
         compensate: Scale what comes before a removed block to make up for it (Prune&Comp, arXiv
-            2507.18212), where that lowers the perplexity of the calibration windows.
+            2507.18212), where that lowers the perplexity of the calibration windows; whole blocks
+            only.
         folder: Where scores and pictures go, relative to `trainer.default_root_dir`.
 
     Raises:
-        ValueError: A setting is outside its range, or halves of blocks are to be removed.
+        ValueError: A setting is outside its range, or halves of blocks are to be compensated.
     """
 
     def __init__(
@@ -132,17 +137,17 @@ class PruneBlocks(Callback):
             if value < least:
                 raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         self.target, self.search = target, search or OneShot(Perplexity())
-        if not isinstance(self.search.units, WholeBlocks):
+        if compensate and not isinstance(self.search.units, WholeBlocks):
             raise ValueError(
-                f"`search.units` is {self.search.units}: training goes on with whole blocks only, "
-                "which leave a stock model. Choose WholeBlocks."
+                f"`compensate` is for whole blocks, and `search.units` is {self.search.units}; "
+                "leave out the one or choose WholeBlocks for the other."
             )
         self.removals = removals or AtOnce()
         self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
         self.compensate, self.folder = compensate, folder
         self.history: list[dict[str, Any]] = []
         """What was removed so far, with loss and perplexity before and after."""
-        self._num_blocks = self._total = 0
+        self._total = 0  # units that go in all
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
         """Find out at once whether there are blocks to remove.
@@ -160,14 +165,13 @@ class PruneBlocks(Callback):
         """
         module = trains_weights(pl_module, "PruneBlocks")
         config = AutoConfig.from_pretrained(module.base_folder)
-        self._num_blocks = config.num_hidden_layers
-        self._total = blocks_to_remove(config, self.search, self.target)
+        self._total = units_to_remove(config, self.search, self.target)
         last, steps = self.removals.last_step(self._total), trainer.estimated_stepping_batches
         if last >= steps:
             raise ValueError(
-                f"`removals` {self.removals} would take out the last of {self._total} blocks "
+                f"`removals` {self.removals} would take out the last of {self._total} units "
                 f"before step {last}, and training has {steps} steps; raise `trainer.max_steps` "
-                "or let blocks go sooner."
+                "or let them go sooner."
             )
         if trainer.ckpt_path is None:  # else the optimiser of the checkpoint is still to be read
             self._catch_up(trainer, module)
@@ -200,7 +204,7 @@ class PruneBlocks(Callback):
         self.history = state_dict["history"]
 
     def _catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
-        done = self._num_blocks - len(module.kept_blocks)
+        done = len(module.removed_units)
         if (due := self.removals.due(trainer.global_step, self._total)) > done:
             self._remove(trainer, module, due - done)
 
@@ -209,41 +213,44 @@ class PruneBlocks(Callback):
         if trainer.is_global_zero:  # the others wait for what it chooses
             removal = self._choose(trainer, module, count)
         removal = trainer.strategy.broadcast(removal)
-        blocks = removal.pop("blocks")
+        units = [Unit.of_key(key) for key in removal.pop("units")]
         windows_NT = self._windows(trainer)
-        module.remove_blocks(blocks, removal, windows_NT if self.compensate else None)
+        module.remove_units(units, removal, windows_NT if self.compensate else None)
         with module.plain() as model:
             after = perplexity(model, windows_NT)
         removal |= {"loss_after": after.mean_nll, "perplexity_after": after.value}
-        self.history.append({"blocks": blocks} | removal)
+        self.history.append({"units": [unit.key for unit in units]} | removal)
         figures = {name: value for name, value in removal.items() if isinstance(value, float)}
         figures["kept_blocks"] = float(len(module.kept_blocks))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
         rank_zero_info(
-            f"Step {trainer.global_step}: removed block {', '.join(map(str, blocks))} of "
-            f"the base model, {len(module.kept_blocks)} are left; perplexity of the calibration "
-            f"windows {removal['perplexity_before']:.2f} -> {after.value:.2f}."
+            f"Step {trainer.global_step}: removed block {names(units)} of the base model, "
+            f"{len(module.kept_blocks)} are left; perplexity of the calibration windows "
+            f"{removal['perplexity_before']:.2f} -> {after.value:.2f}."
         )
 
     def _choose(self, trainer: Trainer, module: TrainsWeights, count: int) -> dict[str, Any]:
-        """What to remove, by its numbers in the base model, and what it is now worth."""
+        """What to remove, by its names in the base model, and what it is now worth."""
         folder, windows_NT = Path(trainer.default_root_dir) / self.folder, self._windows(trainer)
         search = replace(self.search, score=Cached(self.search.score, folder))
         with module.plain() as model:
             before = perplexity(model, windows_NT)
-            chosen = search(model, windows_NT, Blocks(count))
+            chosen = search(model, windows_NT, UnitCount(count))
         chosen = chosen.better or chosen  # of which the search has told
-        in_base = [Unit(block) for block in module.kept_blocks]
-        blocks = [module.kept_blocks[block] for block in chosen.blocks]
+
+        def in_base(units: Iterable[Unit]) -> tuple[Unit, ...]:
+            return tuple(Unit(module.kept_blocks[unit.block], unit.part) for unit in units)
+
+        units = in_base(chosen.removed)
         plot_scores(
-            replace(chosen.scores, units=tuple(in_base[u.block] for u in chosen.scores.units)),
+            replace(chosen.scores, units=in_base(chosen.scores.units)),
             folder / f"scores_step_{trainer.global_step:06d}.png",
-            [Unit(block) for block in blocks],
+            units,
             f"{type(self.search.score).__name__} by block, step {trainer.global_step}",
         )
         return {
-            "blocks": blocks,
+            "units": [unit.key for unit in units],
             "step": trainer.global_step,
             "search": repr(self.search),
             "calibration_windows": self.calibration_windows,
@@ -257,24 +264,23 @@ class PruneBlocks(Callback):
         return calibration_windows(data, count, self.calibration_seed, "PruneBlocks")
 
 
-def blocks_to_remove(config: PreTrainedConfig, search: Search, target: Target) -> int:
-    """Blocks of the base model, all of one size, that reach a target.
+def units_to_remove(config: PreTrainedConfig, search: Search, target: Target) -> int:
+    """Units of the base model, all of one size, that reach a target.
 
     Args:
         config: Configuration of the base model.
-        search: Says which blocks may go.
+        search: Says which units may go.
         target: How much to remove.
 
     Raises:
-        ValueError: All that may go are not enough.
+        ValueError: All that may go are not enough, or units differ in size, so that their number
+            depends on which ones go.
     """
-    units, _ = search.candidates(config)
-    sizes = target.sizes(config, units)
-    most = min(len(units), config.num_hidden_layers - 1)  # one block stays in any case
-    for count in range(1, most + 1):
-        if target.reached(sizes[:count]):
-            return count
-    raise ValueError(
-        f"`target` {target} cannot be reached: the {most} blocks of {config.num_hidden_layers} "
-        f"that may go make up {sum(sizes[:most]):.4g}. Lower it or protect fewer blocks."
-    )
+    candidates, _ = search.check(config, search.units.all(config.num_hidden_layers), target)
+    sizes = target.sizes(config, candidates)
+    if max(sizes) > min(sizes) * (1 + 1e-9):
+        raise ValueError(
+            f"`target` {target} weighs attention and MLP differently, so that nobody can tell how "
+            "many of them go; choose pruning.depth.Blocks or BlockFraction."
+        )
+    return next(count for count in range(1, len(sizes) + 1) if target.reached(sizes[:count]))

@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,14 +28,14 @@ from transformers import (
 )
 
 from modules.delivery import MARK, Origin, deliver_weights, is_trained
+from modules.depth import Depth, check_undivided, let_go
 from modules.language_modelling import LanguageModelling, describe_optimizer
 from modules.loading import check_base, load_config, load_model, resolve
 from modules.lora import LoRA, merged
 from modules.losses import LossWeights, head_of, token_losses
 from modules.shares import dtype_of
-from pruning.depth.compensation import remove_compensated, untie
-from pruning.depth.removal import remove_blocks
-from pruning.depth.surgery import prune_blocks
+from pruning.depth import Unit, remove_blocks, remove_compensated
+from pruning.depth.compensation import untie
 from pruning.fingerprint import fingerprint
 from pruning.model_folder import copy_companions, refuse_foreign, replaced_folder
 
@@ -110,8 +108,7 @@ class CausalLM(LanguageModelling):
         self.loss, self.teacher, self.lora = loss, teacher or base, lora
         self.export_dtype, self.gradient_checkpointing = export_dtype, gradient_checkpointing
         self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
-        self.kept_blocks: list[int] = []
-        self.removals: list[dict[str, Any]] = []
+        self._depth = Depth()
         self.provenance: dict[str, Any] = {}
         self._make_optimizer = optimizer
         # In a tuple it is no part of the module: not trained, saved, sharded or counted.
@@ -125,8 +122,7 @@ class CausalLM(LanguageModelling):
             self.model = load_model(self.base_folder, dtype=self.dtype_name)
         else:
             self.model = AutoModelForCausalLM.from_config(self._config())
-        self.kept_blocks = list(range(self.model.config.num_hidden_layers))
-        self.removals, self.provenance = [], {}
+        self._depth, self.provenance = Depth(self.model.config.num_hidden_layers), {}
         if self.lora is not None:
             self.lora.inject(self.model)
         if self.gradient_checkpointing:
@@ -235,61 +231,55 @@ class CausalLM(LanguageModelling):
         finally:
             self.model.train(training)
 
-    def remove_blocks(
+    @property
+    def kept_blocks(self) -> list[int]:
+        """Numbers, in the base model, of the blocks of which anything is left."""
+        return self._depth.kept_blocks
+
+    @property
+    def removed_units(self) -> list[Unit]:
+        """Units of the base model that are gone, in order."""
+        return self._depth.removed
+
+    def remove_units(
         self,
-        blocks: Sequence[int],
+        units: Sequence[Unit],
         provenance: Mapping[str, Any],
         compensate_on: Tensor | None = None,
     ) -> None:
         """Take blocks out of the model, of the optimiser and its state; the teacher keeps them.
 
         Args:
-            blocks: Their numbers in the base model.
+            units: Blocks or halves of blocks, by their numbers in the base model.
             provenance: Why these, for the model card: JSON values only.
             compensate_on: Windows of text (int64, shape (N, T)): what stays is scaled to make up
                 for the blocks if that predicts them better, see `pruning.depth.compensation`.
 
         Raises:
-            ValueError: A block is not there (any more), none would stay, or the model is sharded.
+            ValueError: A unit is not there (any more), no block or attention would stay, the model
+                is sharded, or halves were to be compensated.
         """
-        if gone := sorted(set(blocks) - set(self.kept_blocks)):
-            raise ValueError(f"Blocks {gone} are not among the kept ones, {self.kept_blocks}.")
-        strategy = self.trainer.strategy
-        # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
-        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise ValueError(
-                f"Blocks cannot be removed under `trainer.strategy` {type(strategy).__name__}, "
-                "which has divided them among the ranks. Prune on one device with "
-                "`--trainer.max_steps 0`, then train the exported model under the strategy, with "
-                "`teacher` for distillation from the dense one."
-            )
-        places = [self.kept_blocks.index(block) for block in blocks]
+        places, strategy = self._depth.places(units), self.trainer.strategy
+        check_undivided(strategy)
         if compensate_on is None:
             remove_blocks(self.model, places, provenance)
         else:
             self._remove_compensated(places, provenance, compensate_on)
-        self.kept_blocks = [block for block in self.kept_blocks if block not in blocks]
-        self.removals.append({"blocks": list(blocks), "provenance": dict(provenance)})
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for optimizer in strategy.optimizers:
-            (group,) = optimizer.param_groups
-            group["params"] = trained
-            for parameter in optimizer.state.keys() - set(trained):
-                del optimizer.state[parameter]
-        if isinstance(strategy.model, DistributedDataParallel):  # it waits for every gradient
-            assert isinstance(strategy, DDPStrategy)
-            strategy.model = self
-            strategy.configure_ddp()
+        self._depth.note(units, provenance)
+        let_go(strategy, self)
 
     def _remove_compensated(
-        self, places: Sequence[int], provenance: Mapping[str, Any], windows_NT: Tensor
+        self, places: Sequence[Unit], provenance: Mapping[str, Any], windows_NT: Tensor
     ) -> None:
         if self.lora is not None:
             raise ValueError(
                 "Compensation scales weights that `lora` keeps frozen; leave one of the two out, "
                 "or prune with `--trainer.max_steps 0` first."
             )
-        found = remove_compensated(self.model, places, windows_NT, provenance)
+        if halves := [unit.key for unit in places if unit.part != "block"]:
+            raise ValueError(f"Only whole blocks can be compensated, not {', '.join(halves)}.")
+        blocks = [unit.block for unit in places]
+        found = remove_compensated(self.model, blocks, windows_NT, provenance)
         rank_zero_info(
             f"Perplexity of the calibration windows without the blocks {found.without:.2f}, "
             f"compensated {found.compensated:.2f}: {'kept' if found.kept else 'left out'}."
@@ -314,7 +304,8 @@ class CausalLM(LanguageModelling):
         Frozen weights that a callback has changed are stored as well.
         """
         super().on_save_checkpoint(checkpoint)
-        checkpoint["pruning"] = {"removals": self.removals, "provenance": self.provenance}
+        removals = self._depth.removals
+        checkpoint["pruning"] = {"removals": removals, "provenance": self.provenance}
         if self.lora is not None and not self.provenance:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             state = checkpoint["state_dict"]
@@ -330,11 +321,12 @@ class CausalLM(LanguageModelling):
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["pruning"]["removals"]
-        if self.removals != saved[: len(self.removals)]:  # an earlier fit has removed others
+        if (done := self._depth.removals) != saved[: len(done)]:  # an earlier fit removed others
             self.model = None
             self.configure_model()
-        for removal in saved[len(self.removals) :]:
-            self.remove_blocks(removal["blocks"], removal["provenance"])
+        for removal in saved[len(self._depth.removals) :]:
+            units = [Unit.of_key(key) for key in removal["units"]]
+            self.remove_units(units, removal["provenance"])
         self.provenance = checkpoint["pruning"]["provenance"]
         if "compensation" in self.provenance:  # the embeddings were scaled, their copy was not
             untie(self.model)
@@ -352,7 +344,8 @@ class CausalLM(LanguageModelling):
     def export(self, folder: Path, command: str) -> None:
         """Save model and tokenizer as transformers does; see `deliver_weights` for the rest.
 
-        A model that was made from scratch has no dense model to be compared with.
+        What was shortened and not trained comes from the files of the base model. A model that was
+        made from scratch has no dense model to be compared with.
         """
         if not self.trainer.is_global_zero:
             return
@@ -367,15 +360,11 @@ class CausalLM(LanguageModelling):
 
         def write(partial: Path) -> None:
             if self._only_shortened():
-                prune_blocks(
-                    self.base_folder,
-                    partial,
-                    keep=self.kept_blocks,
-                    provenance=self.removals[-1]["provenance"],
-                )
+                self._depth.stream(self.base_folder, partial, self.base_fingerprint)
                 return
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            self._depth.complete(self.base_folder, partial, self.base_fingerprint)
             copy_companions(self.base_folder, partial)  # those of the base, if it has any
 
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
@@ -390,13 +379,13 @@ class CausalLM(LanguageModelling):
     def _only_shortened(self) -> bool:
         """Whether the base model's files, without some blocks, are what is to be exported."""
         trained = self.global_step or self.provenance or self.export_dtype != "auto"
-        return bool(self.removals) and not trained
+        return bool(self._depth.removals) and not trained
 
     def _origin(self, command: str) -> Origin:
         assert self.base is not None
         provenance = dict(self.provenance)
-        if self.removals:
-            depth = {"kept_blocks": self.kept_blocks, "removals": self.removals}
+        if removals := self._depth.removals:
+            depth = {"kept_blocks": self.kept_blocks, "removals": removals}
             provenance = {"depth": depth} | provenance
         training: dict[str, Any] = {}
         if self.global_step:

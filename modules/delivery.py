@@ -156,7 +156,9 @@ def deliver_weights(
         verify_saved(model, partial, windows_NT[:2])
         report = compare(dense, partial, origin.folder, windows_NT, name)
         stages = write_mark(partial, origin, report)
-        text = stock_card(report, origin, stages)
+        # Stock models, which most are, have no plan.
+        plan = PruningPlan.load(partial) if is_plan(partial) else None
+        text = weights_card(report, origin, stages, plan)
         (partial / "README.md").write_text(text, encoding="utf-8")
     publish(report, folder)
     return report
@@ -298,8 +300,10 @@ def card(
     )
 
 
-def stock_card(report: Report, origin: Origin, stages: list[dict[str, Any]]) -> str:
-    """The text of the model card of a stock model; without times, as `card`."""
+def weights_card(
+    report: Report, origin: Origin, stages: list[dict[str, Any]], plan: PruningPlan | None
+) -> str:
+    """The text of the model card of a model whose weights were trained or pruned; without times."""
     dense, made = (_figures(row, report.context_tokens) for row in report.rows)
     names = {"parameters": "all parameters", "flops_per_token": "FLOPs per token"}
     budget = [["counted", "dense", "kept", "fraction"]] + [
@@ -310,6 +314,8 @@ def stock_card(report: Report, origin: Origin, stages: list[dict[str, Any]]) -> 
     title = f"{name}, {made['parameters'] / dense['parameters']:.1%} of its parameters"
     if zeros := origin.provenance.get("weights", {}).get("model_sparsity"):
         title += f", {zeros:.1%} of them zero"
+    kind = "Some of its blocks have no attention or no MLP, as `config.json` says."
+    kind = "This is a stock model of its family." if plan is None else kind
     return ModelCard(
         title=title if done else f"{name}, trained further",
         base_model=origin.name,
@@ -319,13 +325,14 @@ def stock_card(report: Report, origin: Origin, stages: list[dict[str, Any]]) -> 
         command=origin.command,
         versions=_versions(),
         tags=tuple(origin.provenance),
-    ).render_stock(
+    ).render_weights(
         origin.fingerprint,
         f"`{origin.name}`, {f'pruned ({done}) and ' if done else ''}trained for {origin.steps} "
-        "steps by Secateur. This is a stock model of its family. Before this folder was put in its "
+        f"steps by Secateur. {kind} Before this folder was put in its "
         "place, its logits were compared with those of the model in training, on whole windows and "
         "in a cached decode.",
         {**origin.provenance, "training": dict(origin.training)},
+        plan,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.budget import Budget, CostTable
+from pruning.depth.units import Unit
 from pruning.plan import PruningPlan
 from pruning.sites import Site
 
@@ -98,20 +99,23 @@ class TrainsWeights(Protocol):
     base_fingerprint: str
     """Content hash of the base model."""
     kept_blocks: list[int]
-    """Numbers, in the base model, of the blocks that are left; empty before the model is read."""
+    """Numbers, in the base model, of the blocks of which anything is left; empty before the model
+    is read."""
+    removed_units: list[Unit]
+    """Blocks and halves of blocks that are gone, by their numbers in the base model, in order."""
 
     def plain(self) -> AbstractContextManager[PreTrainedModel]:
         """The model as it would be exported now, in evaluation mode, to score and to measure; what
         is done to it inside is undone, in part or in whole, at the end.
         """
 
-    def remove_blocks(
+    def remove_units(
         self,
-        blocks: Sequence[int],
+        units: Sequence[Unit],
         provenance: Mapping[str, Any],
         compensate_on: Tensor | None = None,
     ) -> None:
-        """Take blocks, by their numbers in the base model, out of all that trains; what stays is
+        """Take units, by their numbers in the base model, out of all that trains; what stays is
         scaled to make up for them if windows are given and that helps on these.
 
         Raises:

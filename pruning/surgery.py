@@ -5,9 +5,8 @@ differ from block to block, the modelling file that loads it. A plan that narrow
 removes whole blocks and does nothing else leaves a stock model of the family. Equal inputs give
 equal folders, byte for byte.
 
-Memory: one shard of the output; the input is mapped, not loaded. Time: the base model is hashed
-while it is cut, so that the longer of the two counts; hashing takes a second per gigabyte of a
-shard, shards in parallel.
+Memory: one shard of the output; the input is mapped, not loaded. The base model is hashed while it
+is cut.
 
 As a command: `python -m pruning.surgery --help`.
 """
@@ -142,8 +141,14 @@ def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any
         config |= shortened_fields(AutoConfig.from_pretrained(base_folder), keep, method)
     if (width := plan.stock_mlp_width()) is not None:
         return config | {family.mlp_width: width}
-    prefix, module = family.exported_as, MODELLING_FILE.stem
-    return config | {
+    return config | own_code(plan)
+
+
+def own_code(plan: PruningPlan) -> dict[str, Any]:
+    """Entries of the configuration of a model that has its modelling file beside it."""
+    prefix, module = FAMILIES[plan.model_type].exported_as, MODELLING_FILE.stem
+    by_block = plan.widths_by_block()
+    return {
         "model_type": f"secateur_{plan.model_type}",
         "architectures": [f"{prefix}ForCausalLM"],
         "auto_map": {
@@ -151,7 +156,7 @@ def exported_config(base_folder: str | Path, plan: PruningPlan) -> dict[str, Any
             "AutoModel": f"{module}.{prefix}Model",
             "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
         },
-        "block_widths": [_shown(by_block[block]) for block in keep],
+        "block_widths": [_shown(by_block[block]) for block in plan.kept_blocks()],
     }
 
 

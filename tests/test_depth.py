@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pruning.depth import Perplexity
+from pruning.depth import Perplexity, Unit, bypassed
 from tests.runs import NOISE, call, content, make_inputs, on_text, with_callbacks
 
 pytestmark = NOISE
@@ -23,8 +24,23 @@ VARIANTS = {
 }
 
 
-def prune(folder: Path, root: Path, variant: str, subcommand: str = "fit") -> list[str]:
-    """Blocks go before steps 1 and 4 of 6: two of four."""
+BLOCKS = [
+    "--trainer.callbacks.target=pruning.depth.Blocks",
+    "--trainer.callbacks.target.count=2",
+]
+HALVES = [
+    "--trainer.callbacks.target=pruning.depth.Blocks",
+    "--trainer.callbacks.target.count=1",
+    "--trainer.callbacks.search=pruning.depth.OneShot",
+    "--trainer.callbacks.search.score=pruning.depth.Magnitude",  # names two attentions
+    "--trainer.callbacks.search.units=pruning.depth.HalfBlocks",
+]
+
+
+def prune(
+    folder: Path, root: Path, variant: str, subcommand: str = "fit", search: Sequence[str] = BLOCKS
+) -> list[str]:
+    """Two blocks of four, or two halves, go before steps 1 and 4 of 6."""
     return [
         subcommand,
         "--model=modules.CausalLM",
@@ -35,8 +51,7 @@ def prune(folder: Path, root: Path, variant: str, subcommand: str = "fit") -> li
         "--trainer.max_steps=6",
         "--trainer.val_check_interval=2",
         "--trainer.callbacks+=callbacks.PruneBlocks",
-        "--trainer.callbacks.target=pruning.depth.Blocks",
-        "--trainer.callbacks.target.count=2",
+        *search,
         "--trainer.callbacks.removals=callbacks.prune_blocks.OneByOne",
         "--trainer.callbacks.removals.every_n_steps=3",
         "--trainer.callbacks.removals.first_step=1",
@@ -78,7 +93,7 @@ def test_it_leaves_a_stock_model_with_as_many_blocks_as_asked_for(
     (stage,) = json.loads((root / "model" / "secateur.json").read_text())["stages"]
     removals = stage["provenance"]["depth"]["removals"]
     assert [removal["provenance"]["step"] for removal in removals] == [1, 4]
-    gone = [block for removal in removals for block in removal["blocks"]]
+    gone = [int(unit) for removal in removals for unit in removal["units"]]
     assert sorted(gone + stage["provenance"]["depth"]["kept_blocks"]) == [0, 1, 2, 3]
 
 
@@ -132,6 +147,66 @@ def test_it_survives_a_second_fit(run: tuple[str, Path], inputs: Path) -> None:
         call(command)
     assert content(root / "model") == before
     assert not [path for path in root.iterdir() if path.name.startswith(".")]
+
+
+def test_halves_go_one_by_one_and_bring_their_code(inputs: Path, tmp_path: Path) -> None:
+    """Two halves, with training in between; a run resumed between them ends as the whole one."""
+    whole, again = (
+        prune(inputs, tmp_path / name, "all weights", search=HALVES) for name in ("whole", "again")
+    )
+    call(whole)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step=3.ckpt"
+    call([*again, f"--ckpt_path={checkpoint}"])
+    root = tmp_path / "whole"
+    for file in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / file).read_bytes() == (root / file).read_bytes()
+    (stage,) = json.loads((root / "model" / "secateur.json").read_text())["stages"]
+    depth = stage["provenance"]["depth"]
+    units = [Unit.of_key(key) for removal in depth["removals"] for key in removal["units"]]
+    assert [unit.part for unit in units] == ["attn", "attn"]
+    assert depth["kept_blocks"] == [0, 1, 2, 3]
+    base = inputs / "base"
+    dense, small = (
+        AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)
+        for f in (base, root / "model")
+    )
+    assert type(small).__module__.endswith("modeling_secateur")
+    with bypassed(dense, units):
+        assert small.num_parameters() == dense.num_parameters()
+    one_by_one = json.loads((root / "model" / "config.json").read_text())["block_widths"]
+    assert sum(width == 0 for widths in one_by_one for width in widths.values()) == 2
+
+
+def test_a_chain_is_told_from_the_dense_model_on(inputs: Path, tmp_path: Path) -> None:
+    """The two recipes of a chain, one after the other: blocks go, then masks are learned."""
+    recipes = Path(__file__).parents[1] / "configs" / "depth"
+    roots = tmp_path / "depth", tmp_path / "disp"
+    models = inputs / "base", roots[0] / "model"
+    names = "chain_1_depth.yaml", "chain_2_disp.yaml"
+    for recipe, root, base in zip(names, roots, models, strict=True):
+        call(
+            [
+                "fit",
+                f"--config={recipes / recipe}",
+                f"--model.base={base}",
+                *on_text(inputs, root)[1:],
+                "--trainer.max_steps=4",
+                "--trainer.val_check_interval=2",
+            ]
+        )
+    stages = json.loads((roots[1] / "report.json").read_text(encoding="utf-8"))["stages"]
+    assert [list(stage["provenance"]) for stage in stages] == [["depth"], ["masks"]]
+    assert len(stages[0]["provenance"]["depth"]["kept_blocks"]) == 3
+    sizes = [
+        stage["models"][name]["parameters"] for stage in stages for name in ("dense", "pruned")
+    ]
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3]
+    card = (roots[1] / "model" / "README.md").read_text(encoding="utf-8")
+    for text in (card, (roots[1] / "report.md").read_text(encoding="utf-8")):
+        rows = [line for line in text.splitlines() if f"| {sizes[0]:,} |" in line]
+        assert rows
+        assert "| stage 1: depth |" in text
+        assert "| stage 2: masks |" in text
 
 
 @pytest.mark.slow

@@ -123,7 +123,8 @@ class TextScore(BlockScore):
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"]
     ) -> tuple[Int[Tensor, "_ T"], ...]:
         """The windows, a batch at a time, where the model computes."""
-        return windows_NT.to(model.device).split(self.batch_size)
+        batches: tuple[Tensor, ...] = windows_NT.to(model.device).split(self.batch_size)
+        return batches
 
 
 @dataclass(frozen=True)

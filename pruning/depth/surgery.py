@@ -7,6 +7,8 @@ The result is a stock model of its family. Equal inputs give equal folders, byte
 
 Memory: one header and `_CHUNK` bytes, whatever the size of the model. Time: that of copying what
 stays, and of reading everything once for the fingerprint of the base model.
+
+As a command: `python -m pruning.depth --help`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pruning.model_folder import (
     INDEX,
     WEIGHTS,
     copy_companions,
+    in_block,
     refuse_missing,
     replaced_folder,
     weight_files,
@@ -145,13 +148,10 @@ def _copy_weights(
 
 def _renamed(name: str, family: Family, staying: list[int]) -> str | None:
     """New name of a tensor; None if its block does not stay."""
-    prefix = f"{family.blocks}."
-    if not name.startswith(prefix):
+    block, relative = in_block(family, name)
+    if block < 0:
         return name
-    block, _, relative = name.removeprefix(prefix).partition(".")
-    if int(block) not in staying:
-        return None
-    return f"{prefix}{staying.index(int(block))}.{relative}"
+    return f"{family.blocks}.{staying.index(block)}.{relative}" if block in staying else None
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

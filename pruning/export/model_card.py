@@ -61,24 +61,33 @@ class ModelCard:
         return self.page(
             summary + _VERIFIED,
             loading,
-            widths=f"```\n{plan.describe()}\n```",
+            widths=_widths(plan),
             origin=origin | ({"date": self.date} if self.date else {}),
             provenance=plan.provenance,
         )
 
-    def render_stock(self, base: str, summary: str, provenance: Mapping[str, Any]) -> str:
-        """The text of README.md of a model that has no plan, because it is stock.
+    def render_weights(
+        self,
+        base: str,
+        summary: str,
+        provenance: Mapping[str, Any],
+        plan: PruningPlan | None = None,
+    ) -> str:
+        """The text of README.md of a model whose own weights were trained or pruned.
 
         Args:
             base: Fingerprint of the base model.
             summary: What was done to the base model, in sentences.
             provenance: How; JSON values only.
+            plan: What stays of each block, None if the model is stock.
 
         Raises:
             ValueError: The rows of a table differ in length.
         """
         origin = {"base model": self.base_model, "fingerprint of the base model": base}
-        return self.page(summary, _STOCK_LOADING, None, origin, provenance)
+        if plan is None:
+            return self.page(summary, _STOCK_LOADING, None, origin, provenance)
+        return self.page(summary, _LOADING, _widths(plan), origin, provenance)
 
     def page(
         self,
@@ -88,7 +97,7 @@ class ModelCard:
         origin: Mapping[str, str],
         provenance: Mapping[str, Any],
     ) -> str:
-        """The text of README.md from its parts; see `render` and `render_stock`."""
+        """The text of README.md from its parts; see `render` and `render_weights`."""
         sections = [self._header(), f"# {self.title}", summary, loading]
         for name, rows in (
             ("Budget", self.budget),
@@ -120,6 +129,10 @@ class ModelCard:
             "---",
         ]
         return "\n".join(lines)
+
+
+def _widths(plan: PruningPlan) -> str:
+    return f"```\n{plan.describe()}\n```"
 
 
 def _gone(plan: PruningPlan) -> str:

@@ -9,29 +9,32 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import PruneBlocks
-from callbacks.prune_blocks import AtOnce, OneByOne, blocks_to_remove
+from callbacks.prune_blocks import AtOnce, OneByOne, units_to_remove
 from modules.causal_lm import CausalLM
 from modules.lora import LoRA
-from modules.text_data import TextData
 from pruning.depth import (
     BlockFraction,
     BlockInfluence,
     Blocks,
+    BlockScores,
     Greedy,
     HalfBlocks,
     Magnitude,
     OneShot,
     ParameterFraction,
     ReverseOrder,
+    Unit,
+    UnitCount,
+    bypassed,
 )
 from pruning.depth.perplexity import Perplexity
 from pruning.measure.perplexity import perplexity
 from pruning.protocols import calibration_windows
+from tests import fits
 from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE
@@ -48,37 +51,10 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(folder, num_hidden_layers=4, tie_word_embeddings=True)
 
 
-def text(inputs: Path) -> TextData:
-    return TextData(
-        str(inputs / "text.json"),
-        tokenizer=str(inputs / "base"),
-        window_tokens=16,
-        batch_size=4,
-        validation_windows=6,
-        cache_dir=str(inputs / "cache"),
-    )
-
-
 def fit(
     inputs: Path, root: Path, callback: PruneBlocks, max_steps: int = 8, **settings: Any
 ) -> tuple[CausalLM, Trainer]:
-    module = CausalLM(base=str(inputs / "base"), warmup_steps=0, **settings)
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_steps=max_steps,
-        max_epochs=-1,
-        logger=CSVLogger(root, name="metrics"),
-        callbacks=[callback],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        log_every_n_steps=1,
-    )
-    trainer.fit(module, text(inputs))
-    return module, trainer
+    return fits.fit(inputs, root, [callback], max_steps, **settings)
 
 
 def test_schedules_say_how_many_are_gone() -> None:
@@ -103,7 +79,7 @@ def test_all_at_once_without_training_removes_what_the_search_chooses(
     expected = search(dense, windows_NT, Blocks(2))
     assert module.kept_blocks == [b for b in range(5) if b not in expected.blocks]
     (removal,) = callback.history
-    assert removal["blocks"] == expected.blocks
+    assert removal["units"] == [unit.key for unit in expected.removed]
     assert removal["perplexity_before"] == pytest.approx(perplexity(dense, windows_NT).value)
     # Measured after the surgery, where the search had bypassed the blocks.
     assert removal["perplexity_after"] == pytest.approx(expected.perplexity)
@@ -114,21 +90,21 @@ def test_all_at_once_without_training_removes_what_the_search_chooses(
 
 
 def test_one_by_one_scores_the_model_as_it_is_then(inputs: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, list[int]]] = []
+    seen: list[tuple[int, list[str]]] = []
 
     class Watched(PruneBlocks):
         def _remove(self, trainer: Trainer, module: Any, count: int) -> None:
             windows_NT = calibration_windows(trainer.datamodule, 8, 0, "")  # type: ignore[attr-defined]
             with module.plain() as model:
                 (lowest,) = self.search(model, windows_NT, Blocks(1)).blocks
-            seen.append((trainer.global_step, [module.kept_blocks[lowest]]))
+            seen.append((trainer.global_step, [str(module.kept_blocks[lowest])]))
             super()._remove(trainer, module, count)
 
     callback = Watched(
         Blocks(2), OneShot(Magnitude()), OneByOne(3, first_step=1), calibration_windows=8
     )
     module, _ = fit(inputs, tmp_path, callback)
-    assert [(removal["step"], removal["blocks"]) for removal in callback.history] == seen
+    assert [(removal["step"], removal["units"]) for removal in callback.history] == seen
     assert [step for step, _ in seen] == [1, 4]
     assert len(module.kept_blocks) == 3
     assert module.model.config.num_hidden_layers == len(module.model.model.layers) == 3
@@ -141,7 +117,7 @@ def test_scoring_leaves_the_model_and_its_updates_as_they_were(
         def _remove(self, trainer: Trainer, module: Any, count: int) -> None:
             before = {name: value.clone() for name, value in module.state_dict().items()}
             asked = {name: p.requires_grad for name, p in module.named_parameters()}
-            module.remove_blocks = lambda blocks, *_: module.kept_blocks.remove(blocks[0])
+            module.remove_units = lambda units, *_: module._depth.note(units, {})
             super()._remove(trainer, module, count)
             after = module.state_dict()
             assert before.keys() == after.keys()
@@ -170,7 +146,7 @@ def test_targets_are_counted_on_the_base_model(
     inputs: Path, target: Any, search: Any, count: int
 ) -> None:
     config = AutoConfig.from_pretrained(inputs / "base")
-    assert blocks_to_remove(config, search, target) == count
+    assert units_to_remove(config, search, target) == count
 
 
 @pytest.mark.parametrize(
@@ -178,7 +154,10 @@ def test_targets_are_counted_on_the_base_model(
     [
         ({"calibration_windows": 0}, "`calibration_windows` must be 1 or more, got 0"),
         ({"calibration_seed": -1}, "`calibration_seed` must be 0 or more"),
-        ({"search": OneShot(Magnitude(), units=HalfBlocks())}, "`search.units` is HalfBlocks"),
+        (
+            {"search": OneShot(Magnitude(), units=HalfBlocks()), "compensate": True},
+            "`compensate` is for whole blocks, and `search.units` is HalfBlocks",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -197,15 +176,15 @@ def test_schedules_that_cannot_be_are_refused(every: int, first: int) -> None:
     [
         (
             PruneBlocks(Blocks(5), OneShot(Magnitude())),
-            "`target` Blocks.count=5. cannot be reached",
+            "Blocks.count=5. cannot be reached: of 5 blocks, 4 removable units make up 4. Lower",
         ),
         (
             PruneBlocks(Blocks(4), OneShot(Magnitude(), protect_first=1, protect_last=1)),
-            "the 3 blocks of 5 that may go make up 3. Lower it or protect fewer",
+            "of 5 blocks, 3 removable units make up 3. Lower the target or protect fewer",
         ),
         (
             PruneBlocks(Blocks(3), OneShot(Magnitude()), OneByOne(4)),
-            "the last of 3 blocks before step 8, and training has 8 steps",
+            "the last of 3 units before step 8, and training has 8 steps",
         ),
         (
             PruneBlocks(Blocks(1), OneShot(Magnitude()), calibration_windows=10_000),
@@ -275,18 +254,65 @@ def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
     module, trainer = fit(tied, tmp_path / "made", made, max_steps=2)
     assert made.history[0]["perplexity_before"] == plain.history[0]["perplexity_before"]
     assert made.history[0]["perplexity_after"] < plain.history[0]["perplexity_after"]
-    assert list(module.provenance["compensation"]) == [str(made.history[0]["blocks"][0])]
+    assert list(module.provenance["compensation"]) == made.history[0]["units"]
     head = module.model.lm_head.weight
     assert head is not module.model.model.embed_tokens.weight
     assert head in trainer.optimizers[0].state
     trainer.save_checkpoint(tmp_path / "some.ckpt")
-    again = CausalLM(base=str(tied / "base"), warmup_steps=0)
-    trainer = Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=[PruneBlocks(*settings, 8, compensate=True)],
-    )  # fmt: skip
-    trainer.fit(again, text(tied), ckpt_path=str(tmp_path / "some.ckpt"), weights_only=True)
+    again, _ = fit(
+        tied,
+        tmp_path,
+        PruneBlocks(*settings, 8, compensate=True),
+        max_steps=2,
+        ckpt_path=tmp_path / "some.ckpt",
+    )
     for name, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     again.export(tmp_path / "model", "the command")  # equal to the live model, or an error
+
+
+class Falling(Magnitude):
+    """Scores fall from half to half, so that the last ones go first."""
+
+    def _score(self, model: Any, windows_NT: Any, units: tuple[Unit, ...]) -> BlockScores:
+        return BlockScores(-torch.arange(len(units)).double(), None, units)
+
+
+def test_halves_go_from_the_files_of_the_base_and_in_pairs_as_blocks(
+    inputs: Path, tmp_path: Path
+) -> None:
+    search = OneShot(Falling(), protect_last=1, units=HalfBlocks())
+    ids = torch.arange(3, 43).view(2, 20)
+    for count, missing in ((2, [3]), (3, [3, Unit(2, "mlp")])):
+        module, _ = fit(
+            inputs,
+            tmp_path,
+            PruneBlocks(UnitCount(count), search, calibration_windows=4),
+            max_steps=0,
+        )
+        assert module.kept_blocks == [0, 1, 2, 4]
+        module.export(tmp_path / "model", "the command")  # equal to the live model, or an error
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", trust_remote_code=True
+        )
+        stock = count == 2
+        assert (type(model).__name__ == "LlamaForCausalLM") == stock
+        assert (tmp_path / "model" / "modeling_secateur.py").exists() != stock
+        card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+        assert ("This is a stock model of its family." in card) == stock
+        assert ("trust_remote_code=True" in card) != stock
+        dense: Any = AutoModelForCausalLM.from_pretrained(inputs / "base")
+        with bypassed(dense, missing), torch.no_grad():
+            expected_BTV = dense(ids, use_cache=False).logits
+            torch.testing.assert_close(model(ids).logits, expected_BTV, atol=1e-4, rtol=0)
+            assert model.num_parameters() == dense.num_parameters()
+
+
+def test_halves_of_unlike_size_need_a_target_that_counts_them(inputs: Path) -> None:
+    config, search = (
+        AutoConfig.from_pretrained(inputs / "base"),
+        OneShot(Falling(), units=HalfBlocks()),
+    )
+    assert units_to_remove(config, search, BlockFraction(0.3)) == 3
+    with pytest.raises(ValueError, match="weighs attention and MLP differently"):
+        units_to_remove(config, search, ParameterFraction(0.1))

@@ -15,6 +15,7 @@ from modules.causal_lm import CausalLM
 from modules.lora import LoRA
 from modules.losses import LossWeights
 from modules.text_data import TextData
+from pruning.depth import Unit
 from pruning.families import family_of
 from pruning.fingerprint import fingerprint
 from pruning.measure.perplexity import perplexity
@@ -137,7 +138,7 @@ def test_distillation_is_the_divergence_from_the_dense_model(inputs: Path, tmp_p
     module = recovery(inputs, loss=LossWeights(0.5, 2.0), loss_chunk_tokens=7)
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, data(inputs))
-    module.remove_blocks([1], {})
+    module.remove_units([Unit(1)], {})
     logged: dict[str, Any] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     input_BT = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -169,7 +170,7 @@ def test_a_removed_block_leaves_the_optimiser_as_well(inputs: Path, tmp_path: Pa
     run.fit(module, data(inputs))
     (optimizer,) = run.optimizers
     before = {n: optimizer.state[p]["exp_avg"].clone() for n, p in module.named_parameters()}
-    module.remove_blocks([1], {"why": "a test"})
+    module.remove_units([Unit(1)], {"why": "a test"})
     assert module.kept_blocks == [0, 2]
     ours = list(module.parameters())
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in ours]
@@ -177,12 +178,12 @@ def test_a_removed_block_leaves_the_optimiser_as_well(inputs: Path, tmp_path: Pa
     for name, parameter in module.named_parameters():  # block 2 is now block 1
         old = name.replace("layers.1.", "layers.2.")
         assert torch.equal(optimizer.state[parameter]["exp_avg"], before[old])
-    module.remove_blocks([2], {})  # by its number in the base model
+    module.remove_units([Unit(2)], {})  # by its number in the base model
     assert module.kept_blocks == [0]
-    with pytest.raises(ValueError, match=r"Blocks \[2\] are not among the kept ones, \[0\]"):
-        module.remove_blocks([2], {})
+    with pytest.raises(ValueError, match=r"Blocks \['2'\] are not among what is left: blocks \[0\]"):
+        module.remove_units([Unit(2)], {})
     with pytest.raises(ValueError, match="No block would stay"):
-        module.remove_blocks([0], {})
+        module.remove_units([Unit(0)], {})
 
 
 def test_updates_of_low_rank_train_alone_and_are_added_up(inputs: Path, tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_the_export_is_stock_in_the_type_of_the_base_and_says_where_it_is_from(
     module = CausalLM(base=str(half), dtype=dtype, export_dtype="auto")
     run = trainer(tmp_path, max_steps=2)
     run.fit(module, data(inputs))
-    module.remove_blocks([0], {"why": "a test"})
+    module.remove_units([Unit(0)], {"why": "a test"})
     module.export(tmp_path / "model", "the command")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert type(loaded) is LlamaForCausalLM
@@ -273,7 +274,7 @@ def test_a_chain_is_told_from_its_first_model_on(inputs: Path, tmp_path: Path) -
         module = CausalLM(base=str(base), teacher=str(inputs / "base"), loss=LossWeights(0, 1))
         run = trainer(tmp_path, max_steps=1)
         run.fit(module, data(inputs))
-        module.remove_blocks([0], {"stage": name})
+        module.remove_units([Unit(0)], {"stage": name})
         module.export(tmp_path / name / "model", f"the {name} command")
     model = tmp_path / "second" / "model"
     stages = json.loads((model / "secateur.json").read_text(encoding="utf-8"))["stages"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
 from pruning.depth import prune_blocks, surgery
+from pruning.depth.__main__ import main
 from pruning.depth.surgery import RECORD
 from pruning.families import skeleton
 from pruning.fingerprint import fingerprint
@@ -75,13 +76,13 @@ def test_a_short_model_can_be_cut_again(base: Path, tmp_path: Path) -> None:
     assert [step["blocks"] for step in record["removals"]] == [[1], [3]]
 
 
-def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 80 blocks in 30 shards cut across blocks, bf16, weights of a few bytes.
+def folder_of_80_blocks(base: Path) -> None:
+    """80 blocks in 30 shards cut across blocks, bf16, weights of a few bytes."""
     config = LlamaConfig(
         num_hidden_layers=80, hidden_size=8, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=12, vocab_size=16,
     )  # fmt: skip
-    base, names = tmp_path / "base", sorted(skeleton(config).state_dict())
+    names = sorted(skeleton(config).state_dict())
     shapes = {name: tensor.shape for name, tensor in skeleton(config).state_dict().items()}
     base.mkdir()
     config.save_pretrained(base)
@@ -95,6 +96,11 @@ def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         )
         weight_map |= dict.fromkeys(own, file)
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    folder_of_80_blocks(base)
     monkeypatch.setattr(surgery, "_CHUNK", 7)  # so that every tensor takes several chunks
     calls: list[tuple[int, int]] = []
     gone = list(range(60, 76))
@@ -113,6 +119,31 @@ def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {n: t.shape for n, t in skeleton(shortened).state_dict().items()} == {
         n: t.shape for n, t in short.items()
     }
+
+
+def test_the_command_reads_lists_and_ranges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    folder_of_80_blocks(base)
+    prune_blocks(base, tmp_path / "expected", remove=[3, *range(60, 76)])
+    for choice in (["--remove", "60-75", "3"], ["--keep", "0-2", "4-59", "76-79"]):
+        main([str(base), str(out), *choice])
+        assert fingerprint(out) == fingerprint(tmp_path / "expected")
+        config = json.loads((out / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["model_type"]) == (63, "llama")
+    for choice, code, message in (
+        (["--remove", "80"], 1, "Block 80 is out of range: the model has 80 blocks, 0 to 79"),
+        (["--remove", "1", "1-2"], 1, "Block 1 is named more than once"),
+        (["--remove", "9-7"], 2, "'9-7' is no block; give 7, or 21-29 for a range"),
+        (["--remove", "two"], 2, "'two' is no block"),
+        ([], 2, "one of the arguments --remove --keep is required"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([str(base), str(out), *choice])
+        assert stop.value.code == code
+        assert message in capsys.readouterr().err
+    assert fingerprint(out) == fingerprint(tmp_path / "expected")
 
 
 def test_types_ties_and_mixed_files_are_kept(tmp_path: Path) -> None:
