@@ -100,11 +100,12 @@ class Training:
         return [int(step) for step in re.findall(r"Resuming from .*/step=(\d+)\.ckpt", self.said)]
 
     def results(self) -> dict[str, bytes]:
-        """Plan and model; of the model, all but the card, which names the output folder."""
+        """Plan and model; of the model, all but what quotes the command, with its output folder."""
         files = {f"plan/{name}": data for name, data in content(self.root / "plan").items()}
         files |= {f"model/{name}": data for name, data in content(self.root / "model").items()}
         assert {"plan/plan.safetensors", "model/model.safetensors"} <= files.keys()
-        del files["model/README.md"]
+        for quotes in ("README.md", "secateur.json"):
+            del files[f"model/{quotes}"]
         return files
 
 
