@@ -289,6 +289,11 @@ def family_of(config: PreTrainedConfig) -> Family:
         ValueError: The family is unknown, or this member of it cannot be pruned.
     """
     family = FAMILIES.get(config.model_type)
+    if family is None and config.model_type.startswith("secateur_"):
+        raise ValueError(
+            "This model was pruned already. Start from the model that it was pruned from, at the "
+            "whole budget: its name is in the model card."
+        )
     if family is None:
         raise ValueError(
             f"`model_type` {config.model_type!r} is not a known family; known are "

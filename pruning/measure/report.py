@@ -137,7 +137,7 @@ class Report:
         heading, *rows = self._cells()
         table = Table(caption=self._caption())
         for number, name in enumerate(heading):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         return table

@@ -1,0 +1,143 @@
+"""Model folders side by side, from the command line: quality, zero-shot tasks, size, speed.
+
+The first folder is the dense model that the fractions refer to; all are asked on the same windows
+and questions. As a command: `python -m pruning.measure.compare --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pruning.measure.perplexity import cut_windows
+from pruning.measure.report import Report, measure
+from pruning.measure.zero_shot import read_questions
+
+_HELP = """\
+Measure models side by side; the first one is the dense model.
+
+A text is tokenised with the tokenizer of the first model, as this does by itself (BOS in front for
+Llama and Gemma), and cut into windows without overlap. A task is a file of JSON lines with the
+context `ctx`, the texts `endings` and the place `label` of the right one, from 0. Code that lies in
+a model folder is run (trust_remote_code): give folders that you trust.
+
+example:
+  python -m pruning.measure.compare dense=path/to/base pruned=runs/disp/model \\
+      --text wikitext=test.txt --task hellaswag=hellaswag.jsonl --speed
+"""
+
+
+def compare_folders(
+    folders: dict[str, Path],
+    texts: dict[str, Path],
+    tasks: dict[str, Path] | None = None,
+    *,
+    window_tokens: int = 256,
+    num_windows: int | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    speed: bool = False,
+) -> Report:
+    """Load and measure model folders.
+
+    Args:
+        folders: Name to model folder, the dense model first.
+        texts: Name to UTF-8 text file, 1 or more.
+        tasks: Name to file of questions, see `pruning.measure.zero_shot.read_questions`.
+        window_tokens: Tokens of a window, 2 or more, at most the positions of the models.
+        num_windows: Use the first so many windows of a text, 1 or more; None uses all.
+        dtype: "auto" keeps that of the files, else a torch name such as "bfloat16".
+        device: Torch device.
+        speed: Measure prefill and decode as well.
+
+    Raises:
+        ValueError: A text is shorter than a window, a file of questions is damaged, the window does
+            not fit a model, or `num_windows` is below 1.
+        OSError: A file or folder cannot be read.
+    """
+    if num_windows is not None and num_windows < 1:
+        raise ValueError(f"`num_windows` must be 1 or more, got {num_windows}.")
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(folders.values())), trust_remote_code=True)
+    windows = {}
+    for name, path in texts.items():
+        ids = tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"]
+        windows[name] = cut_windows(ids, window_tokens)[:num_windows]
+    questions = {name: read_questions(path, tokenizer) for name, path in (tasks or {}).items()}
+    models: dict[str, Any] = {}
+    for name, folder in folders.items():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=dtype
+        )
+        models[name] = model.to(device)
+        if window_tokens > (positions := model.config.max_position_embeddings):
+            raise ValueError(
+                f"`window_tokens` {window_tokens} is more than the {positions} positions of {name}."
+            )
+    return measure(
+        models,
+        windows,
+        folders=folders,
+        speed={"prompt_tokens": max(1, window_tokens // 2), "new_tokens": 32} if speed else None,
+        tasks=questions,
+    )
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """NAME=PATH; a path alone is called by its last part."""
+    name, _, path = text.rpartition("=")
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"{path} does not exist")
+    return name or Path(path).stem, Path(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pruning.measure.compare",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "folders", nargs="+", type=_named, metavar="NAME=FOLDER", help="models, the dense one first"
+    )
+    add("--text", nargs="+", type=_named, required=True, metavar="NAME=FILE", help="UTF-8 texts")
+    add("--task", nargs="+", type=_named, default=[], metavar="NAME=FILE", help="questions, JSONL")
+    add("--window-tokens", type=int, default=256, help="tokens of a window (default: 256)")
+    add("--windows", type=int, help="first windows of every text (default: all)")
+    add("--dtype", default="auto", help="torch type such as bfloat16 (default: that of the files)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help=f"torch device (default here: {device})")
+    add("--speed", action="store_true", help="measure prefill and decode, too")
+    add("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(arguments)
+    for what in ("folders", "text", "task"):
+        names = [name for name, _ in getattr(args, what)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            parser.error(f"two {what} are called {', '.join(sorted(twice))}: say NAME=PATH")
+    try:
+        report = compare_folders(
+            dict(args.folders),
+            dict(args.text),
+            dict(args.task),
+            window_tokens=args.window_tokens,
+            num_windows=args.windows,
+            dtype=args.dtype,
+            device=args.device,
+            speed=args.speed,
+        )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+    if args.json is not None:
+        args.json.write_text(report.json(), encoding="utf-8")
+    Console().print(report.table())
+
+
+if __name__ == "__main__":
+    main()

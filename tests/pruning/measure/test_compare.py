@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pruning.measure.compare import main
+from pruning.measure.perplexity import cut_windows, perplexity
+from pruning.surgery import prune_checkpoint
+from tests.pruning.export.plans import uneven_plan
+from tests.tiny import SENTENCES, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    base = tiny_folder(folder / "base")
+    prune_checkpoint(base, uneven_plan(base), folder / "small")
+    (folder / "text.txt").write_text(" ".join(SENTENCES * 20), encoding="utf-8")
+    item = {"ctx": SENTENCES[0], "endings": SENTENCES[1:3], "label": 1}
+    (folder / "task.jsonl").write_text(f"{json.dumps(item)}\n" * 3, encoding="utf-8")
+    return folder
+
+
+def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        [
+            *(f"dense={inputs / 'base'}", str(inputs / "small")),
+            *("--text", f"own={inputs / 'text.txt'}", "--task", str(inputs / "task.jsonl")),
+            *("--window-tokens", "16", "--windows", "5", "--device", "cpu"),
+            *("--json", str(inputs / "figures.json")),
+        ]
+    )
+    found = json.loads((inputs / "figures.json").read_text())["models"]
+    assert list(found) == ["dense", "small"]
+    ids = AutoTokenizer.from_pretrained(inputs / "base")((inputs / "text.txt").read_text())
+    model = AutoModelForCausalLM.from_pretrained(inputs / "small", trust_remote_code=True)
+    expected = perplexity(model, cut_windows(torch.tensor(ids["input_ids"]), 16)[:5])
+    assert found["small"]["perplexity"]["own"]["value"] == pytest.approx(expected.value)
+    assert found["small"]["zero_shot"]["task"]["num_questions"] == 3
+    assert found["small"]["kept_block_parameters"] < 1
+    assert "accuracy task" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--window-tokens", "100000"], "less than one window"),
+        (["--windows", "0"], "`num_windows` must be 1 or more, got 0"),
+        (["--task", "text.txt"], "is no question"),
+        (["--task", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--text", "a=text.txt", "a=text.txt"], "two text are called a"),
+    ],
+)
+def test_bad_input(
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(inputs)
+    with pytest.raises(SystemExit):
+        main(["base", "--text", "text.txt", *arguments])
+    assert message in capsys.readouterr().err
