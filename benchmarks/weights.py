@@ -8,8 +8,8 @@ The plain loop is how it is usually written: one window at a time, statistics an
 a Hessian and its factor for every matrix, symmetric or not, shared or not. It prunes with the same
 parts.
 
-Seconds are those that the process spent on the CPU, all threads together, so that what else runs on
-the machine does not count.
+Seconds are those on the wall; `overhead_share_cpu` is the same share of the seconds that the
+process spent on the CPU, all threads together, which what else runs on the machine disturbs less.
 
 Memory is the growth of the peak resident set over the loaded model, in a process of its own; the
 formula is that of `pruning.weights.loop`: states and statistics and working copies of one block.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -77,9 +76,8 @@ def unavoidable(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
     for index, block in enumerate(source.blocks):
         if Gram in recipe.needs:
             paths = [linear.path for linear in recipe.pruned(source.linears[index])]
-            collect(
-                block, index, paths, {Gram}, states.calls(index)
-            )  # a forward pass and the products
+            # a forward pass and the products
+            collect(block, index, paths, {Gram}, states.calls(index))
         else:
             states.advance(index, block)
 
@@ -140,44 +138,66 @@ def ours(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
     prune_weights(LiveBlocks(model), recipe, windows_NT)
 
 
-def seconds(run: Callable[[Any], None], width: int | None) -> float:
-    """CPU time on a fresh model."""
+def seconds(run: Callable[[Any], None], width: int | None) -> tuple[float, float]:
+    """Wall and CPU time on a fresh model."""
     model = make_model(width)
-    start = time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     run(model)
-    return time.process_time() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def peak_growth_mb(width: int | None, recipe: WeightRecipe, windows_NT: Tensor) -> float:
     """Growth of the peak resident set in MB over the loaded model, in a fresh process."""
-    queue: multiprocessing.Queue[float] = multiprocessing.get_context("fork").Queue()
+    # Not forked: a child would wait for ever for the threads that its parent had.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_grown_mb, (width, recipe, windows_NT, torch.get_num_threads()))
 
-    def work() -> None:
-        model = make_model(width)
-        model(windows_NT[:1])  # what the libraries allocate for themselves
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        ours(model, recipe, windows_NT)
-        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    grown = queue.get()
-    process.join()
-    return grown
+def _grown_mb(
+    width: int | None, recipe: WeightRecipe, windows_NT: Tensor, num_threads: int
+) -> float:
+    torch.set_num_threads(num_threads)
+    model = make_model(width)
+    model(windows_NT[:1])  # what the libraries allocate for themselves
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _peak_mb()
+    ours(model, recipe, windows_NT)
+    return _peak_mb() - before
+
+
+def _peak_mb() -> float:
+    """Peak of the resident set of this process."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def formula_mb(model: Any, recipe: WeightRecipe, windows: int, tokens: int) -> float:
     """Calibration states, once; statistics of a block; what one matrix takes while it is pruned.
 
     States: windows x T x D, and the outputs of one batch of the widest layer, three of them (gate,
-    up and their product). A Hessian: the sum, its factor and one copy while it is factorised. A
-    matrix: six float32 copies while it is sorted.
+    up and their product). Hessians, three of D x D and one of M x M: the sum and its factor, and
+    four copies of the larger batch while it is factorised. A matrix: six copies while it is sorted.
     """
-    config = model.config
-    width, middle = config.hidden_size, config.intermediate_size
+    width, middle = model.config.hidden_size, model.config.intermediate_size
     states = windows * tokens * width + 3 * 8 * tokens * middle
-    grams = 2 * (3 * width**2 + middle**2) + 2 * middle**2 if Gram in recipe.needs else 0
+    narrow, wide = 3 * width**2, middle**2
+    grams = 2 * (narrow + wide) + 4 * max(narrow, wide) if Gram in recipe.needs else 0
     return 4 * (states + grams + 6 * width * middle) / 2**20
+
+
+def summary(name: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Medians of the rounds: seconds of each run, and what is not unavoidable, over the total."""
+    median = {run: statistics.median(wall for wall, _ in values) for run, values in times.items()}
+    figures = {f"{name}_{run}_seconds": value for run, value in median.items()}
+    for place, clock in enumerate(("", "_cpu")):
+        figures[f"{name}_overhead_share{clock}"] = statistics.median(
+            1 - floor[place] / total[place]
+            for floor, total in zip(times["unavoidable"], times["ours"], strict=True)
+        )
+    if "plain" in median:
+        figures[f"{name}_over_plain"] = median["ours"] / median["plain"]
+    return figures
 
 
 def main() -> None:
@@ -195,6 +215,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     windows_NT = torch.randint(4096, (args.windows, WINDOW_TOKENS), generator=generator)
 
+    runs = {"unavoidable": unavoidable, "ours": ours}
+    if not args.no_plain:
+        runs["plain"] = plain
     figures: dict[str, Any] = {"windows": args.windows, "threads": args.threads}
     for name in args.methods:
         recipe = METHODS[name]
@@ -202,23 +225,16 @@ def main() -> None:
         figures[f"{name}_formula_mb"] = formula_mb(
             make_model(args.width), recipe, args.windows, WINDOW_TOKENS
         )
-        runs = {"unavoidable": unavoidable, "ours": ours}
-        if not args.no_plain:
-            runs["plain"] = plain
-        times: dict[str, list[float]] = {run: [] for run in runs}
+        times: dict[str, list[tuple[float, float]]] = {run: [] for run in runs}
         for _ in range(args.repeats):
             for run, function in runs.items():
                 bound = partial(function, recipe=recipe, windows_NT=windows_NT)
                 times[run].append(seconds(bound, args.width))
-        median = {run: statistics.median(values) for run, values in times.items()}
-        figures |= {f"{name}_{run}_seconds": value for run, value in median.items()}
-        figures[f"{name}_overhead_share"] = statistics.median(
-            1 - floor / total
-            for floor, total in zip(times["unavoidable"], times["ours"], strict=True)
-        )
-        if "plain" in median:
-            figures[f"{name}_over_plain"] = median["ours"] / median["plain"]
-    figures["overhead_share"] = max(figures[f"{name}_overhead_share"] for name in args.methods)
+        figures |= summary(name, times)
+        write_figures(figures, args.json)
+    for clock in ("", "_cpu"):
+        shares = [figures[f"{name}_overhead_share{clock}"] for name in args.methods]
+        figures[f"overhead_share{clock}"] = max(shares)
     write_figures(figures, args.json)
 
 

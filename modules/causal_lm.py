@@ -34,6 +34,7 @@ from modules.loading import check_base, load_config, load_model, resolve
 from modules.lora import LoRA, merged
 from modules.losses import LossWeights, head_of, token_losses
 from modules.shares import dtype_of
+from modules.teacher import Teacher, predicting_states
 from pruning.depth import Unit, remove_blocks, remove_compensated
 from pruning.depth.compensation import untie
 from pruning.fingerprint import fingerprint
@@ -105,14 +106,14 @@ class CausalLM(LanguageModelling):
                 check_base(model)
         self.architecture, self.base, self.dtype_name = architecture, base, dtype
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
-        self.loss, self.teacher, self.lora = loss, teacher or base, lora
+        self.loss, self.lora = loss, lora
         self.export_dtype, self.gradient_checkpointing = export_dtype, gradient_checkpointing
         self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
         self._depth = Depth()
         self.provenance: dict[str, Any] = {}
         self._make_optimizer = optimizer
-        # In a tuple it is no part of the module: not trained, saved, sharded or counted.
-        self._teacher: tuple[PreTrainedModel, ...] = ()
+        name = teacher or base
+        self._teacher = Teacher(name) if loss.distillation and name is not None else None
 
     def configure_model(self) -> None:
         """Make or read the model, and the teacher; called once, on every rank."""
@@ -131,8 +132,8 @@ class CausalLM(LanguageModelling):
             enable = getattr(self.model, new if hasattr(self.model, new) else old)
             enable({"use_reentrant": False})
         self.model.train()
-        if self.loss.distillation and not self._teacher:
-            self._teacher = (self._load_teacher(),)
+        if self._teacher is not None and self._teacher.model is None:
+            self._teacher.load(self.model.config.vocab_size)
 
     def setup(self, stage: str) -> None:
         """Check that the text suits the model before the model is made."""
@@ -140,8 +141,8 @@ class CausalLM(LanguageModelling):
 
     def on_fit_start(self) -> None:
         """Bring the teacher to where the model is."""
-        for teacher in self._teacher:
-            teacher.to(self.device)  # type: ignore[arg-type]
+        if self._teacher is not None and self._teacher.model is not None:
+            self._teacher.model.to(self.device)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with warm-up and cosine decay over the whole of training."""
@@ -159,13 +160,9 @@ class CausalLM(LanguageModelling):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss per token of one batch of windows, `input_ids` (B, T)."""
         input_BT = batch["input_ids"]
-        teacher_ND, teacher_head = None, None
-        if self._teacher:
-            with torch.no_grad():
-                teacher_ND = _hidden(self._teacher[0], input_BT)
-            teacher_head = head_of(self._teacher[0])
+        teacher_ND, teacher_head = self._teacher(input_BT) if self._teacher else (None, None)
         with self._seeded(batch_idx):
-            hidden_ND = _hidden(self.model, input_BT)
+            hidden_ND = predicting_states(self.model, input_BT)
         head = self.model.get_output_embeddings().parameters()
         losses = token_losses(
             hidden_ND,
@@ -186,11 +183,10 @@ class CausalLM(LanguageModelling):
 
     def recipe(self) -> dict[str, Any]:
         """Where the model came from, what it learns, its warm-up and its optimiser."""
-        distils = self.teacher if self.loss.distillation else None
         return {
             "architecture": self.architecture,
             "base": self.base and self.base_fingerprint,
-            "teacher": distils and self._teacher_fingerprint,
+            "teacher": self._teacher and self._fingerprint_of(self._teacher),
             "loss": repr(self.loss),
             "lora": self.lora and repr(self.lora),
             "dtype": self.dtype_name,
@@ -392,7 +388,7 @@ class CausalLM(LanguageModelling):
             given = ("loss", "lora", "warmup_steps", "optimizer")
             recipe = self.recipe()
             training = {name: recipe[name] for name in given}
-            training["teacher"] = self.teacher if self.loss.distillation else None
+            training["teacher"] = self._teacher and self._teacher.name
         steps = self.global_step
         return Origin(
             self.base, self.base_folder, self.base_fingerprint, command, steps, provenance, training
@@ -400,38 +396,15 @@ class CausalLM(LanguageModelling):
 
     def _dense(self) -> PreTrainedModel:
         """The base model as it was, where this rank computes."""
-        if self._teacher and self.teacher == self.base:
-            dense = self._teacher[0]
-        else:
+        dense = self._teacher.model if self._teacher and self._teacher.name == self.base else None
+        if dense is None:
             dense = load_model(self.base_folder, dtype=self.dtype_name)
         dense.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
         dense.eval()
         return dense
 
-    def _load_teacher(self) -> PreTrainedModel:
-        """The teacher, frozen, in the type of its files.
-
-        Raises:
-            ValueError: Its vocabulary is not that of the model.
-        """
-        assert self.teacher is not None
-        teacher = load_model(resolve(self.teacher))
-        ours, theirs = self.model.config.vocab_size, teacher.config.vocab_size
-        if ours != theirs:
-            raise ValueError(
-                f"`teacher` {self.teacher!r} has a vocabulary of {theirs} and the model one of "
-                f"{ours}; distillation needs the same."
-            )
-        teacher.requires_grad_(False)
-        teacher.eval()
-        return teacher
-
-    @cached_property
-    def _teacher_fingerprint(self) -> str:
-        if self.teacher == self.base:
-            return self.base_fingerprint
-        assert self.teacher is not None
-        return fingerprint(resolve(self.teacher))
+    def _fingerprint_of(self, teacher: Teacher) -> str:
+        return self.base_fingerprint if teacher.name == self.base else teacher.fingerprint
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._make_optimizer([p for p in self.parameters() if p.requires_grad])
@@ -464,13 +437,6 @@ class CausalLM(LanguageModelling):
             raise ValueError(
                 f"`architecture` is not one that transformers knows: {error}"
             ) from error
-
-
-def _hidden(model: Any, input_BT: Tensor) -> Tensor:
-    """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""
-    output = model.get_decoder()(input_ids=input_BT, use_cache=False)
-    hidden_ND: Tensor = output.last_hidden_state[:, :-1].flatten(0, 1)
-    return hidden_ND
 
 
 @contextmanager

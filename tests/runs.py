@@ -92,6 +92,39 @@ def learn_masks(
     ]
 
 
+def prune_weights(
+    folder: Path,
+    root: Path,
+    callback: Sequence[str],
+    subcommand: str = "fit",
+    max_steps: int = 6,
+    val_check_interval: int = 2,
+) -> list[str]:
+    """Arguments of a whole run that trains weights, with a checkpoint at every step.
+
+    Args:
+        folder: The folder that `make_inputs` filled.
+        root: Where outputs go.
+        callback: Adds the callback that prunes, and sets what the run does beside.
+        subcommand: Of `train.py`.
+        max_steps: Optimiser steps.
+        val_check_interval: Steps from one validation to the next.
+    """
+    return [
+        subcommand,
+        "--model=modules.CausalLM",
+        f"--model.base={folder / 'base'}",
+        "--model.warmup_steps=2",
+        *on_text(folder, root),
+        f"--trainer.max_steps={max_steps}",
+        f"--trainer.val_check_interval={val_check_interval}",
+        *callback,
+        *with_callbacks(["SaveCheckpoint"], every_n_steps=1),
+        "--trainer.callbacks.keep=20",
+        *with_callbacks(["ExportModel"]),
+    ]
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())

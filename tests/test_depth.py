@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pruning.depth import Perplexity, Unit, bypassed
-from tests.runs import NOISE, call, content, make_inputs, on_text, with_callbacks
+from tests.runs import NOISE, call, content, make_inputs, on_text, prune_weights
 
 pytestmark = NOISE
 REPOSITORY = Path(__file__).parents[1]
@@ -41,25 +41,16 @@ def prune(
     folder: Path, root: Path, variant: str, subcommand: str = "fit", search: Sequence[str] = BLOCKS
 ) -> list[str]:
     """Two blocks of four, or two halves, go before steps 1 and 4 of 6."""
-    return [
-        subcommand,
-        "--model=modules.CausalLM",
-        f"--model.base={folder / 'base'}",
-        "--model.warmup_steps=2",
+    callback = [
         *VARIANTS[variant],
-        *on_text(folder, root),
-        "--trainer.max_steps=6",
-        "--trainer.val_check_interval=2",
         "--trainer.callbacks+=callbacks.PruneBlocks",
         *search,
         "--trainer.callbacks.removals=callbacks.prune_blocks.OneByOne",
         "--trainer.callbacks.removals.every_n_steps=3",
         "--trainer.callbacks.removals.first_step=1",
         "--trainer.callbacks.calibration_windows=8",
-        *with_callbacks(["SaveCheckpoint"], every_n_steps=1),
-        "--trainer.callbacks.keep=9",
-        *with_callbacks(["ExportModel"]),
     ]
+    return prune_weights(folder, root, callback, subcommand)
 
 
 @pytest.fixture(scope="module")

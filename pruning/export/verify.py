@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from pruning.budget import Parameters
+from pruning.costs import Parameters
+from pruning.depth import HalfBlocks, remove_blocks
 from pruning.families import skeleton
 from pruning.masking import GateHooks
 from pruning.plan import PruningPlan
@@ -165,6 +166,8 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
     copy: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    if gone := set(HalfBlocks().all(model.config.num_hidden_layers)) - set(HalfBlocks().of(model)):
+        remove_blocks(copy, gone)
     copy.load_state_dict(model.state_dict())
     copy.to(model.device)  # type: ignore[arg-type]
     return copy

@@ -126,7 +126,7 @@ class Pattern(ABC):
 
 def keep_highest(score_GE: Shaped[Tensor, "G E"], num_removed: int) -> Bool[Tensor, "G E"]:
     """False for the `num_removed` lowest scores of every row, of equal ones the first."""
-    order_GE = score_GE.argsort(dim=1, stable=True)
+    order_GE = score_GE.contiguous().argsort(dim=1, stable=True)  # three times as fast on columns
     keep_GE = torch.ones(score_GE.shape, dtype=torch.bool, device=score_GE.device)
     return keep_GE.scatter_(1, order_GE[:, :num_removed], False)
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pruning.depth import Unit, bypassed, remove_blocks, shortened_config
+from pruning.depth import (
+    HalfBlocks,
+    Unit,
+    WholeBlocks,
+    bypassed,
+    remove_blocks,
+    shortened_config,
+)
 from tests.tiny import tiny_config, tiny_llama, tiny_llama_config, tiny_model
 
 
@@ -55,6 +62,30 @@ def test_a_half_of_a_block_that_goes_is_named_twice() -> None:
         bypassed(model, [1, Unit(1, "mlp")]),
     ):
         pass
+
+
+def test_two_halves_are_a_block() -> None:
+    ours, theirs = tiny_llama(num_hidden_layers=5), tiny_llama(num_hidden_layers=5)
+    remove_blocks(ours, [2])
+    for half in (Unit(0, "attn"), Unit(2, "mlp"), Unit(2, "attn")):  # block 3 is now block 2
+        remove_blocks(ours, [half])
+    remove_blocks(theirs, [2, 3, Unit(0, "attn")])
+    assert ours.config.num_hidden_layers == 3
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert HalfBlocks().of(ours) == (
+        Unit(0, "mlp"), Unit(1, "attn"), Unit(1, "mlp"), Unit(2, "attn"), Unit(2, "mlp")
+    )  # fmt: skip
+    assert WholeBlocks().of(ours) == (Unit(0), Unit(1), Unit(2))
+    secateur = ours.config.secateur
+    assert secateur["kept_blocks"] == theirs.config.secateur["kept_blocks"] == [0, 1, 4]
+    assert [removal["blocks"] for removal in secateur["removals"]] == [[2], [], [], [3]]
+    halves = [removal.get("halves") for removal in secateur["removals"]]
+    assert halves == [None, ["0.attn"], ["3.mlp"], None]
+    with pytest.raises(ValueError, match="No attention would stay in the model"):
+        remove_blocks(ours, [Unit(1, "attn"), Unit(2, "attn")])
+    assert HalfBlocks().of(ours) == HalfBlocks().of(theirs)
 
 
 def test_an_error_inside_puts_everything_back() -> None:

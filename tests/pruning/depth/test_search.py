@@ -26,9 +26,11 @@ from pruning.depth import (
     Selection,
     Target,
     Unit,
+    UnitCount,
     WholeBlocks,
     bypassed,
     fractions,
+    remove_blocks,
 )
 from pruning.depth.search import ranking
 from pruning.measure.perplexity import perplexity
@@ -57,6 +59,18 @@ class Given(BlockScore):
         return BlockScores(torch.tensor(values).double(), None, units)
 
 
+class First(BlockScore):
+    """Attentions go before MLPs, first to last."""
+
+    reads_text = False
+
+    def _score(
+        self, model: PreTrainedModel, windows_NT: Tensor, units: tuple[Unit, ...]
+    ) -> BlockScores:
+        values = [unit.block + 10.0 * (unit.part == "mlp") for unit in units]
+        return BlockScores(torch.tensor(values).double(), None, units)
+
+
 def blocks_chosen(search: Search, target: Target, num_blocks: int) -> list[int]:
     model = tiny_llama(num_hidden_layers=num_blocks, hidden_size=12, intermediate_size=8)
     return search(model, None, target).blocks
@@ -76,6 +90,41 @@ def test_published_removals(num_blocks: int, count: int, first: int, last: int) 
     falling = scores_of([0.0, *range(num_blocks, 1, -1)])
     plus = OneShot(ReverseOrder(), protect_first=4, protect_last=2)
     assert plus.choose(falling, config, Blocks(count)).blocks == expected
+
+
+def test_published_cuts_are_smaller_than_their_names() -> None:
+    """LLaMA 7B without what the perplexity score chose, and without what Taylor+ did: "20 %" is
+    18.0 % of the parameters, "35 %" is 33.0 %.
+    """
+    config, lowest = LlamaConfig(), [10, 13, 24, 25, 26, 27]
+    scores = scores_of([float(block not in lowest) for block in range(32)])
+    chosen = OneShot(ReverseOrder()).choose(scores, config, Blocks(6))
+    assert chosen.blocks == lowest
+    assert f"{chosen.fractions.parameters:.1%}" == "18.0%"
+    assert f"{fractions(config, [Unit(b) for b in range(19, 30)]).parameters:.1%}" == "33.0%"
+
+
+def test_blocks_that_went_earlier_still_count_for_protection() -> None:
+    model, search = tiny_llama(num_hidden_layers=12), OneShot(Given((1.0,) * 12), 4, 2)
+    remove_blocks(model, [4, 5, 6, 7])
+    chosen = search(model, None, Blocks(2))
+    assert (chosen.blocks, chosen.messages) == ([4, 5], ())
+    with pytest.raises(ValueError, match="of 8 blocks, 2 removable units make up 2"):
+        search(model, None, Blocks(3))
+
+
+def test_the_last_attention_stays() -> None:
+    # Without text, and by scores that name attentions first.
+    model = tiny_llama(num_hidden_layers=3)
+    for search in (OneShot(First(), units=HalfBlocks()), Greedy(First(), units=HalfBlocks())):
+        chosen = search(model, None, UnitCount(5))
+        assert [unit.part for unit in chosen.removed] == ["attn", "attn", "mlp", "mlp", "mlp"]
+        assert chosen.blocks == [0, 1]
+        assert chosen.halves == [Unit(2, "mlp")]
+        with pytest.raises(ValueError, match="5 removable units make up 5. Lower the target"):
+            search(model, None, UnitCount(6))
+    with pytest.raises(ValueError, match="`count` must be 1 or more"):
+        UnitCount(0)
 
 
 # What the reference programs gave on a model of 8 blocks: scores and orders of removal.

@@ -1,0 +1,57 @@
+"""A sparsity that rises while a model trains: "To prune, or not to prune", arXiv 1710.01878, eq. 1.
+
+Differs from the paper: a weight that was removed is zero when masks are made anew, scores lowest,
+and does not come back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pruning.schedules import Cubic, Schedule
+
+
+@dataclass(frozen=True)
+class Gradually:
+    """The sparsity rises from 0 to that of the pattern; masks are made anew at every rise.
+
+    Args:
+        every_n_steps: Optimiser steps from one rise to the next, 1 or more; the first comes so
+            many steps after the start.
+        over: Fraction of the steps after which the sparsity is reached, in (0, 1).
+        curve: How it gets there; `pruning.schedules.Cubic` if not given, as in the paper.
+
+    Raises:
+        ValueError: A setting is outside its range.
+
+    Example: every 10 steps over half of 60, 0.7 is approached in three rises, before steps 10, 20
+    and 30: 0.7 (1 - (2/3)^3) = 0.493, 0.7 (1 - (1/3)^3) = 0.674, and 0.7.
+    """
+
+    every_n_steps: int
+    over: float = 0.5
+    curve: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be 1 or more, got {self.every_n_steps}.")
+        if not 0 < self.over < 1:
+            raise ValueError(f"`over` must be in (0, 1), got {self.over}.")
+
+    def last_step(self, steps: int) -> int:
+        """The step before which the sparsity of the pattern is reached, of so many."""
+        return math.ceil(self.over * steps / self.every_n_steps) * self.every_n_steps
+
+    def due(self, step: int, steps: int) -> int:
+        """The step of the latest rise when a step begins; 0, when nothing is removed, included."""
+        return min(step - step % self.every_n_steps, self.last_step(steps))
+
+    def sparsity(self, rise: int, steps: int, final: float) -> float:
+        """Fraction removed from the rise at a step on, in [0, final]."""
+        return final * (self.curve or Cubic())(rise / self.last_step(steps))
+
+    def settings(self) -> str:
+        """What tells two of them apart."""
+        curve = type(self.curve or Cubic()).__name__
+        return f"Gradually({self.every_n_steps}, {self.over}, {curve})"
