@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
-from pruning.budget import Budget, Flops
+from pruning.budget import Budget
+from pruning.costs import Flops
 from pruning.families import FAMILIES
 from pruning.fingerprint import fingerprint
 from pruning.measure.report import count

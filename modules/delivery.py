@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruning import __version__
-from pruning.budget import Cost, Flops, Parameters
+from pruning.costs import Cost, Flops, Parameters
 from pruning.export.model_card import ModelCard
 from pruning.export.verify import verify_saved
 from pruning.export.writer import export_model

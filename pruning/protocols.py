@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.budget import Budget, CostTable
+from pruning.budget import Budget
+from pruning.costs import CostTable
 from pruning.depth.units import Unit
 from pruning.plan import PruningPlan
 from pruning.sites import Site

@@ -1,7 +1,7 @@
 """Several models side by side: quality, size and speed, for people, for Markdown, for programs.
 
 Sizes are counted on the loaded modules and know nothing of cost tables or plans, so that they check
-what `pruning.budget` promised.
+what `pruning.costs` promised.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from pruning.budget import Budget, Parameters
+from pruning.budget import Budget
+from pruning.costs import Parameters
 from pruning.families import family_of
 from pruning.plan import PruningPlan, plan_from_indices
 from pruning.sites import find_sites

@@ -10,7 +10,8 @@ import torch
 import modules.delivery
 from modules.delivery import MARK, deliver, read_stages
 from modules.loading import load_model
-from pruning.budget import Budget, Parameters
+from pruning.budget import Budget
+from pruning.costs import Parameters
 from pruning.families import family_of
 from pruning.fingerprint import fingerprint
 from pruning.plan import PruningPlan, plan_from_indices

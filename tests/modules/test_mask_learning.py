@@ -13,7 +13,8 @@ from modules.loading import load_model
 from modules.losses import LossWeights
 from modules.mask_learning import MaskLearning
 from modules.text_data import TextData
-from pruning.budget import Budget, Parameters, log_ratio_penalty
+from pruning.budget import Budget, log_ratio_penalty
+from pruning.costs import Parameters
 from pruning.gates import GateSampler, StraightThrough
 from pruning.hypernetwork import FreeLogits
 from pruning.masking import GateHooks

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from pruning.budget import Budget, Cost, CostTable, Flops, Parameters, log_ratio_penalty
+from pruning.budget import Budget, log_ratio_penalty
+from pruning.costs import Cost, CostTable, Flops, Parameters
 from pruning.families import FAMILIES, skeleton
 from pruning.sites import Site, find_sites
 from tests.tiny import tiny_llama, tiny_llama_config

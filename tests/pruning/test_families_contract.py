@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from pruning.budget import Flops, Parameters
+from pruning.costs import Flops, Parameters
 from pruning.families import FAMILIES, skeleton
 from pruning.masking import GateHooks
 from pruning.measure.report import count

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from pruning.budget import Cost, Flops, Parameters
+from pruning.costs import Cost, Flops, Parameters
 from pruning.export.verify import ExportError, verify_export
 from pruning.families import FAMILIES, skeleton
 from pruning.fingerprint import fingerprint

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from pruning.budget import Budget, Parameters
+from pruning.budget import Budget
+from pruning.costs import Parameters
 from pruning.families import family_of, skeleton
 from pruning.fingerprint import fingerprint
 from pruning.plan import PruningPlan, plan_from_indices

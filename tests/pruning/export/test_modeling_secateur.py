@@ -16,7 +16,7 @@ from transformers import (
     StaticCache,
 )
 
-from pruning.budget import Parameters
+from pruning.costs import Parameters
 from pruning.export.modeling_secateur import SecateurLlamaConfig, SelectiveRMSNormGather
 from pruning.masking import GateHooks
 from pruning.plan import PruningPlan

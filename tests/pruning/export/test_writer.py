@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pruning import surgery
-from pruning.budget import Budget, Flops
+from pruning.budget import Budget
+from pruning.costs import Flops
 from pruning.export.model_card import ModelCard
 from pruning.export.verify import ExportError
 from pruning.export.writer import export_model

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruning.budget import Flops, Parameters
+from pruning.costs import Flops, Parameters
 from pruning.families import skeleton
 from pruning.measure.perplexity import Perplexity
 from pruning.measure.report import Counts, Report, Row, count, file_bytes, measure
