@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruning.weights.pattern import NM, Group, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
+from pruning.weights.pattern import (
+    NM,
+    Group,
+    Pattern,
+    PerColumn,
+    PerMatrix,
+    PerRow,
+    Unstructured,
+    keep_highest,
+)
 from tests.pruning.weights.matrices import noise
 
 GROUPS = [PerRow(), PerColumn(), PerMatrix()]
@@ -46,6 +55,16 @@ def test_join_is_the_inverse_of_split(group: Group) -> None:
     if not isinstance(group, PerMatrix):
         pattern = NM(1, 2)
         assert torch.equal(pattern.join(pattern.split(x_OI, group), x_OI.shape, group), x_OI)
+
+
+@pytest.mark.parametrize("num_removed", [0, 1, 4, 9])
+def test_of_equal_scores_the_first_go(num_removed: int) -> None:
+    score_GE = torch.randint(4, (50, 9), generator=torch.Generator().manual_seed(0)).float()
+    for each_GE in (score_GE, score_GE.T.contiguous().T):
+        order_GE = each_GE.argsort(dim=1, stable=True)
+        expected_GE = torch.ones_like(each_GE, dtype=torch.bool)
+        expected_GE.scatter_(1, order_GE[:, :num_removed], False)
+        assert torch.equal(keep_highest(each_GE, num_removed), expected_GE)
 
 
 def test_nm_of_columns_groups_consecutive_outputs() -> None:
