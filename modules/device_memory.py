@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedConfig
 
@@ -37,12 +36,10 @@ def check_memory(trainer: Trainer, config: PreTrainedConfig, run: Run) -> None:
 def divided(run: Run, trainer: Trainer) -> Run:
     """The run as the strategy of a trainer divides it."""
     strategy: Any = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        return replace(run, shards=trainer.world_size)
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        zero: Any = strategy.config["zero_optimization"]  # type: ignore[index]
-        return replace(run, shards=trainer.world_size, offloaded="offload_param" in zero)
-    return run
+    if not getattr(strategy, "divides_models", False):
+        return run
+    offloaded = getattr(strategy, "offload_parameters", False)
+    return replace(run, shards=trainer.world_size, offloaded=offloaded)
 
 
 def memory_of(device: torch.device, ranks: int) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,6 +147,22 @@ class LanguageModelling(LightningModule, ABC):
             for key in self._length():
                 saved.pop(key, None)
         refuse_other(saved, current, type(self).__name__)
+
+    def check_strategy(self) -> None:
+        """Refuse, before anything is read, a strategy that nobody has made this work under.
+
+        Raises:
+            ValueError: It is Lightning's own, for several devices, and not DDP.
+        """
+        strategy = self.trainer.strategy  # by exact class: many others are made from DDP
+        known = isinstance(strategy, SingleDeviceStrategy | ReadsModels)
+        if not known and type(strategy) is not DDPStrategy:
+            raise ValueError(
+                f"`trainer.strategy` {type(strategy).__name__} would wrap and save models in ways "
+                "that masks, checkpoints and exports here do not know. Use ddp where a model fits "
+                "on every device; modules.Zero instead of deepspeed, or modules.ShardedDDP instead "
+                "of FSDP, where it does not (docs/sharding.md)."
+            )
 
     def check_data(self, config: Any) -> None:
         """Check that the text suits a model before the model is made.

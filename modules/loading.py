@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-)
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -184,6 +180,8 @@ def load_quantised(
     """
     compute = dtype_of(folder, dtype)
     try:
+        from bitsandbytes.nn.modules import Int8Params
+
         model = load_model(
             folder,
             dtype=compute,
@@ -195,12 +193,27 @@ def load_quantised(
             f"`quantisation` {type(quantisation).__name__} needs bitsandbytes and accelerate: "
             f"pip install 'secateur[cluster]'. ({error})"
         ) from error
-    # In evaluation mode on some CPUs, bitsandbytes packs 4-bit weights anew, in place, in a form
-    # that has no gradient and not every width.
     for module in model.modules():
+        # In evaluation mode on some CPUs, bitsandbytes packs 4-bit weights anew, in place, in a
+        # form that has no gradient and not every width.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if isinstance(getattr(module, "weight", None), Int8Params):
+            module.register_forward_hook(_forget_input)
     return model
+
+
+def _forget_input(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+    """Let go of the input of an 8-bit layer, which only a gradient of its weights would need.
+
+    bitsandbytes keeps it for the backward pass in any case, and where activation checkpointing does
+    not see it: the inputs of all layers of the model would be alive at once.
+    """
+    node: Any = output.grad_fn
+    if hasattr(node, "tensors"):  # of the kernels for GPUs
+        node.tensors = (None,) * len(node.tensors)
+    elif hasattr(node, "A"):  # of those for CPUs
+        node.A = None
 
 
 def load_original(folder: Path, device: torch.device, copies: int) -> PreTrainedModel:
@@ -245,10 +258,7 @@ def check_quantised_run(quantisation: Quantisation, strategy: Any) -> None:
     Raises:
         ValueError: It shards the frozen model.
     """
-    shards = isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or (
-        isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-    )
-    if shards:
+    if getattr(strategy, "divides_models", False):
         raise ValueError(
             f"`quantisation` {type(quantisation).__name__} and `trainer.strategy` "
             f"{type(strategy).__name__} with a sharded model do not go together: packed weights "

@@ -26,6 +26,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from modules.delivery import deliver, deliver_alignment, is_plan
@@ -173,6 +174,7 @@ class MaskLearning(LanguageModelling):
         Raises:
             ValueError: They do not.
         """
+        self.check_strategy()
         config = load_config(self.base_folder)
         refuse_quantised(config)
         if self.quantisation is not None:
@@ -265,10 +267,20 @@ class MaskLearning(LanguageModelling):
             penalty = torch.zeros_like(penalty)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
+        if isinstance(self.trainer.model, DistributedDataParallel):  # waits for all that trains
+            resting = self.hypernetwork.parameters() if settled else [self.gains]
+            loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in resting]).sum()
         if not bool(loss.isfinite()):
             cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
             self.stop_diverged(cause, loss)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What rests has a gradient under DDP, of zero, and takes no part in the step."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group["lr"] == 0 else ():
+                    parameter.grad = None
 
     def on_validation_start(self) -> None:
         """Measure what would be exported now: the hard, budget-exact plan."""

@@ -48,8 +48,7 @@ class ShardedDDP(DDPStrategy):
     def __init__(self, timeout_seconds: float = 1800.0) -> None:
         if timeout_seconds <= 0:
             raise ValueError(f"`timeout_seconds` must be above 0, got {timeout_seconds}.")
-        # Hypernetwork and gains train in turns.
-        super().__init__(find_unused_parameters=True, timeout=timedelta(seconds=timeout_seconds))
+        super().__init__(timeout=timedelta(seconds=timeout_seconds))
 
     def connect(self, model: LightningModule) -> None:
         """Take a module on.

@@ -87,6 +87,7 @@ class Zero(DeepSpeedStrategy):
             timeout=timedelta(seconds=timeout_seconds),
         )
         self.stage, self.divides_models = stage, stage == 3
+        self.offload_parameters = offload_parameters
         self._groups: list[list[nn.Parameter]] = []
 
     # Where ranks meet.

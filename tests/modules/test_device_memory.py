@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
-from modules import device_memory
+from modules import ShardedDDP, Zero, device_memory
 from modules.device_memory import check_memory, divided, memory_of
 from pruning.measure.memory import Run
 from tests.runs import NOISE, call, learn_masks, make_inputs
@@ -29,10 +29,11 @@ class FakeTrainer:
 @pytest.mark.parametrize(
     ("strategy", "shards", "offloaded"),
     [
-        (DeepSpeedStrategy(stage=3), 4, False),
-        (DeepSpeedStrategy(stage=3, offload_parameters=True), 4, True),
-        (DeepSpeedStrategy(stage=2), 1, False),
-        (ModelParallelStrategy(), 4, False),
+        (Zero(stage=3), 4, False),
+        (Zero(stage=3, offload_parameters=True), 4, True),
+        (Zero(stage=2), 1, False),
+        (ShardedDDP(), 4, False),
+        (DDPStrategy(), 1, False),
     ],
 )
 def test_a_strategy_divides_the_weights(strategy: Any, shards: int, offloaded: bool) -> None:

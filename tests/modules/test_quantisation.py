@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from transformers import LlamaConfig
 
-from modules import loading
+from modules import ShardedDDP, Zero, loading
 from modules.device_memory import optimizer_bytes
 from modules.loading import (
     EightBit,
@@ -23,7 +23,7 @@ from modules.loading import (
     load_quantised,
     refuse_quantised,
 )
-from pruning.budget import Flops, Parameters
+from pruning.costs import Flops, Parameters
 from pruning.families import skeleton
 from pruning.fingerprint import fingerprint
 from pruning.masking import GateHooks
@@ -120,6 +120,21 @@ def test_packed_weights_take_what_the_prediction_says(
     )
 
 
+def test_a_packed_layer_keeps_nothing_of_what_goes_in(packed: Any) -> None:
+    """Frozen weights need no gradient, and so no inputs: these are alive while a block computes."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    for module in packed.modules():
+        if "Linear" in type(module).__name__ and module is not packed.lm_head:
+            module.register_forward_pre_hook(lambda _, inputs: alive.append(weakref.ref(inputs[0])))
+    hidden_BTD = packed.get_input_embeddings()(torch.zeros(1, 8, dtype=torch.long))
+    doubled_BTD = hidden_BTD.requires_grad_().mul(2.0)
+    logits = packed(inputs_embeds=doubled_BTD).logits
+    assert len(alive) == 7 * packed.config.num_hidden_layers
+    assert not [reference for reference in alive if reference() is not None]
+    (gradient,) = torch.autograd.grad(logits.sum(), hidden_BTD)
+    assert bool(gradient.any())
+
+
 # A run: masks learned on packed weights, with 8-bit states, exported from the original files.
 
 
@@ -167,14 +182,14 @@ def loaded(folder: Path) -> Any:
 # What cannot work is told at the start.
 
 
-@pytest.mark.parametrize("strategy", [lambda: DeepSpeedStrategy(stage=3), ModelParallelStrategy])
-def test_strategies_that_shard_the_model_are_refused(strategy: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("strategy", [Zero(stage=3), ShardedDDP()])
+def test_strategies_that_shard_the_model_are_refused(strategy: Any) -> None:
     with pytest.raises(ValueError, match="`quantisation` FourBit and `trainer.strategy`.*ZeRO st"):
-        check_quantised_run(FourBit(), strategy())
+        check_quantised_run(FourBit(), strategy)
 
 
 def test_strategies_that_keep_the_model_whole_are_not() -> None:
-    check_quantised_run(FourBit(), DeepSpeedStrategy(stage=2))
+    check_quantised_run(FourBit(), Zero(stage=2))
     check_quantised_run(EightBit(), DDPStrategy())
 
 

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from modules import CausalLM, ShardedDDP, Zero
-from tests.runs import NOISE, call, learn_masks, make_inputs
-
-pytestmark = NOISE
+from modules import CausalLM, MaskLearning, ShardedDDP, Zero
 
 
 @pytest.mark.parametrize(
@@ -34,27 +32,19 @@ def test_a_module_that_needs_the_whole_model_is_refused(strategy: Any) -> None:
         strategy.connect(module)
 
 
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy(stage=2), ModelParallelStrategy()])
+@pytest.mark.parametrize(
+    "module", [CausalLM(architecture={"model_type": "llama"}), MaskLearning("hub/model")]
+)
+def test_strategies_that_wrap_models_otherwise_are_refused(module: Any, strategy: Any) -> None:
+    module._trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(ValueError, match="Use ddp .* modules.Zero instead of deepspeed"):
+        module.setup("fit")
+
+
 def test_another_precision_is_refused_with_what_to_do(recwarn: pytest.WarningsRecorder) -> None:
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy=Zero(stage=2), precision="bf16-mixed", logger=False
     )
     with pytest.raises(ValueError, match="trains in float32.*bf16-mixed.*--model.dtype bfloat16"):
         trainer.strategy.setup_environment()
-
-
-def test_training_goes_on_after_a_checkpoint(tmp_path: Path) -> None:
-    """With heads that DeepSpeed would not keep whole by itself, and nothing before the checkpoint
-    that gathers them: from the third step on it expects parameters in an order that it has noted.
-    """
-    make_inputs(tmp_path, intermediate_size=1024)
-    line = call(
-        [
-            *learn_masks(tmp_path, tmp_path / "run", 4, ("SaveCheckpoint",), 3),
-            "--trainer.logger=false",
-            "--trainer.strategy=modules.Zero",
-            "--trainer.strategy.stage=3",
-            "--trainer.limit_val_batches=0",
-        ]
-    )
-    assert max(p.ds_numel for p in line.model.whole_parameters()) > 100_000
-    assert line.trainer.global_step == 4
