@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -150,12 +151,20 @@ class PruneBlocks(Callback):
         self._total = 0  # units that go in all
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find out at once whether there are blocks to remove.
+        """Find out at once whether there are blocks that can be removed.
 
         Raises:
-            ValueError: The module trains no base model.
+            ValueError: The module trains no base model, or the strategy divides what trains.
         """
         trains_weights(module, "PruneBlocks")
+        # By exact class: strategies that divide, DeepSpeed's among them, are subclasses of DDP's.
+        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise ValueError(
+                f"Blocks cannot be removed under `trainer.strategy` "
+                f"{type(trainer.strategy).__name__}, which divides weights or optimiser among the "
+                "ranks. Prune on one device or ddp with `--trainer.max_steps 0`, then train the "
+                "exported model under the strategy."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out whether the target can be reached in time; remove what is due at once.

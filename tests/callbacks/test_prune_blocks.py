@@ -4,11 +4,13 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,6 +18,7 @@ from callbacks import PruneBlocks
 from callbacks.prune_blocks import AtOnce, OneByOne, units_to_remove
 from modules.causal_lm import CausalLM
 from modules.lora import LoRA
+from modules.zero import Zero
 from pruning.depth import (
     BlockFraction,
     BlockInfluence,
@@ -205,6 +208,19 @@ def test_a_module_without_a_base_is_refused(tmp_path: Path) -> None:
         PruneBlocks(Blocks(1)).check_first(None, module)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`PruneBlocks` needs a module that trains the weights"):
         PruneBlocks(Blocks(1)).check_first(None, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("removals", [AtOnce(), OneByOne(every_n_steps=2, first_step=2)])
+def test_strategies_that_divide_are_refused_before_the_first_step(
+    inputs: Path, removals: AtOnce | OneByOne
+) -> None:
+    module = CausalLM(base=str(inputs / "base"))
+    callback = PruneBlocks(Blocks(1), removals=removals)
+    trainer: Any = SimpleNamespace(strategy=DDPStrategy())
+    callback.check_first(trainer, module)
+    trainer.strategy = Zero(stage=2)
+    with pytest.raises(ValueError, match="cannot be removed under `trainer.strategy` Zero, which"):
+        callback.check_first(trainer, module)
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint() -> None:
