@@ -83,4 +83,8 @@ def requeue() -> str:
 
 
 def _slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    """What a command of SLURM says. A requeued job ends at once, this command with it, perhaps
+    before it knows of its success; the shell makes it wait for that.
+    """
+    deaf = ("sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command)
+    return subprocess.run(deaf, capture_output=True, text=True, timeout=60, check=True).stdout

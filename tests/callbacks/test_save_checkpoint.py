@@ -198,6 +198,13 @@ def test_a_running_job_is_requeued(slurm: Path) -> None:
     assert "scontrol requeue 7\n" in (slurm / "calls").read_text()
 
 
+def test_it_is_told_apart_from_a_failure_that_the_requeueing_ends_its_own_command(
+    slurm: Path,
+) -> None:
+    (slurm / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
+    assert requeue() == "Job 7 is requeued and will go on from there."
+
+
 def test_of_an_array_only_the_task_is_requeued(
     slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
