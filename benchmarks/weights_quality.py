@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", default=list(POINTS), choices=list(POINTS))
     parser.add_argument("--combinations", nargs="+", help="names (default: all)")
     parser.add_argument("--list", action="store_true", help="print the combinations and stop")
+    parser.add_argument("--table", action="store_true", help="print the file as a table and stop")
     parser.add_argument("--model", help="model folder (default: llama7m of the data)")
     parser.add_argument("--windows", type=int, help="windows per text (default: the protocol's)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -120,6 +121,9 @@ def main() -> None:
     if args.json is not None and args.json.is_file():
         figures = json.loads(args.json.read_text(encoding="utf-8"))
 
+    if args.table:
+        print(table(figures))
+        return
     protocol = {"model": Path(folder).name, "windows_per_text": args.windows or "protocol"}
     if figures and {key: figures.get(key) for key in protocol} != protocol:
         parser.error(f"{args.json} was measured otherwise; give another file.")
@@ -133,7 +137,7 @@ def main() -> None:
         prune(model)
         figures[f"{name}_seconds"] = time.perf_counter() - start
         for text, windows_NT in texts.items():
-            figures[f"{name}_{text}"] = perplexity(model, windows_NT, 16).value
+            figures[f"{name}_{text}"] = perplexity(model, windows_NT, 4).value
         write_figures(figures | summary(figures, list(texts)), args.json)
 
     measured("dense", lambda model: None)
@@ -175,6 +179,24 @@ def summary(figures: dict[str, Any], texts: list[str]) -> dict[str, Any]:
             found[f"best_over_sparsegpt_{point}"] = sum(gains) / len(gains)
             found[f"best_over_sparsegpt_{point}_worst_text"] = max(gains)
     return found
+
+
+def table(figures: dict[str, Any]) -> str:
+    """What is measured so far as a Markdown table, the reference's figures in brackets."""
+    points = list(POINTS)
+    lines = [f"| | {' | '.join(points)} |", f"|---|{'---|' * len(points)}"]
+    for name in combinations(Unstructured(0.5)):
+        cells = []
+        for point in points:
+            values = [figures.get(f"{name}_{point}_{text}") for text in WINDOWS]
+            cell = "" if None in values else " / ".join(f"{value:.2f}" for value in values)
+            if cell and (name, point) in REFERENCE:
+                known = " / ".join(f"{value:.2f}" for value in REFERENCE[name, point])
+                cell = f"{cell} ({known})"
+            cells.append(cell)
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

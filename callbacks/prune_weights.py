@@ -2,18 +2,15 @@
 
 Sources: the parts are those of `pruning.weights`, each with its paper; all at once and then
 training, as in "A Simple and Effective Pruning Approach" (Wanda, arXiv 2306.11695, section 4); or
-gradually, "To prune, or not to prune" (arXiv 1710.01878, eq. 1). Differs from the latter: a weight
-that was removed is zero when masks are made anew, scores lowest, and does not come back.
+gradually, as `pruning.weights.gradually` has it.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,65 +28,20 @@ from pruning.families import blocks_of, family_of, skeleton
 from pruning.measure.perplexity import perplexity
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
 from pruning.recipe import refuse_other
-from pruning.schedules import Cubic, Schedule
+from pruning.weights.gradually import Gradually
 from pruning.weights.loop import Progress as OnBlock
 from pruning.weights.loop import prune_weights
 from pruning.weights.masks import WeightMasks, pack, unpack
 from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
 from pruning.weights.pattern import Pattern
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.report import plot_sparsity, sparsity_report
+from pruning.weights.report import sparsity_report
 from pruning.weights.selection import AllLinears, Selection
 from pruning.weights.source import LiveBlocks
 from pruning.weights.store import BlockStore
 from pruning.weights.wanda import Wanda
 
 _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
-
-
-@dataclass(frozen=True)
-class Gradually:
-    """The sparsity rises from 0 to that of the pattern; masks are made anew at every rise.
-
-    Args:
-        every_n_steps: Optimiser steps from one rise to the next, 1 or more; the first comes so
-            many steps after the start.
-        over: Fraction of the steps after which the sparsity is reached, in (0, 1).
-        curve: How it gets there; `pruning.schedules.Cubic` if not given, as in the paper.
-
-    Raises:
-        ValueError: A setting is outside its range.
-
-    Example: every 10 steps over half of 60, 0.7 is approached in three rises, before steps 10, 20
-    and 30: 0.7 (1 - (2/3)^3) = 0.493, 0.7 (1 - (1/3)^3) = 0.674, and 0.7.
-    """
-
-    every_n_steps: int
-    over: float = 0.5
-    curve: Schedule | None = None
-
-    def __post_init__(self) -> None:
-        if self.every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be 1 or more, got {self.every_n_steps}.")
-        if not 0 < self.over < 1:
-            raise ValueError(f"`over` must be in (0, 1), got {self.over}.")
-
-    def last_step(self, steps: int) -> int:
-        """The step before which the sparsity of the pattern is reached, of so many."""
-        return math.ceil(self.over * steps / self.every_n_steps) * self.every_n_steps
-
-    def due(self, step: int, steps: int) -> int:
-        """The step of the latest rise when a step begins; 0, when nothing is removed, included."""
-        return min(step - step % self.every_n_steps, self.last_step(steps))
-
-    def sparsity(self, rise: int, steps: int, final: float) -> float:
-        """Fraction removed from the rise at a step on, in [0, final]."""
-        return final * (self.curve or Cubic())(rise / self.last_step(steps))
-
-    def settings(self) -> str:
-        """What tells two of them apart."""
-        curve = type(self.curve or Cubic()).__name__
-        return f"Gradually({self.every_n_steps}, {self.over}, {curve})"
 
 
 class PruneWeights(Callback):
@@ -425,11 +377,7 @@ class PruneWeights(Callback):
                 )
             after = perplexity(model, held_back_MT)
             report = sparsity_report(model, found.masks, found.notes)
-        folder = self._path(trainer)
-        (folder / "sparsity.txt").write_text(report.describe() + "\n", encoding="utf-8")
-        text = json.dumps(report.as_dict(), indent=1) + "\n"
-        (folder / "sparsity.json").write_text(text, encoding="utf-8")
-        plot_sparsity(report, folder / "sparsity.png")
+        report.save(self._path(trainer))
         event = {
             "step": step,
             "applied": found.recipe.settings(),

@@ -3,7 +3,7 @@
 On disk they are stock models of their family: safetensors with zeros, as large as before, beside
 the packed masks, one bit per weight. The compressed formats `sparse-bitmask` and
 `sparse-24-bitmask` of the package compressed-tensors are not written: transformers 5.23 demands
-version 0.15 or newer of it, and these versions no longer decompress them.
+version 0.15 or newer of it, which no longer decompresses them (0.20: the matrices are random).
 
 On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch.
 """

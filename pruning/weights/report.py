@@ -7,6 +7,7 @@ Legend: O = output features, I = input features.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,13 @@ class SparsityReport:
             "fits_2of4": [f"{m.block}.{m.path}" for m in self.matrices if m.fits_2of4],
             "notes": list(self.notes),
         }
+
+    def save(self, folder: Path) -> None:
+        """Write `sparsity.txt`, `sparsity.json` and `sparsity.png` into a folder that exists."""
+        (folder / "sparsity.txt").write_text(self.describe() + "\n", encoding="utf-8")
+        text = json.dumps(self.as_dict(), indent=1) + "\n"
+        (folder / "sparsity.json").write_text(text, encoding="utf-8")
+        plot_sparsity(self, folder / "sparsity.png")
 
 
 def sparsity_report(

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from callbacks import PruneBlocks, PruneWeights
 from callbacks.prune_blocks import OneByOne
-from callbacks.prune_weights import Gradually
 from modules.causal_lm import CausalLM
 from modules.lora import LoRA
 from modules.text_data import TextData
@@ -28,6 +27,7 @@ from pruning.measure.perplexity import perplexity
 from pruning.weights import guard, loop
 from pruning.weights.alpha_pruning import AlphaPruning
 from pruning.weights.dass import DaSS
+from pruning.weights.gradually import Gradually
 from pruning.weights.least_squares import LeastSquares
 from pruning.weights.loop import prune_weights
 from pruning.weights.masks import WeightMasks
