@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    if args.compensate and any(SEARCHES[name].units == HalfBlocks() for name in args.searches):
+        parser.error("--compensate is for whole blocks; name searches of these with --searches")
     torch.set_num_threads(args.threads)
     folder = data_folder() / "models" / "llama7m"
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
