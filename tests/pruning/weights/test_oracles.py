@@ -98,7 +98,7 @@ def test_sparsegpt_from_end_to_end(data: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(data / "models" / "llama7m")
     text = (data / "text" / "tinystories_val.txt").read_text(encoding="utf-8")
     windows = cut_windows(tokenizer(text)["input_ids"], 256)[:212]
-    assert perplexity(model, windows, 4).value == pytest.approx(43.96, rel=0.01)
+    assert perplexity(model, windows, 4).value == pytest.approx(43.96, rel=0.02)
 
 
 @pytest.mark.parametrize(
