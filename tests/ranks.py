@@ -65,9 +65,9 @@ def finish(folder: Path, ranks: Sequence[subprocess.Popen[bytes]], timeout: floa
 
 
 def trained(module: Any) -> dict[str, torch.Tensor]:
-    """What trains in mask learning, as this rank holds it."""
-    state = {"gains": module.gains.detach().clone()}
-    return state | {k: v.detach().clone() for k, v in module.hypernetwork.state_dict().items()}
+    """What trains, as this rank holds it."""
+    parameters = module.named_parameters()
+    return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pruning.plan import PruningPlan
 from tests.ranks import finish, start, trained
-from tests.runs import NOISE, call, content, learn_masks, make_inputs
+from tests.runs import NOISE, call, content, learn_masks, make_inputs, on_text, with_callbacks
 
 pytestmark = [*NOISE, pytest.mark.slow]
 STEPS = 6
@@ -56,6 +57,21 @@ def on_two(folder: Path, name: str, strategy: str, *settings: str) -> list[str]:
     ]
 
 
+def recovery(folder: Path, name: str, strategy: str, *settings: str) -> list[str]:
+    """Training of a model's own weights, on two ranks."""
+    return [
+        "fit",
+        "--model=modules.CausalLM",
+        f"--model.base={folder / 'wide' / 'base'}",
+        "--model.loss.distillation=1",
+        *on_text(folder / "wide", folder / name),
+        *settings,
+        *with_callbacks(["SaveCheckpoint", "ExportModel"]),
+        *("--trainer.max_steps=4", "--trainer.logger=false", "--trainer.devices=2"),
+        f"--trainer.strategy={STRATEGIES[strategy]}",
+    ]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of a run on one rank, and of all runs on two."""
@@ -84,6 +100,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.devices=2"),
         f"--trainer.strategy={STRATEGIES['zero3']}",
     ]
+    all_runs["recovered"] = recovery(folder, "recovered", "zero2")
+    all_runs["sparse"] = recovery(
+        folder,
+        "sparse",
+        "ddp",
+        "--trainer.callbacks+=callbacks.PruneWeights",
+        "--trainer.callbacks.pattern=pruning.weights.pattern.NM",
+        *("--trainer.callbacks.pattern.n=2", "--trainer.callbacks.pattern.m=4"),
+        *("--trainer.callbacks.calibration_windows=8", "--trainer.callbacks.held_back_windows=4"),
+    )
     all_runs["refused_malice"] = on_two(
         folder, "refused_malice", "zero3", f"--ckpt_path={folder / 'malice.ckpt'}"
     )
@@ -114,6 +140,17 @@ def test_training_goes_on_after_a_checkpoint(runs: Path) -> None:
     assert max(value.numel() for value in state(runs, "saved").values()) > 100_000
     names = {path.name for path in (runs / "saved" / "checkpoints").iterdir()}
     assert names == {"step=3.ckpt", "step=4.ckpt"}
+
+
+@pytest.mark.parametrize("name", ["recovered", "sparse"])
+def test_two_ranks_train_one_model(runs: Path, name: str) -> None:
+    here, there = state(runs, name), state(runs, name, 1)
+    exported = load_file(runs / name / "model" / "model.safetensors")
+    for key, value in here.items():
+        assert torch.equal(value, there[key]), key
+        assert torch.equal(value, exported.get(key.removeprefix("model."), value)), key
+    zeros = {key for key, value in exported.items() if (value == 0).float().mean() == 0.5}
+    assert len(zeros) == (7 * 3 if name == "sparse" else 0)
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
