@@ -63,6 +63,7 @@ def main(args: list[str] | None = None) -> TrainCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         trainer_defaults=DEFAULTS,
+        auto_configure_optimizers=False,  # modules have an optimizer of their own
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         args=args,

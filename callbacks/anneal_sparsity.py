@@ -50,6 +50,9 @@ class AnnealSparsity(Callback):
         module = learns_masks(pl_module, "AnnealSparsity")
         self._total = module.mask_steps
         self._start_temperature = module.temperature
+        if self.end_temperature is not None:  # one that the gates refuse, they refuse now
+            module.temperature = self.end_temperature
+            module.temperature = self._start_temperature
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to go on along other curves: only now are the steps of this run known.

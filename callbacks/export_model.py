@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from callbacks._trial import is_trial
 from pruning.protocols import exports
+
+_TAKEN = ("plan", "plots", "checkpoints", "metrics", "logs", "depth", "weights")
 
 
 class ExportModel(Callback):
@@ -17,9 +21,17 @@ class ExportModel(Callback):
     Args:
         folder: Where the model goes, relative to `trainer.default_root_dir`. An export of ours that
             is there already is replaced; any other folder is left alone and refused at the start.
+
+    Raises:
+        ValueError: `folder` is where a run keeps something else.
     """
 
     def __init__(self, folder: str = "model") -> None:
+        if (Path(folder).parts or ("",))[0] in ("", *_TAKEN):
+            raise ValueError(
+                f"`folder` {folder!r} of ExportModel is where a run keeps something else "
+                f"({', '.join(_TAKEN)}); choose another name, such as `model`."
+            )
         self.folder = folder
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
@@ -38,6 +50,14 @@ class ExportModel(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was learned."""
         module = exports(pl_module, "ExportModel")
+        if is_trial(trainer):
+            rank_zero_info("`fast_dev_run` tries the steps of a run and leaves no model behind.")
+            return
+        if trainer.global_step < (planned := trainer.estimated_stepping_batches):
+            rank_zero_warn(
+                f"Training ended after {trainer.global_step} of {planned} steps: what is exported "
+                "now is not what the whole run would have left."
+            )
         try:
             module.export(self._path(trainer), shlex.join(["python", *sys.argv]))
         except (OSError, ValueError) as error:

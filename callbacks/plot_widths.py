@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks._trial import is_trial
 from pruning.measure.plots import plot_widths
 from pruning.protocols import learns_masks
 
@@ -35,5 +36,5 @@ class PlotWidths(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         plan = learns_masks(pl_module, "PlotWidths").plan()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_trial(trainer):
             plot_widths(plan, Path(trainer.default_root_dir) / self.folder / name)

@@ -9,8 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from callbacks._preemption import Preempted, Signals, requeue
+from callbacks._trial import is_trial
 from pruning.checkpoints import FOLDER, newest_first
 
 _PARTIAL = ".{}.partial"
@@ -115,6 +117,24 @@ class SaveCheckpoint(Checkpoint):
         """Leave the signals to whoever comes after."""
         self._signals.ignore()
 
+    def _refuse_diverged(self, trainer: Trainer) -> None:
+        """A checkpoint is one to go on from: what is no number is not saved.
+
+        Raises:
+            FloatingPointError: A step has made trained parameters infinite or NaN; names the step
+                and the last good checkpoint.
+        """
+        trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+        shares = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        finite = all(bool(share.isfinite().all()) for share in shares)
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise FloatingPointError(
+                f"Step {trainer.global_step} left parameters that are infinite or NaN, which are "
+                f"not saved; last good checkpoint: {self.last_model_path or 'none was saved'}. "
+                "Start again with a lower learning rate (`--model.optimizer.lr`, and "
+                "`--model.gain_lr` where masks are learned)."
+            )
+
     def _asked_to_stop(self, trainer: Trainer) -> bool:
         """Whether a signal has arrived on any rank: one that arrives on all does so in between two
         steps of one rank and in the middle of a step of another.
@@ -131,8 +151,9 @@ class SaveCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         path = _folder(trainer) / f"step={trainer.global_step}.ckpt"
-        if str(path) == self.last_model_path:
+        if is_trial(trainer) or str(path) == self.last_model_path:
             return
+        self._refuse_diverged(trainer)
         partial = path.with_name(_PARTIAL.format(path.name))
         trainer.save_checkpoint(partial, weights_only=False)  # returns when all ranks have written
         if trainer.is_global_zero:

@@ -38,7 +38,7 @@ from modules.teacher import Teacher, predicting_states
 from pruning.depth import Unit, remove_blocks, remove_compensated
 from pruning.depth.compensation import untie
 from pruning.fingerprint import fingerprint
-from pruning.model_folder import copy_companions, refuse_foreign, replaced_folder
+from pruning.model_folder import copy_companions, refuse_base, refuse_foreign, replaced_folder
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -136,7 +136,8 @@ class CausalLM(LanguageModelling):
             self._teacher.load(self.model.config.vocab_size)
 
     def setup(self, stage: str) -> None:
-        """Check that the text suits the model before the model is made."""
+        """Check that strategy and text suit the model before the model is made."""
+        self.check_strategy()
         self.check_data(self._config())
 
     def on_fit_start(self) -> None:
@@ -335,6 +336,8 @@ class CausalLM(LanguageModelling):
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
+        if self.base is not None:
+            refuse_base(folder, self.base_folder)
         refuse_foreign(folder, is_trained)
 
     def export(self, folder: Path, command: str) -> None:

@@ -77,6 +77,17 @@ class TrainCLI(LightningCLI):
             if isinstance(callback, ChecksFirst):
                 callback.check_first(self.trainer, self.model)
 
+    def before_predict(self) -> None:
+        """Find out before the model runs whether there will be something to write.
+
+        Raises:
+            ValueError: Predictions are to be thrown away.
+        """
+        if self.config[self.subcommand].return_predictions is False:
+            raise ValueError(
+                "`return_predictions` must be true: they are what is written to predictions_0.csv."
+            )
+
     def after_predict(self) -> None:
         """Write one line per window: its number and its mean negative log-likelihood in nats."""
         rank, num_ranks = self.trainer.global_rank, self.trainer.world_size

@@ -23,8 +23,8 @@ from pruning.export.writer import export_model
 from pruning.measure.alignment import compare_alignment
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, Row, measure
-from pruning.model_folder import replaced_folder
-from pruning.plan import DESCRIPTION, PruningPlan
+from pruning.model_folder import CONFIG, replaced_folder
+from pruning.plan import DESCRIPTION, TENSORS, PruningPlan
 
 MARK = "secateur.json"
 """In a model folder of ours: how the model was made, and the models that came before it."""
@@ -157,7 +157,7 @@ def deliver_weights(
         report = compare(dense, partial, origin.folder, windows_NT, name)
         stages = write_mark(partial, origin, report)
         # Stock models, which most are, have no plan.
-        plan = PruningPlan.load(partial) if is_plan(partial) else None
+        plan = PruningPlan.load(partial) if (partial / DESCRIPTION).is_file() else None
         text = weights_card(report, origin, stages, plan)
         (partial / "README.md").write_text(text, encoding="utf-8")
     publish(report, folder)
@@ -263,13 +263,19 @@ def stages_table(stages: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def is_plan(folder: Path) -> bool:
-    """Whether a folder holds a plan that may be replaced."""
-    return (folder / DESCRIPTION).is_file()
+    """Whether a folder holds a plan of ours, and nothing else, so that it may be replaced."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {DESCRIPTION, TENSORS}:
+        return False
+    try:
+        PruningPlan.load(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def is_trained(folder: Path) -> bool:
     """Whether a folder holds a model of ours that may be replaced."""
-    return (folder / MARK).is_file()
+    return (folder / MARK).is_file() and (folder / CONFIG).is_file()
 
 
 def card(

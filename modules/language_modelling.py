@@ -143,6 +143,10 @@ class LanguageModelling(LightningModule, ABC):
         saved, current = dict(checkpoint.get("secateur", {})), self.recipe()
         if self.trainer.state.fn == TrainerFn.FITTING:
             current |= self._length()
+            if saved.get("ranks") != current["ranks"]:  # as many windows per rank, or in all
+                for key in ("ranks", "windows_per_step"):
+                    saved.pop(key, None)
+                    current.pop(key)
         else:  # measuring takes no steps, whatever the settings say
             for key in self._length():
                 saved.pop(key, None)
@@ -189,8 +193,17 @@ class LanguageModelling(LightningModule, ABC):
         )
 
     def _length(self) -> dict[str, Any]:
-        """How long training is: schedules stretch with it."""
-        return {"max_steps": self.trainer.max_steps, "max_epochs": self.trainer.max_epochs}
+        """How long training is, which schedules stretch with, and how large its steps are."""
+        trainer = self.trainer
+        data = getattr(trainer, "datamodule", None)
+        windows = getattr(data, "batch_size", 1) * trainer.accumulate_grad_batches
+        return {
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
+            "gradient_clip": [trainer.gradient_clip_val, trainer.gradient_clip_algorithm],
+            "ranks": trainer.world_size,
+            "windows_per_step": windows * trainer.world_size,
+        }
 
     def _predictions(self, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in fp32, shape (T - 1, V), and the tokens that they predict, window by window."""

@@ -53,9 +53,9 @@ from pruning.gates import GateSampler
 from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
 from pruning.masking import GateHooks
 from pruning.measure.memory import ORIGINAL, Run
-from pruning.model_folder import refuse_foreign
+from pruning.model_folder import refuse_base, refuse_foreign
 from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import gain_sizes, split
+from pruning.sites import Site, gain_sizes, split
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -132,14 +132,18 @@ class MaskLearning(LanguageModelling):
         self.keep_target = budget.keep
         self.strict_loading = False  # checkpoints hold what trains, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
+        self._trained = False
+        self.sites: list[Site]
         self.gains: nn.Parameter
         self.settled_N: Tensor
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
         """Read the frozen model, hang the gates in, make the hypernetwork."""
-        if self.model is not None:  # a second fit of this object starts afresh
-            if self.trainer.ckpt_path is None:
+        if self.model is not None:
+            fitting = self.trainer.state.fn == TrainerFn.FITTING
+            if fitting and self.trainer.ckpt_path is None:  # a second fit starts afresh
+                self.hypernetwork = self._make_hypernetwork([s.size for s in self.sites])
                 torch.nn.init.ones_(self.gains)
                 torch.nn.init.zeros_(self.settled_N)
             return
@@ -275,6 +279,10 @@ class MaskLearning(LanguageModelling):
             self.stop_diverged(cause, loss)
         return loss
 
+    def on_train_start(self) -> None:
+        """From here on there is something to measure."""
+        self._trained = True
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What rests has a gradient under DDP, of zero, and takes no part in the step."""
         if isinstance(self.trainer.model, DistributedDataParallel):
@@ -284,7 +292,7 @@ class MaskLearning(LanguageModelling):
 
     def on_validation_start(self) -> None:
         """Measure what would be exported now: the hard, budget-exact plan."""
-        if self.trainer.state.fn != TrainerFn.FITTING and self.trainer.ckpt_path is None:
+        if not self._trained and self.trainer.ckpt_path is None and not self.trainer.training:
             rank_zero_info(
                 "No `ckpt_path` is given: measured are gates that have not been trained; "
                 "`--ckpt_path last` measures those of the run."
@@ -334,6 +342,7 @@ class MaskLearning(LanguageModelling):
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
+        refuse_base(folder, self.base_folder)
         refuse_foreign(folder)
         refuse_foreign(folder.parent / "plan", is_plan)
 

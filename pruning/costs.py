@@ -129,10 +129,17 @@ class Flops(Cost):
         whole_model: Count the attention scores and the output head too; False counts the
             projections of the blocks.
         context_tokens: Tokens that a query attends to, 1 or more; counts only in `whole_model`.
+
+    Raises:
+        ValueError: `context_tokens` is below 1.
     """
 
     whole_model: bool = False
     context_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.context_tokens < 1:
+            raise ValueError(f"`context_tokens` must be 1 or more, got {self.context_tokens}.")
 
     def table(self, model: PreTrainedModel, family: Family | None = None) -> CostTable:
         family = family or family_of(model.config)

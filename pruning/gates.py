@@ -134,7 +134,7 @@ class GateSampler:
 
     Raises:
         ValueError: `temperature` is not above 0, `seed` is negative, or the relaxation does not go
-            with the noise.
+            with the noise or the temperature.
     """
 
     def __init__(
@@ -146,8 +146,6 @@ class GateSampler:
         seed: int = 0,
         per_rank: bool = False,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, got {temperature}.")
         if seed < 0:
             raise ValueError(f"`seed` must be 0 or more, got {seed}.")
         self.noise = noise or Logistic()
@@ -157,9 +155,25 @@ class GateSampler:
                 f"`relaxation` ReinMax is derived for `noise` Logistic, got "
                 f"{type(self.noise).__name__}; use Logistic noise or another relaxation."
             )
-        self.offset, self.temperature = offset, temperature
-        self.start_temperature = temperature
+        self.offset = offset
+        self.temperature = self.start_temperature = temperature
         self.seed, self.per_rank = seed, per_rank
+
+    @property
+    def temperature(self) -> float:
+        """Softness of the relaxation now, above 0."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"`temperature` must be above 0, got {value}.")
+        if isinstance(self.relaxation, ReinMax) and value < 1:
+            raise ValueError(
+                f"`temperature` {value} is too low for `relaxation` ReinMax, whose gradient "
+                "changes its sign below 1; set 1 or more."
+            )
+        self._temperature = value
 
     def __call__(
         self, logits_N: Float[Tensor, " N"], step: int, rank: int = 0

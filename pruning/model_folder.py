@@ -64,8 +64,21 @@ def refuse_foreign(folder: str | Path, is_ours: Callable[[Path], bool] = is_prun
         return
     if not is_ours(folder):
         raise ValueError(
-            f"`folder` {folder} exists and is not a model written by Secateur; it is left as it "
-            "is. Choose another folder or remove it yourself."
+            f"`folder` {folder} exists and is not what Secateur writes there; it is left as it is. "
+            "Choose another folder or remove it yourself."
+        )
+
+
+def refuse_base(folder: str | Path, base_folder: str | Path) -> None:
+    """Refuse to write over the model that is pruned.
+
+    Raises:
+        ValueError: The two are one folder.
+    """
+    if Path(folder).resolve() == Path(base_folder).resolve():
+        raise ValueError(
+            f"`folder` {folder} is the base model itself; choose another folder "
+            "(`--trainer.default_root_dir` in a run)."
         )
 
 

@@ -40,6 +40,7 @@ from pruning.model_folder import (
     WEIGHTS,
     copy_companions,
     in_block,
+    refuse_base,
     refuse_missing,
     replaced_folder,
     weight_files,
@@ -74,6 +75,7 @@ def prune_checkpoint(
             or something else lies at `folder`.
         OSError: Reading or writing failed, as when the disk is full.
     """
+    refuse_base(folder, base_folder)
     with replaced_folder(folder) as partial:
         write_pruned(base_folder, plan, partial, max_shard_bytes, progress)
 

@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,16 +285,30 @@ def test_a_foreign_folder_is_refused_before_training(
 ) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("all of it")
-    refuses(learn_masks(inputs, tmp_path), f"{name} exists and is not .* by Secateur")
+    refuses(learn_masks(inputs, tmp_path), f"{name} exists and is not what Secateur writes")
     assert (tmp_path / name / "thesis.txt").read_text() == "all of it"
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_with_a_plan_and_more_is_foreign(
+    inputs: Path, fitted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fitted / "plan", tmp_path / "plan")
+    (tmp_path / "plan" / "thesis.txt").touch()
+    refuses(learn_masks(inputs, tmp_path), "plan exists and is not what Secateur writes")
+
+
+def test_the_base_model_is_not_written_over(inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs / "base", tmp_path / "model")
+    arguments = [*learn_masks(inputs, tmp_path), f"--model.base={tmp_path / 'model'}"]
+    refuses(arguments, "model is the base model itself; choose another folder")
 
 
 def test_a_foreign_folder_is_refused_before_any_text_is_read(tmp_path: Path) -> None:
     make_inputs(tmp_path)
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "thesis.txt").touch()
-    refuses(learn_masks(tmp_path, tmp_path / "run"), "model exists and is not .* by Secateur")
+    refuses(learn_masks(tmp_path, tmp_path / "run"), "model exists and is not what Secateur writes")
     assert not (tmp_path / "cache").exists()
 
 
@@ -386,6 +401,8 @@ def test_another_base_model_is_refused(inputs: Path, started: Path, tmp_path: Pa
         ("--model.penalty=9", "MaskLearning: `penalty` was .* and is now 9"),
         ("--model.sampler.seed=1", "MaskLearning: `sampler` was"),
         ("--model.optimizer.lr=0.5", "MaskLearning: `optimizer` was .* is now .*'lr': 0.5"),
+        ("--trainer.accumulate_grad_batches=4", "MaskLearning: `windows_per_step` was"),
+        ("--trainer.gradient_clip_val=0.1", "MaskLearning: `gradient_clip` was"),
         ("--trainer.max_steps=9", "MaskLearning: `max_steps` was 8 and is now 9"),
         ("--data.window_tokens=12", "TextData: `fingerprint` was"),
     ],

@@ -29,6 +29,7 @@ from pruning.model_folder import (
     WEIGHTS,
     copy_companions,
     in_block,
+    refuse_base,
     refuse_missing,
     replaced_folder,
     weight_files,
@@ -70,8 +71,7 @@ def prune_blocks(
         OSError: Reading or writing failed, as when the disk is full.
     """
     base_folder, folder = Path(base_folder), Path(folder)
-    if base_folder.resolve() == folder.resolve():
-        raise ValueError(f"`folder` {folder} is the base model itself; choose another folder.")
+    refuse_base(folder, base_folder)
     config = AutoConfig.from_pretrained(base_folder)
     refuse_quantised(config)
     family = family_of(config)

@@ -53,6 +53,7 @@ def fake_trainer(root: Path, step: int = 0, total: int = 100, **more: Any) -> An
         "default_root_dir": str(root),
         "global_step": step,
         "estimated_stepping_batches": total,
+        "fast_dev_run": 0,
         "is_global_zero": True,
         "sanity_checking": False,
     }

@@ -27,7 +27,7 @@ class Failing(Exporter):
 
 
 def test_it_exports_below_the_output_folder_and_replaces_its_own(tmp_path: Path) -> None:
-    callback, trainer = ExportModel(folder="small"), fake_trainer(tmp_path)
+    callback, trainer = ExportModel(folder="small"), fake_trainer(tmp_path, 100)
     for _ in range(2):
         callback.check_first(trainer, Exporter())
         callback.on_fit_end(trainer, Exporter())
@@ -37,16 +37,32 @@ def test_it_exports_below_the_output_folder_and_replaces_its_own(tmp_path: Path)
 def test_a_foreign_folder_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "theirs").touch()
-    with pytest.raises(ValueError, match="exists and is not a model written by Secateur"):
+    with pytest.raises(ValueError, match="exists and is not what Secateur writes there"):
         ExportModel().setup(fake_trainer(tmp_path), Exporter(), "fit")
 
 
 def test_a_failure_says_how_to_repeat_the_export(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as failure:
-        ExportModel().on_fit_end(fake_trainer(tmp_path), Failing())
+        ExportModel().on_fit_end(fake_trainer(tmp_path, 100), Failing())
     assert "`--ckpt_path last` repeat the export" in failure.value.__notes__[0]
 
 
 def test_a_module_that_exports_nothing_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`ExportModel` needs a module that exports"):
         ExportModel().check_first(fake_trainer(tmp_path), LightningModule())
+
+
+def test_a_trial_leaves_nothing(tmp_path: Path) -> None:
+    ExportModel().on_fit_end(fake_trainer(tmp_path, fast_dev_run=1), Exporter())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ended_early_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="ended after 3 of 100 steps"):
+        ExportModel().on_fit_end(fake_trainer(tmp_path, 3), Exporter())
+
+
+@pytest.mark.parametrize("folder", ["plan", "checkpoints/best", "", "."])
+def test_a_folder_that_a_run_keeps_something_else_in_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match="`folder` .* of ExportModel .*; choose another name"):
+        ExportModel(folder)

@@ -34,6 +34,7 @@ class _Strategy:
 
 def trainer_at(root: Path, step: int, **more: Any) -> Any:
     settings = {"strategy": _Strategy(), "ckpt_path": None, "global_rank": 0} | more
+    settings.setdefault("lightning_module", torch.nn.Linear(1, 1))
     trainer = fake_trainer(root, step, **settings)
 
     def save(path: Path, weights_only: bool) -> None:
@@ -85,6 +86,21 @@ def test_the_checkpoints_of_an_earlier_run_are_named_at_the_start(tmp_path: Path
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be 1 or more, got 0"):
         SaveCheckpoint(**{name: 0})
+
+
+def test_parameters_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    callback, broken = SaveCheckpoint(every_n_steps=1), torch.nn.Linear(1, 1)
+    train(callback, tmp_path, range(1, 3))
+    torch.nn.init.constant_(broken.weight, float("nan"))
+    trainer = trainer_at(tmp_path, 3, lightning_module=broken)
+    with pytest.raises(FloatingPointError, match=r"Step 3 left .* last good checkpoint: .*step=2"):
+        callback.on_train_batch_end(trainer, LightningModule(), None, None, 0)
+    assert "step=3.ckpt" not in names(tmp_path)
+
+
+def test_a_trial_saves_nothing(tmp_path: Path) -> None:
+    SaveCheckpoint().on_train_end(trainer_at(tmp_path, 1, fast_dev_run=1), LightningModule())
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_write_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path) -> None:

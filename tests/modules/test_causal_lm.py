@@ -358,5 +358,5 @@ def test_what_does_not_fit_is_refused_before_the_model_is_made(
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "theirs").touch()
-    with pytest.raises(ValueError, match="exists and is not a model written by Secateur"):
+    with pytest.raises(ValueError, match="exists and is not what Secateur writes there"):
         CausalLM(architecture=ARCHITECTURE).check_export_folder(tmp_path)

@@ -234,6 +234,22 @@ def test_two_runs_of_one_seed_are_equal(inputs: Path, data: TextData, tmp_path: 
     assert [step for step, _ in seen[0]] == [1, 2, 3]
 
 
+def test_testing_keeps_what_was_learned_and_a_second_fit_starts_afresh(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    module, records = MaskLearning(str(inputs / "base"), settle=0.5), [_Record(), _Record()]
+    trainer(tmp_path, records[0], max_steps=4).fit(module, data)
+    plan = module.plan()
+    assert plan.gains is not None
+    trainer(tmp_path).test(module, data, verbose=False)
+    again = module.plan()
+    assert again.gains is not None
+    for name, gain_F in plan.gains.items():
+        assert torch.equal(again.gains[name], gain_F)
+    trainer(tmp_path, records[1], max_steps=4).fit(module, data)
+    assert records[1].seen == records[0].seen
+
+
 class _Poison(Callback):
     """A hypernetwork that goes wrong before a step."""
 

@@ -485,3 +485,8 @@ def test_parts_meet_the_budget_exactly(seed: int) -> None:
 def test_uniform_and_parts_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="`uniform` and `parts` cannot both be true"):
         Budget(uniform=True, parts=True)
+
+
+def test_a_context_of_no_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="`context_tokens` must be 1 or more, got 0"):
+        Flops(True, context_tokens=0)

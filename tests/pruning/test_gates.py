@@ -112,7 +112,8 @@ def test_reinmax_by_hand() -> None:
     ],
 )
 def test_gates_lie_between_0_and_1(relaxation: Relaxation, noise: Noise) -> None:
-    sampler = GateSampler(noise, relaxation, offset=0.0, temperature=0.1)
+    temperature = 1.0 if isinstance(relaxation, ReinMax) else 0.1
+    sampler = GateSampler(noise, relaxation, offset=0.0, temperature=temperature)
     gates = sampler(torch.linspace(-20, 20, 1001), step=0)
     assert float(gates.min()) >= 0
     assert float(gates.max()) <= 1
@@ -157,7 +158,7 @@ def test_the_offset_starts_training_almost_dense() -> None:
 def test_recipe_tells_configurations_apart() -> None:
     assert GateSampler().recipe() == GateSampler().recipe()
     assert GateSampler().recipe() != GateSampler(ReferenceGumbel()).recipe()
-    assert GateSampler().recipe() != GateSampler(relaxation=ReinMax()).recipe()
+    assert GateSampler().recipe() != GateSampler(relaxation=ReinMax(), temperature=1.0).recipe()
 
 
 def test_settings_out_of_range() -> None:
@@ -170,3 +171,5 @@ def test_settings_out_of_range() -> None:
 def test_reinmax_is_refused_with_the_noise_that_it_is_not_derived_for() -> None:
     with pytest.raises(ValueError, match="`relaxation` ReinMax is derived for `noise` Logistic"):
         GateSampler(ReferenceGumbel(), ReinMax())
+    with pytest.raises(ValueError, match=r"`temperature` 0.4 is too low for `relaxation` ReinMax"):
+        GateSampler(relaxation=ReinMax())

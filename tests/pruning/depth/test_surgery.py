@@ -184,7 +184,7 @@ def test_folders_that_are_not_ours_are_left_alone(base: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="is the base model itself"):
         prune_blocks(base, base, remove=[1])
     other = shutil.copytree(base, tmp_path / "other")
-    with pytest.raises(ValueError, match="is not a model written by Secateur"):
+    with pytest.raises(ValueError, match="is not what Secateur writes there"):
         prune_blocks(base, other, remove=[1])
     assert fingerprint(base) == fingerprint(other) == before
     for gone in ([1], [2]):  # an earlier one of ours is replaced
