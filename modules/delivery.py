@@ -29,6 +29,7 @@ from pruning.plan import DESCRIPTION, TENSORS, PruningPlan
 MARK = "secateur.json"
 """In a model folder of ours: how the model was made, and the models that came before it."""
 
+_ALIGNMENT = ("alignment.json", "alignment.md")
 _PACKAGES = ("torch", "transformers", "lightning")
 _COSTS: tuple[Cost, ...] = (Parameters(), Parameters(True), Flops(), Flops(True))
 
@@ -87,6 +88,8 @@ def deliver(
     Raises:
         ValueError: The exported model is not the masked one, or `folder` holds something else.
     """
+    for name in _ALIGNMENT:  # of an earlier run with other settings
+        (folder.parent / name).unlink(missing_ok=True)
     report: list[Report] = []
     masks = {"masks": dict(plan.provenance)}
     origin = Origin(base, base_folder, plan.base, command, plan.provenance.get("step", 0), masks)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import xxhash
 
+from pruning.model_folder import CONFIG, weight_files
+
 
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
@@ -15,19 +17,18 @@ def _hash_file(path: Path) -> str:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Hash of a model folder: its config.json and all of its safetensors files, hex, 64 digits.
+    """Hash of a model folder: its config.json and the files of its weights, hex, 64 digits.
 
     It tells models apart that differ by accident, faster than a disk reads; against somebody who
     makes two models of one fingerprint on purpose it is no protection.
 
     Raises:
-        ValueError: The folder holds no config.json or no safetensors file.
+        ValueError: The folder holds no config.json or no safetensors weights.
     """
     folder = Path(folder)
-    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
-    if not config.is_file() or not weights:
-        raise ValueError(f"{folder} is not a model folder: no config.json with *.safetensors.")
-    files = [config, *weights]
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a model folder: it holds no {CONFIG}.")
+    files = [folder / CONFIG, *weight_files(folder)]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_hash_file, files))
     lines = (f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))

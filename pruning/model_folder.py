@@ -134,7 +134,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
+        raise ValueError(
+            f"{folder} is not a model folder: it holds neither {WEIGHTS} nor {INDEX}. Weights in "
+            "another format (`pytorch_model.bin`) become these by `save_pretrained`."
+        )
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     names = sorted(set(index["weight_map"].values()))
     if missing := [name for name in names if not (folder / name).is_file()]:

@@ -95,6 +95,11 @@ def write_pruned(
     base_folder = Path(base_folder)
     if max_shard_bytes < 1:
         raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes}.")
+    if not (base_folder / CONFIG).is_file():
+        raise ValueError(
+            f"{base_folder} is not a model folder: it holds no {CONFIG}. For a model of the hub "
+            "give the folder that `hf download` puts it in."
+        )
     with _hashed(base_folder, plan.base):
         plan.verify(AutoConfig.from_pretrained(base_folder))
         cuts = _find_cuts(base_folder, plan)
@@ -185,6 +190,9 @@ def index_buffers(family: Family) -> dict[str, str]:
     }
 
 
+_CUTTABLE = ("F16", "BF16", "F32", "F64")
+
+
 @dataclass(frozen=True)
 class _Cut:
     """A tensor of the smaller model, before it is read.
@@ -244,7 +252,12 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
                     continue
                 header = file.get_slice(name)
                 shape = header.get_shape()
-                sites = family.axes(relative)
+                sites, dtype = family.axes(relative), header.get_dtype()
+                if any(sites) and dtype not in _CUTTABLE:
+                    raise ValueError(
+                        f"{path} has {name!r} in {dtype}; is it quantised? Its scales would not be "
+                        "cut with it. Prune the original checkpoint."
+                    )
                 indices, entries = [], prod(shape)
                 for axis, site in enumerate(sites):
                     index_W = None if site is None else kept[block, site]
@@ -257,7 +270,7 @@ def _find_cuts(base_folder: Path, plan: PruningPlan) -> list[_Cut]:
                     if index_W is not None:
                         entries = entries // shape[axis] * len(index_W)
                     indices.append(index_W)
-                num_bytes = entries * _bytes_of(header.get_dtype())
+                num_bytes = entries * _bytes_of(dtype)
                 axes = family.gain_axes(relative) if gains else ()
                 folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
                 written = name if block < 0 else f"{family.blocks}.{places[block]}.{relative}"
@@ -332,6 +345,14 @@ example:
 """
 
 
+def _bytes(text: str) -> int:
+    try:
+        return int(float(text))
+    except (OverflowError, ValueError):
+        message = f"must be a number of bytes such as 2e9, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `python -m pruning.surgery BASE PLAN OUT`."""
     parser = argparse.ArgumentParser(
@@ -345,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("out", metavar="OUT", type=Path, help="new folder, or a pruned model to replace")
     add(
         "--max-shard-bytes",
-        type=lambda text: int(float(text)),
+        type=_bytes,
         default=5_000_000_000,
         metavar="BYTES",
         help="largest file of weights, such as 2e9 (default: 5e9)",

@@ -268,7 +268,8 @@ class NarrowBlock(nn.Module):
         # transformers loads models on the meta device, where the stock layers that are built here
         # and replaced at once need no memory; elsewhere it is one block at a time.
         super().__init__(config, layer_idx)
-        size, widths = config.hidden_size, config.block_widths[layer_idx]
+        size = config.hidden_size
+        widths: Any = self._checked(config.block_widths[layer_idx], layer_idx)
         self.has = {part: widths.get(part) != 0 for part in ("attn", "mlp")}
         for path, (inputs, outputs) in self.linears.items():
             if not self.has[_part(inputs or outputs)]:
@@ -292,6 +293,22 @@ class NarrowBlock(nn.Module):
         self.mlp_out = IndexedAdd(widths.get("mlp_out", size), size)
         if self.has["attn"]:
             self.self_attn.layer_idx = _cache_slot(config, layer_idx)
+
+    def _checked(self, widths: Mapping[str, int], layer_idx: int) -> Mapping[str, int]:
+        """The widths of this block, if they are widths of its sites."""
+        full = {"attn": 1, "mlp": 1}
+        for path, sites in self.linears.items():
+            stock: Any = self.get_submodule(path)
+            shape = (stock.in_features, stock.out_features)
+            full |= {site: of for site, of in zip(sites, shape, strict=True) if site is not None}
+        for site, width in widths.items():
+            least = 0 if site in ("attn", "mlp") else 1
+            if not least <= width <= full.get(site, -1):
+                raise ValueError(
+                    f"`block_widths` of block {layer_idx} has {site!r}: {width}; sites and their "
+                    f"full widths are {full}."
+                )
+        return widths
 
     def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
         """What the attention adds to its entries of the residual stream, shape (B, T, W)."""

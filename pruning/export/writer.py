@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pruning.export.model_card import ModelCard
 from pruning.export.verify import verify_export
-from pruning.model_folder import replaced_folder
+from pruning.model_folder import refuse_base, replaced_folder
 from pruning.plan import PruningPlan
 from pruning.surgery import write_pruned
 
@@ -46,6 +46,7 @@ def export_model(
             exported model is not the masked one.
         OSError: Reading or writing failed, as when the disk is full.
     """
+    refuse_base(folder, base_folder)
     with replaced_folder(folder) as partial:
         write_pruned(base_folder, plan, partial)
         if model is None:

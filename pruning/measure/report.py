@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pruning.measure.perplexity import Perplexity, perplexity
 from pruning.measure.speed import Speed, measure_speed
 from pruning.measure.zero_shot import Question, ZeroShot, zero_shot
+from pruning.model_folder import weight_files
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,9 @@ def file_bytes(folder: str | Path) -> int:
     """Bytes of the weights in a model folder.
 
     Raises:
-        ValueError: It holds no safetensors file.
+        ValueError: It holds no safetensors weights.
     """
-    files = list(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors file.")
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in weight_files(Path(folder)))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from tests.tiny import tiny_folder
 
 
 def test_by_hand(tmp_path: Path) -> None:
-    for name in ("config.json", "b.safetensors", "a.safetensors"):
+    for name in ("config.json", "model.safetensors", "plan.safetensors"):  # the last: no weights
         (tmp_path / name).write_text(name)
     lines = "\n".join(
         f"{name} {xxhash.xxh3_128(name.encode()).hexdigest()}"
-        for name in ("config.json", "a.safetensors", "b.safetensors")
+        for name in ("config.json", "model.safetensors")
     )
     assert fingerprint(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
 

@@ -228,6 +228,25 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
         prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_checkpoint_of_packed_weights_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    tensors = load_file(base / surgery.WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, base / surgery.WEIGHTS)
+    with pytest.raises(ValueError, match="up_proj.weight' in (I8|F8_E4M3); is it quantised"):
+        prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
+
+
+@pytest.mark.parametrize("number", ["inf", "5GB"])
+def test_the_command_says_what_a_number_of_bytes_is(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        surgery.main(["base", "plan", "out", "--max-shard-bytes", number])
+    assert f"must be a number of bytes such as 2e9, got '{number}'" in capsys.readouterr().err
+
+
 def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     with pytest.raises(ValueError, match="`max_shard_bytes` must be 1 or more, got 0"):

@@ -17,7 +17,11 @@ from transformers import (
 )
 
 from pruning.costs import Parameters
-from pruning.export.modeling_secateur import SecateurLlamaConfig, SelectiveRMSNormGather
+from pruning.export.modeling_secateur import (
+    SecateurLlamaConfig,
+    SecateurLlamaForCausalLM,
+    SelectiveRMSNormGather,
+)
 from pruning.masking import GateHooks
 from pruning.plan import PruningPlan
 from pruning.surgery import prune_checkpoint
@@ -279,3 +283,12 @@ def test_widths_for_another_number_of_blocks_are_refused() -> None:
         ValueError, match="`block_widths` has 1 entries and `num_hidden_layers` is 3"
     ):
         SecateurLlamaConfig(num_hidden_layers=3, block_widths=[{"mlp_mid": 4}])
+
+
+@pytest.mark.parametrize(
+    "widths", [{"mlp_midd": 4}, {"attn_in": 9999}, {"mlp_mid": 0}, {"attn_in": -1}, {"attn": 2}]
+)
+def test_widths_that_no_site_has_are_refused(widths: dict[str, int]) -> None:
+    config = SecateurLlamaConfig(num_hidden_layers=2, block_widths=[{}, widths])
+    with torch.device("meta"), pytest.raises(ValueError, match="`block_widths` of block 1 has"):
+        SecateurLlamaForCausalLM(config)
