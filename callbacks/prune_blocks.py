@@ -191,6 +191,21 @@ class PruneBlocks(Callback):
         """Remove what is due at this step."""
         self._catch_up(trainer, trains_weights(pl_module, "PruneBlocks"))
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether the target was met.
+
+        Raises:
+            ValueError: All steps were taken and it was not, as when the run goes on from a
+                checkpoint without this callback that had no steps left.
+        """
+        removed = len(trains_weights(pl_module, "PruneBlocks").removed_units)
+        if removed < self._total and trainer.global_step >= trainer.estimated_stepping_batches:
+            raise ValueError(
+                f"`target` {self.target} of PruneBlocks is {self._total} units, and {removed} were "
+                f"removed when training ended at step {trainer.global_step}. Start without "
+                "`--ckpt_path`, or from its exported model as `base`."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """What was removed, and the settings that decide the rest."""
         settings = {

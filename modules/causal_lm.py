@@ -261,13 +261,14 @@ class CausalLM(LanguageModelling):
         if compensate_on is None:
             remove_blocks(self.model, places, provenance)
         else:
-            self._remove_compensated(places, provenance, compensate_on)
+            provenance = self._remove_compensated(places, provenance, compensate_on)
         self._depth.note(units, provenance)
         let_go(strategy, self)
 
     def _remove_compensated(
         self, places: Sequence[Unit], provenance: Mapping[str, Any], windows_NT: Tensor
-    ) -> None:
+    ) -> Mapping[str, Any]:
+        """Returns the provenance with the factors, if there are any."""
         if self.lora is not None:
             raise ValueError(
                 "Compensation scales weights that `lora` keeps frozen; leave one of the two out, "
@@ -285,6 +286,7 @@ class CausalLM(LanguageModelling):
             so_far = self.provenance.get("compensation", {})
             factors = {str(self.kept_blocks[at]): factor for at, factor in found.factors.items()}
             self.record("compensation", so_far | factors)
+        return dict(provenance) | found.provenance
 
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
         """Note that a callback has changed weights, for the model card.

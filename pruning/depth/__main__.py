@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("out", metavar="OUT", type=Path, help="new folder, or a shortened model to replace")
     which = parser.add_mutually_exclusive_group(required=True)
     for name, help_ in (("--remove", "blocks that go"), ("--keep", "blocks that stay")):
-        which.add_argument(name, metavar="BLOCK", type=blocks, nargs="+", help=help_)
+        which.add_argument(
+            name, metavar="BLOCK", type=blocks, nargs="+", action="extend", help=help_
+        )
     args = parser.parse_args(arguments)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:

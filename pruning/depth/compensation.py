@@ -55,6 +55,11 @@ class Compensation:
         """Whether it helped, and so is in the weights."""
         return self.compensated < self.without
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What to record beside the blocks: the factors that are in the weights, JSON values."""
+        return {"compensation": {str(b): f for b, f in self.factors.items()}} if self.kept else {}
+
 
 def remove_compensated(
     model: PreTrainedModel,
@@ -94,9 +99,8 @@ def remove_compensated(
                 stack.callback(place.register_forward_hook(_scaling(factors[block])).remove)
             compensated = perplexity(model, windows_NT, batch_size).value
     result = Compensation(factors, without, compensated)
-    record = {"compensation": {str(b): f for b, f in factors.items()}} if result.kept else {}
     num_blocks = model.config.num_hidden_layers
-    remove_blocks(model, gone, dict(provenance or {}) | record)
+    remove_blocks(model, gone, dict(provenance or {}) | result.provenance)
     if result.kept:
         staying = [block for block in range(num_blocks) if block not in gone]
         fold_factors(model, staying, factors)

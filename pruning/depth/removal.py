@@ -9,6 +9,7 @@ stands in for it: such a model trains and decodes, but has no stock form.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,14 +57,16 @@ def remove_blocks(
         provenance: What to record beside them, such as score and data; JSON values.
 
     Raises:
-        ValueError: A block is out of range or a unit repeated, no block or no attention would stay,
-            the model is quantised, or its configuration has a rule that follows the index of a
-            block.
+        ValueError: No unit is named, one is out of range or repeated, no block or no attention
+            would stay, the model is quantised, or its configuration has a rule that follows the
+            index of a block.
     """
     refuse_quantised(model.config)
     config, family = model.config, family_of(model.config)
     gone = _as_units(units)
     checked_units(gone, config.num_hidden_layers)
+    if not gone:
+        raise ValueError("`units` is empty: nothing would be removed.")
     left = [u for u in HalfBlocks().of(model) if u not in gone and Unit(u.block) not in gone]
     keep = sorted({unit.block for unit in left})
     if keep and not any(unit.part == "attn" for unit in left):
@@ -173,7 +176,7 @@ def shortened_fields(
 
 
 def _as_units(units: Iterable[Unit | int]) -> list[Unit]:
-    return [Unit(unit) if isinstance(unit, int) else unit for unit in units]
+    return [unit if isinstance(unit, Unit) else Unit(operator.index(unit)) for unit in units]
 
 
 def _first_names(config: PreTrainedConfig, units: Iterable[Unit]) -> list[str]:

@@ -72,6 +72,11 @@ def prune_blocks(
     """
     base_folder, folder = Path(base_folder), Path(folder)
     refuse_base(folder, base_folder)
+    if not (base_folder / CONFIG).is_file():
+        raise ValueError(
+            f"{base_folder} is not a model folder: it holds no {CONFIG}. For a model of the hub "
+            "give the folder that `hf download` puts it in."
+        )
     config = AutoConfig.from_pretrained(base_folder)
     refuse_quantised(config)
     family = family_of(config)
@@ -102,9 +107,13 @@ def _staying(
     if (remove is None) == (keep is None):
         raise ValueError("Give either `remove` or `keep`, the blocks to remove or those that stay.")
     if keep is not None:
-        return sorted(checked_blocks(keep, num_blocks))
-    gone = checked_blocks(remove or [], num_blocks)
-    return [block for block in range(num_blocks) if block not in gone]
+        staying = sorted(checked_blocks(keep, num_blocks))
+    else:
+        gone = checked_blocks(remove or [], num_blocks)
+        staying = [block for block in range(num_blocks) if block not in gone]
+    if len(staying) == num_blocks:
+        raise ValueError(f"All {num_blocks} blocks would stay; name one that goes.")
+    return staying
 
 
 def _copy_weights(

@@ -230,6 +230,19 @@ def test_other_settings_do_not_go_on_from_a_checkpoint() -> None:
         PruneBlocks(Blocks(2), OneShot(ReverseOrder())).load_state_dict(state)
 
 
+def test_a_target_that_no_step_was_left_for_is_an_error(inputs: Path, tmp_path: Path) -> None:
+    _, trainer = fits.fit(inputs, tmp_path, [], 2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(ValueError, match="is 1 units, and 0 were removed when training ended"):
+        fit(
+            inputs,
+            tmp_path,
+            PruneBlocks(Blocks(1), OneShot(ReverseOrder())),
+            max_steps=2,
+            ckpt_path=tmp_path / "end.ckpt",
+        )
+
+
 def test_scores_are_kept_for_the_next_target(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +297,7 @@ def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
     )
     for name, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
+    assert again.model.config.to_dict() == module.model.config.to_dict()  # factors are recorded
     again.export(tmp_path / "model", "the command")  # equal to the live model, or an error
 
 

@@ -226,3 +226,19 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         prune_blocks(base, tmp_path / "short", remove=[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_a_removal_of_nothing_and_a_folder_that_is_no_model_are_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    for which in ({"remove": []}, {"keep": range(5)}):
+        with pytest.raises(ValueError, match="All 5 blocks would stay; name one that goes"):
+            prune_blocks(base, tmp_path / "short", **which)
+    with pytest.raises(ValueError, match="nowhere is not a model folder"):
+        prune_blocks(tmp_path / "nowhere", tmp_path / "short", remove=[1])
+
+
+def test_the_command_adds_up_what_is_named_twice(base: Path, tmp_path: Path) -> None:
+    main([str(base), str(tmp_path / "short"), "--remove", "1", "--remove", "2"])
+    record = json.loads((tmp_path / "short" / "blocks.json").read_text())
+    assert record["kept_blocks"] == [0, 3, 4]
