@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -156,15 +155,7 @@ class PruneBlocks(Callback):
         Raises:
             ValueError: The module trains no base model, or the strategy divides what trains.
         """
-        trains_weights(module, "PruneBlocks")
-        # By exact class: strategies that divide, DeepSpeed's among them, are subclasses of DDP's.
-        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise ValueError(
-                f"Blocks cannot be removed under `trainer.strategy` "
-                f"{type(trainer.strategy).__name__}, which divides weights or optimiser among the "
-                "ranks. Prune on one device or ddp with `--trainer.max_steps 0`, then train the "
-                "exported model under the strategy."
-            )
+        trains_weights(module, "PruneBlocks").check_removals(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out whether the target can be reached in time; remove what is due at once.

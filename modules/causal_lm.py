@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import (
@@ -237,6 +238,14 @@ class CausalLM(LanguageModelling):
     def removed_units(self) -> list[Unit]:
         """Units of the base model that are gone, in order."""
         return self._depth.removed
+
+    def check_removals(self, strategy: Strategy) -> None:
+        """Find out before training whether blocks can be removed under a strategy.
+
+        Raises:
+            ValueError: It divides weights or optimiser among the ranks.
+        """
+        check_undivided(strategy)
 
     def remove_units(
         self,

@@ -110,7 +110,7 @@ def check_undivided(strategy: Strategy) -> None:
     if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise ValueError(
             f"Blocks cannot be removed under `trainer.strategy` {type(strategy).__name__}, "
-            "which has divided them among the ranks. Prune on one device with "
+            "which divides weights or optimiser among the ranks. Prune on one device or ddp with "
             "`--trainer.max_steps 0`, then train the exported model under the strategy, with "
             "`teacher` for distillation from the dense one."
         )

@@ -110,6 +110,13 @@ class TrainsWeights(Protocol):
         is done to it inside is undone, in part or in whole, at the end.
         """
 
+    def check_removals(self, strategy: Any) -> None:
+        """Find out before training whether anything can be removed under a strategy.
+
+        Raises:
+            ValueError: It divides weights or optimiser among the ranks.
+        """
+
     def remove_units(
         self,
         units: Sequence[Unit],

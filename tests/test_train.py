@@ -215,6 +215,20 @@ def refuses(arguments: list[str], message: str) -> None:
         call(arguments)
 
 
+def test_optimisers_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(["fit", "--optimizer=torch.optim.SGD"])
+    assert "--optimizer" in capsys.readouterr().err
+
+
+def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
+    arguments = ["--model=modules.MaskLearning", f"--model.base={inputs / 'base'}"]
+    refuses(
+        ["predict", *arguments, *on_text(inputs, tmp_path), "--return_predictions=false"],
+        "`return_predictions` must be true",
+    )
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

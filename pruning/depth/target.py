@@ -93,7 +93,20 @@ class Target(ABC):
 
 
 @dataclass(frozen=True)
-class Blocks(Target):
+class _Count(Target):
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"`count` must be 1 or more, got {self.count}.")
+
+    @property
+    def goal(self) -> float:
+        return float(self.count)
+
+
+@dataclass(frozen=True)
+class Blocks(_Count):
     """A number of blocks; two halves are one.
 
     Args:
@@ -103,22 +116,12 @@ class Blocks(Target):
         ValueError: A setting is outside its range.
     """
 
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"`count` must be 1 or more, got {self.count}.")
-
-    @property
-    def goal(self) -> float:
-        return float(self.count)
-
     def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
         return [unit.num_blocks for unit in units]
 
 
 @dataclass(frozen=True)
-class UnitCount(Target):
+class UnitCount(_Count):
     """A number of units: of blocks, or of halves where these go one by one.
 
     Args:
@@ -127,16 +130,6 @@ class UnitCount(Target):
     Raises:
         ValueError: A setting is outside its range.
     """
-
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"`count` must be 1 or more, got {self.count}.")
-
-    @property
-    def goal(self) -> float:
-        return float(self.count)
 
     def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
         return [1.0] * len(units)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,6 @@ from callbacks import PruneBlocks, PruneWeights
 from callbacks.prune_blocks import OneByOne
 from modules.causal_lm import CausalLM
 from modules.lora import LoRA
-from modules.text_data import TextData
 from modules.zero import Zero
 from pruning.depth import Blocks, Magnitude, OneShot
 from pruning.measure.perplexity import perplexity
@@ -38,6 +36,7 @@ from pruning.weights.selection import MlpOnly
 from pruning.weights.source import LiveBlocks
 from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from pruning.weights.store import BlockStore
+from tests import fits
 from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE
@@ -50,17 +49,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"), intermediate_size=36)
 
 
-def text(inputs: Path) -> TextData:
-    return TextData(
-        str(inputs / "text.json"),
-        tokenizer=str(inputs / "base"),
-        window_tokens=16,
-        batch_size=4,
-        validation_windows=6,
-        cache_dir=str(inputs / "cache"),
-    )
-
-
 def fit(
     inputs: Path,
     root: Path,
@@ -69,24 +57,7 @@ def fit(
     more: Sequence[Callback] = (),
     **settings: Any,
 ) -> tuple[CausalLM, Trainer]:
-    module = CausalLM(base=str(inputs / "base"), warmup_steps=0, **settings)
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_steps=max_steps,
-        max_epochs=-1,
-        logger=CSVLogger(root, name="metrics"),
-        callbacks=[callback, *more],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        log_every_n_steps=1,
-        gradient_clip_val=0.1,
-    )
-    trainer.fit(module, text(inputs))
-    return module, trainer
+    return fits.fit(inputs, root, [callback, *more], max_steps, **settings)
 
 
 def weights_of(module: CausalLM, masks: WeightMasks) -> dict[str, Tensor]:
@@ -389,4 +360,6 @@ def test_a_checkpoint_that_has_lost_zeros_is_refused(inputs: Path, tmp_path: Pat
         gradient_clip_val=0.1,
     )  # fmt: skip
     with pytest.raises(ValueError, match="After the checkpoint was loaded, 432 weights"):
-        again.fit(module, text(inputs), ckpt_path=str(tmp_path / "bad.ckpt"), weights_only=True)
+        again.fit(
+            module, fits.text_of(inputs), ckpt_path=str(tmp_path / "bad.ckpt"), weights_only=True
+        )
