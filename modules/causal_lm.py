@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -121,7 +121,7 @@ class CausalLM(LanguageModelling):
         if self.model is not None:
             return
         if self.base is not None:
-            self.model = load_model(self.base_folder, dtype=self.dtype_name)
+            self.model = self.read_model(self.base_folder, self.dtype_name)
         else:
             self.model = AutoModelForCausalLM.from_config(self._config())
         self._depth, self.provenance = Depth(self.model.config.num_hidden_layers), {}
@@ -134,7 +134,7 @@ class CausalLM(LanguageModelling):
             enable({"use_reentrant": False})
         self.model.train()
         if self._teacher is not None and self._teacher.model is None:
-            self._teacher.load(self.model.config.vocab_size)
+            self._teacher.load(self)
 
     def setup(self, stage: str) -> None:
         """Check that strategy and text suit the model before the model is made."""
@@ -165,7 +165,6 @@ class CausalLM(LanguageModelling):
         teacher_ND, teacher_head = self._teacher(input_BT) if self._teacher else (None, None)
         with self._seeded(batch_idx):
             hidden_ND = predicting_states(self.model, input_BT)
-        head = self.model.get_output_embeddings().parameters()
         losses = token_losses(
             hidden_ND,
             input_BT[:, 1:].flatten(),
@@ -174,7 +173,7 @@ class CausalLM(LanguageModelling):
             teacher_head=teacher_head,
             weights=self.loss,
             chunk_tokens=self.loss_chunk_tokens,
-            parameters=[parameter for parameter in head if parameter.requires_grad],
+            parameters=self.whole_parameters(),
         )
         self.log("train_loss", losses.cross_entropy, prog_bar=True)
         if self._teacher:
@@ -182,6 +181,16 @@ class CausalLM(LanguageModelling):
         if not bool(losses.total.isfinite()):
             self.stop_diverged("the loss", losses.total)
         return losses.total
+
+    @property
+    def divisible(self) -> bool:  # type: ignore[override]
+        """Whether the model may lie in shares: only one that is read can be divided."""
+        return self.base is not None
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """The output head, where it trains: its gradient is taken beside the forward pass."""
+        head = self.model.get_output_embeddings()
+        return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
     def recipe(self) -> dict[str, Any]:
         """Where the model came from, what it learns, its warm-up and its optimiser."""
@@ -338,12 +347,10 @@ class CausalLM(LanguageModelling):
         self.provenance = checkpoint["pruning"]["provenance"]
         if "compensation" in self.provenance:  # the embeddings were scaled, their copy was not
             untie(self.model)
-        if self.lora is not None:  # nobody else looks: frozen weights may be missing
-            trained = {name for name, p in self.named_parameters() if p.requires_grad}
-            if missing := sorted(trained - checkpoint["state_dict"].keys()):
-                raise ValueError(
-                    f"The checkpoint lacks {len(missing)} weights, {missing[0]} first."
-                )
+        # Nobody else looks where frozen weights may be missing, or ranks take shares.
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if missing := sorted(trained - checkpoint["state_dict"].keys()):
+            raise ValueError(f"The checkpoint lacks {len(missing)} weights, {missing[0]} first.")
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""

@@ -38,8 +38,12 @@ def divided(run: Run, trainer: Trainer) -> Run:
     strategy: Any = trainer.strategy
     if not getattr(strategy, "divides_models", False):
         return run
-    offloaded = getattr(strategy, "offload_parameters", False)
-    return replace(run, shards=trainer.world_size, offloaded=offloaded)
+    return replace(
+        run,
+        shards=trainer.world_size,
+        live_parameters=getattr(strategy, "live_parameters", run.live_parameters),
+        offloaded=getattr(strategy, "offload_parameters", False),
+    )
 
 
 def memory_of(device: torch.device, ranks: int) -> int | None:

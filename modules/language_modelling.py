@@ -32,6 +32,9 @@ class ReadsModels(Protocol):
     def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
         """This rank's share of the model in a folder."""
 
+    def fetching(self, model: nn.Module) -> Any:
+        """A module of models that were read, no part of what trains, that can be called."""
+
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """With some parameters whole on every rank."""
 
@@ -44,6 +47,8 @@ class LanguageModelling(LightningModule, ABC):
 
     divisible = False
     """Whether the model may lie in shares on the ranks, no rank holding it whole."""
+    frozen = False
+    """Whether something else trains than the model itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +71,12 @@ class LanguageModelling(LightningModule, ABC):
         """
         reader = self._reader
         return reader.read_model(folder, dtype) if reader else load_model(folder, dtype=dtype)
+
+    def fetching(self, model: nn.Module) -> Any:
+        """What to call instead of a module of models that were read but are no part of this one:
+        where they lie in shares, it gathers them layer by layer.
+        """
+        return self._reader.fetching(model) if self._reader else model
 
     @property
     def divided(self) -> bool:

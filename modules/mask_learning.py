@@ -93,7 +93,7 @@ class MaskLearning(LanguageModelling):
         ValueError: A setting is out of its range.
     """
 
-    divisible = True
+    divisible = frozen = True
 
     def __init__(
         self,

@@ -54,12 +54,12 @@ class ShardedDDP(DDPStrategy):
         """Take a module on.
 
         Raises:
-            ValueError: It trains the model itself, or needs it whole.
+            ValueError: It trains the model itself.
         """
-        if not getattr(model, "divisible", False):
+        if not getattr(model, "frozen", False):
             raise ValueError(
                 f"`strategy` ShardedDDP divides a frozen model, and {type(model).__name__} trains "
-                "its own; use modules.Zero in stage 2, or DDP."
+                "its own; use modules.Zero or DDP."
             )
         super().connect(model)
 
@@ -86,6 +86,10 @@ class ShardedDDP(DDPStrategy):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         _allocate(model, self.root_device)
         read_shares(model, folder, _share)
+        return model
+
+    def fetching(self, model: nn.Module) -> nn.Module:
+        """Models that were read gather their blocks themselves."""
         return model
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:

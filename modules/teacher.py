@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modules.loading import load_model, resolve
+from modules.language_modelling import LanguageModelling
+from modules.loading import resolve
 from modules.losses import Head, head_of
 from pruning.fingerprint import fingerprint
 
@@ -24,36 +25,49 @@ class Teacher:
     def __init__(self, name: str) -> None:
         self.name = name
         self.model: PreTrainedModel | None = None
+        self._states: Any = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Content hash of the model."""
         return fingerprint(resolve(self.name))
 
-    def load(self, vocab_size: int) -> None:
-        """Read the model, in the type of its files.
+    def load(self, student: LanguageModelling) -> None:
+        """Read the model, in the type of its files, as the strategy of the student keeps it.
 
         Args:
-            vocab_size: Entries of the vocabulary of the model that learns.
+            student: The module that learns from it.
 
         Raises:
             ValueError: Its vocabulary is another one.
         """
-        model = load_model(resolve(self.name))
-        if (theirs := model.config.vocab_size) != vocab_size:
+        model = student.read_model(resolve(self.name), "auto")
+        theirs, ours = model.config.vocab_size, student.model.config.vocab_size
+        if theirs != ours:
             raise ValueError(
                 f"`teacher` {self.name!r} has a vocabulary of {theirs} and the model one of "
-                f"{vocab_size}; distillation needs the same."
+                f"{ours}; distillation needs the same."
             )
         model.requires_grad_(False)
         model.eval()
-        self.model = model
+        self.model, self._states = model, student.fetching(_PredictingStates(model))
 
     @torch.no_grad()
     def __call__(self, input_BT: Tensor) -> tuple[Tensor, Head]:
         """What it says of windows: hidden states as `predicting_states` gives, and the head."""
         assert self.model is not None
-        return predicting_states(self.model, input_BT), head_of(self.model)
+        return self._states(input_BT), head_of(self.model)
+
+
+class _PredictingStates(nn.Module):
+    """`predicting_states` of one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_BT: Tensor) -> Tensor:
+        return predicting_states(self.model, input_BT)
 
 
 def predicting_states(model: Any, input_BT: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modules.loading import load_config, load_model
 from modules.shares import dtype_of, numel_of, read_shares
+from pruning.measure.memory import LIVE_PARAMETERS
 
 
 class Zero(DeepSpeedStrategy):
@@ -41,7 +43,8 @@ class Zero(DeepSpeedStrategy):
         offload_parameters: Keep the shares of the parameters in the memory of the host; stage 3.
         offload_optimizer: Keep the states of the optimiser, and its step, on the host; stage 2
             or 3.
-        prefetch_parameters: Parameters that are gathered ahead of their use, 0 or more; stage 3.
+        live_parameters: Parameters that lie whole on a rank at once, beyond the layer at work: as
+            many are gathered ahead of their use. 0 or more, 0 for none; stage 3.
         timeout_seconds: Time after which a rank gives up on the others in a collective operation,
             above 0.
 
@@ -54,7 +57,7 @@ class Zero(DeepSpeedStrategy):
         stage: int = 3,
         offload_parameters: bool = False,
         offload_optimizer: bool = False,
-        prefetch_parameters: int = 50_000_000,
+        live_parameters: int = LIVE_PARAMETERS,
         timeout_seconds: float = 1800.0,
     ) -> None:
         if stage not in (1, 2, 3):
@@ -63,15 +66,17 @@ class Zero(DeepSpeedStrategy):
             raise ValueError(f"`offload_parameters` needs `stage` 3, got {stage}.")
         if offload_optimizer and stage == 1:
             raise ValueError("`offload_optimizer` needs `stage` 2 or 3, got 1.")
-        if prefetch_parameters < 0:
-            raise ValueError(f"`prefetch_parameters` must be 0 or more, got {prefetch_parameters}.")
+        if live_parameters < 0:
+            raise ValueError(f"`live_parameters` must be 0 or more, got {live_parameters}.")
         if timeout_seconds <= 0:
             raise ValueError(f"`timeout_seconds` must be above 0, got {timeout_seconds}.")
         zero: dict[str, Any] = {
             "stage": stage,
             "contiguous_gradients": True,
             "reduce_bucket_size": 20_000_000,
-            "stage3_prefetch_bucket_size": prefetch_parameters,
+            # Every layer reads ahead by the first number, until the second one is reached.
+            "stage3_prefetch_bucket_size": live_parameters,
+            "stage3_max_live_parameters": live_parameters,
             "stage3_max_reuse_distance": 0,  # a block goes when it has been used
         }
         if offload_parameters:
@@ -87,7 +92,7 @@ class Zero(DeepSpeedStrategy):
             timeout=timedelta(seconds=timeout_seconds),
         )
         self.stage, self.divides_models = stage, stage == 3
-        self.offload_parameters = offload_parameters
+        self.offload_parameters, self.live_parameters = offload_parameters, live_parameters
         self._groups: list[list[nn.Parameter]] = []
 
     # Where ranks meet.
@@ -132,8 +137,9 @@ class Zero(DeepSpeedStrategy):
         """
         if self.divides_models and not getattr(model, "divisible", False):
             raise ValueError(
-                f"`strategy` Zero in `stage` 3 leaves no rank with the whole model, which "
-                f"{type(model).__name__} needs, to change or to save it; use `stage` 2."
+                "`strategy` Zero in `stage` 3 divides a model while it is read from a folder, and "
+                f"this {type(model).__name__} makes one from nothing. Use `stage` 2; or export it "
+                "with `--trainer.max_steps 0` and give that folder as `base`."
             )
         super().connect(model)
 
@@ -215,7 +221,13 @@ class Zero(DeepSpeedStrategy):
             self.model_to_device()
 
     def fetching(self, model: nn.Module) -> Any:
-        """Let a model whose parameters are in shares gather them where it uses them."""
+        """Let a model whose parameters are in shares gather them where it uses them.
+
+        Args:
+            model: What will be called: every call of it begins a new round of its layers.
+        """
+        if self.stage != 3:
+            return model
         import deepspeed
 
         assert isinstance(self.config, dict)
@@ -260,19 +272,21 @@ class Zero(DeepSpeedStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors of all that trains, and buffers; every rank has to call it."""
+        """Whole tensors of all that trains, and buffers; every rank has to call it.
+
+        What is tied has all its names, as in any state of a module.
+        """
         assert self.lightning_module is not None
-        parameters = dict(self.lightning_module.named_parameters())
-        state = {
-            name: value
-            for name, value in self.lightning_module.state_dict().items()
-            if name not in parameters
-        }
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        state = self.lightning_module.state_dict()
+        for name in chain.from_iterable(names.values()):
+            state.pop(name, None)
         for index, group in enumerate(self._groups):
-            names = {id(parameter): name for name, parameter in parameters.items()}
             for parameter in group:
                 whole = self._gather(parameter, self._flat(index, parameter))
-                state[names[id(parameter)]] = whole
+                state |= dict.fromkeys(names[parameter], whole)
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -280,7 +294,8 @@ class Zero(DeepSpeedStrategy):
         assert self.lightning_module is not None
         state = dict(checkpoint["state_dict"])
         with torch.no_grad():
-            for name, parameter in self.lightning_module.named_parameters():
+            of_module = self.lightning_module.named_parameters(remove_duplicate=False)
+            for name, parameter in of_module:
                 if hasattr(parameter, "ds_tensor") and name in state:
                     target, start = _share(parameter)
                     flat = state.pop(name).flatten()[start : start + target.numel()]
@@ -353,11 +368,13 @@ class Zero(DeepSpeedStrategy):
         return here.start, parameter._hp_mapping.lp_fragment_address.start, here.numel
 
     def _gather(self, parameter: Any, flat: Tensor) -> Tensor:
-        """The whole tensor on the CPU from the flat vectors of all ranks."""
+        """The whole tensor, on the CPU of rank 0, from the flat vectors of all ranks."""
         whole = torch.zeros(numel_of(parameter), dtype=flat.dtype, device=self.root_device)
         start, first, numel = self._range(parameter)
         whole[first : first + numel] = flat[start : start + numel]
-        torch.distributed.all_reduce(whole)  # of disjoint ranges: nothing is rounded
+        torch.distributed.reduce(whole, dst=0)  # of disjoint ranges: nothing is rounded
+        if not self.is_global_zero:
+            return torch.empty(0)
         return whole.view(getattr(parameter, "ds_shape", parameter.shape)).cpu()
 
     def _scatter(

@@ -34,8 +34,8 @@ from pruning.sites import find_sites, gain_sizes
 GB = 1e9
 # Vectors over all gates in float32 that a step has at once: logits, noise, samples, gradients.
 _GATE_VECTORS = 12
-# Parameters that ZeRO-3 gathers ahead of their use, DeepSpeed's default.
-_PREFETCHED = 50_000_000
+LIVE_PARAMETERS = 200_000_000
+"""Parameters that ZeRO-3 gathers ahead of their use: two of the largest matrices of a 13B model."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Run:
         hypernetwork: Makes what is trained beside the gains; called with the sizes of the sites.
         optimizer_bytes: Bytes of optimiser state per trained parameter: 8 for AdamW, 2.03 in 8 bit.
         shards: Ranks that share the frozen weights (ZeRO-3), 1 or more; 1 holds them whole.
+        live_parameters: Parameters that lie gathered beyond the layer at work, 0 or more; they
+            count where weights are sharded or offloaded.
         offloaded: Keep the frozen weights in host memory and gather them on the device in turns
             (ZeRO-3).
 
@@ -91,6 +93,7 @@ class Run:
     hypernetwork: Callable[[Sequence[int]], nn.Module] = SharedHeads
     optimizer_bytes: float = 8.0
     shards: int = 1
+    live_parameters: int = LIVE_PARAMETERS
     offloaded: bool = False
 
     def __post_init__(self) -> None:
@@ -99,6 +102,7 @@ class Run:
             ("window_tokens", 2),
             ("loss_chunk_tokens", 1),
             ("shards", 1),
+            ("live_parameters", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be {least} or more, got {getattr(self, name)}.")
@@ -175,7 +179,7 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     gathered = max((linear.weight.numel() for linear in packed), default=0) * size
     if run.shards > 1 or run.offloaded:
         largest = max(parameter.numel() for parameter in model.parameters())
-        gathered = min(weights, (largest + _PREFETCHED) * size)
+        gathered = min(weights, (largest + run.live_parameters) * size)
         weights = -(-weights // run.shards)
 
     sizes = [site.size for site in find_sites(model, family)]

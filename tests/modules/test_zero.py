@@ -16,7 +16,7 @@ from modules import CausalLM, MaskLearning, ShardedDDP, Zero
         ({"stage": 4}, "`stage` must be 1, 2 or 3, got 4"),
         ({"stage": 2, "offload_parameters": True}, "`offload_parameters` needs `stage` 3, got 2"),
         ({"stage": 1, "offload_optimizer": True}, "`offload_optimizer` needs `stage` 2 or 3"),
-        ({"prefetch_parameters": -1}, "`prefetch_parameters` must be 0 or more, got -1"),
+        ({"live_parameters": -1}, "`live_parameters` must be 0 or more, got -1"),
         ({"timeout_seconds": 0.0}, "`timeout_seconds` must be above 0, got 0.0"),
     ],
 )
