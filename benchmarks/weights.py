@@ -11,14 +11,13 @@ parts.
 Seconds are those on the wall; `overhead_share_cpu` is the same share of the seconds that the
 process spent on the CPU, all threads together, which what else runs on the machine disturbs less.
 
-Memory is the growth of the peak resident set over the loaded model, in a process of its own; the
-formula is that of `pruning.weights.loop`: states and statistics and working copies of one block.
+Memory is what lives beside the model: every storage is followed from its birth to its end. The
+formula is that of `pruning.weights.loop`: states, statistics and working copies of one block.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
+from pruning.measure.live_bytes import LiveBytes
 from pruning.weights.collect import collect
 from pruning.weights.dass import DaSS
 from pruning.weights.loop import prune_weights
@@ -146,44 +146,32 @@ def seconds(run: Callable[[Any], None], width: int | None) -> tuple[float, float
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def peak_growth_mb(width: int | None, recipe: WeightRecipe, windows_NT: Tensor) -> float:
-    """Growth of the peak resident set in MB over the loaded model, in a fresh process."""
-    # Not forked: a child would wait for ever for the threads that its parent had.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_grown_mb, (width, recipe, windows_NT, torch.get_num_threads()))
-
-
-def _grown_mb(
-    width: int | None, recipe: WeightRecipe, windows_NT: Tensor, num_threads: int
-) -> float:
-    torch.set_num_threads(num_threads)
-    model = make_model(width)
-    model(windows_NT[:1])  # what the libraries allocate for themselves
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _peak_mb()
-    ours(model, recipe, windows_NT)
-    return _peak_mb() - before
-
-
-def _peak_mb() -> float:
-    """Peak of the resident set of this process."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+@torch.no_grad()
+def peak_growth_mb(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> float:
+    """Most bytes of tensors that were alive at once beside the model and the windows, in MB."""
+    with LiveBytes([*model.parameters(), *model.buffers(), windows_NT]) as live:
+        ours(model, recipe, windows_NT)
+    return live.peak / 2**20
 
 
 def formula_mb(model: Any, recipe: WeightRecipe, windows: int, tokens: int) -> float:
-    """Calibration states, once; statistics of a block; what one matrix takes while it is pruned.
+    """Calibration states, and what a batch on its way or a matrix in work takes, if that is more.
 
-    States: windows x T x D, and the outputs of one batch of the widest layer, three of them (gate,
-    up and their product). Hessians, three of D x D and one of M x M: the sum and its factor, and
-    four copies of the larger batch while it is factorised. A matrix: six copies while it is sorted.
+    States: windows x T x D numbers. A batch: three tensors of the width of the MLP, five of that of
+    the model. Hessians: three of D x D and one of M x M. While a block is pruned: masks, of a byte
+    per weight; with Hessians the weights that the sweep found, the factors of the narrow Hessians
+    and six copies of the wide one while it is factorised; otherwise six of a matrix that is sorted.
     """
     width, middle = model.config.hidden_size, model.config.intermediate_size
-    states = windows * tokens * width + 3 * 8 * tokens * middle
-    narrow, wide = 3 * width**2, middle**2
-    grams = 2 * (narrow + wide) + 4 * max(narrow, wide) if Gram in recipe.needs else 0
-    return 4 * (states + grams + 6 * width * middle) / 2**20
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    states = windows * tokens * width
+    batch = 8 * tokens * (3 * middle + 5 * width)
+    if Gram in recipe.needs:
+        narrow, wide = 3 * width**2, middle**2
+        work = narrow + wide + max(batch, 1.25 * block + narrow + 6 * wide)
+    else:
+        work = max(batch, 0.25 * block + 6 * width * middle)
+    return 4 * (states + work) / 2**20
 
 
 def summary(name: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
@@ -221,10 +209,12 @@ def main() -> None:
     figures: dict[str, Any] = {"windows": args.windows, "threads": args.threads}
     for name in args.methods:
         recipe = METHODS[name]
-        figures[f"{name}_peak_growth_mb"] = peak_growth_mb(args.width, recipe, windows_NT)
-        figures[f"{name}_formula_mb"] = formula_mb(
-            make_model(args.width), recipe, args.windows, WINDOW_TOKENS
-        )
+        model = make_model(args.width)
+        formula = formula_mb(model, recipe, args.windows, WINDOW_TOKENS)
+        growth = peak_growth_mb(model, recipe, windows_NT)
+        figures |= {f"{name}_peak_growth_mb": growth, f"{name}_formula_mb": formula}
+        figures[f"{name}_memory_over_formula"] = growth / formula
+        del model
         times: dict[str, list[tuple[float, float]]] = {run: [] for run in runs}
         for _ in range(args.repeats):
             for run, function in runs.items():
