@@ -30,8 +30,8 @@ from tests.runs import write_text
 from tests.tiny import tiny_tokenizer
 
 PHASES = ("load", "training", "export")
-# glibc serves from its heap, which does not shrink, what is below a limit; the limit begins here and
-# grows to 32 MB with what is freed. Fixed, what is resident is what is in use, for all that compare.
+# glibc serves what is below a limit from its heap, which does not shrink; the limit begins here and
+# grows to 32 MB with what is freed. Fixed, what is resident is in use, for all that compare.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
 
 
