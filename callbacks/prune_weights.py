@@ -23,14 +23,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from callbacks._held_masks import HeldMasks, take_out_updates
-from pruning.depth.cache import data_fingerprint, live_fingerprint
 from pruning.families import blocks_of, family_of, skeleton
 from pruning.measure.perplexity import perplexity
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
 from pruning.recipe import refuse_other
 from pruning.weights.gradually import Gradually
 from pruning.weights.loop import Progress as OnBlock
-from pruning.weights.loop import prune_weights
+from pruning.weights.loop import prune_weights, run_settings
 from pruning.weights.masks import WeightMasks, pack, unpack
 from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
 from pruning.weights.pattern import Pattern
@@ -356,22 +355,17 @@ class PruneWeights(Callback):
         """Prune a plain copy into the store, and tell what that is worth."""
         held_back_MT, windows_NT = self._windows(trainer)
         with module.plain() as model:
-            settings = recipe.settings() | {
-                "model": live_fingerprint(model),
-                "windows": data_fingerprint(windows_NT),
-                "held back": data_fingerprint(held_back_MT),
-                "calibration_batch_size": self.calibration_batch_size,
-                "step": step,
-            }
-            store = self._store(trainer, settings)
+            source, batch_size = LiveBlocks(model), self.calibration_batch_size
+            settings = run_settings(source, recipe, windows_NT, held_back_MT, batch_size)
+            store = self._store(trainer, settings | {"step": step})
             before = perplexity(model, held_back_MT)
             with _progress(trainer) as on_block:
                 found = prune_weights(
-                    LiveBlocks(model),
+                    source,
                     recipe,
                     windows_NT,
                     held_back_NT=held_back_MT,
-                    batch_size=self.calibration_batch_size,
+                    batch_size=batch_size,
                     store=store,
                     progress=on_block,
                 )
@@ -406,11 +400,8 @@ class PruneWeights(Callback):
         folder = self._path(trainer) / _BLOCKS
         try:
             return BlockStore(folder, settings)
-        except ValueError as error:
+        except ValueError:
             if settings["step"] == 0:
-                error.add_note(
-                    f"Or these are the blocks of an earlier run that did not end: delete {folder}."
-                )
                 raise
             shutil.rmtree(folder)  # of an earlier rise, or of one before the checkpoint
             return BlockStore(folder, settings)

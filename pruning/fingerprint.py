@@ -1,12 +1,20 @@
-"""Content hashes that tell models and data apart, whatever they are called or wherever they lie."""
+"""Content hashes that tell models and data apart, whatever they are called or wherever they lie.
+
+Legend: N = windows, T = tokens of a window.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import xxhash
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pruning.model_folder import CONFIG, weight_files
 
@@ -33,3 +41,28 @@ def fingerprint(folder: str | Path) -> str:
         digests = list(pool.map(_hash_file, files))
     lines = (f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def live_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model in memory: names, types, shapes and bytes of its tensors, and what it is.
+
+    On another device than the CPU one tensor at a time is copied.
+    """
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in ("_name_or_path", "dtype", "transformers_version")
+    }
+    found = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(flat.numpy())
+    return found.hexdigest()
+
+
+def data_fingerprint(windows_NT: Int[Tensor, "N T"]) -> str:
+    """Hash of windows of token ids, in order."""
+    found = hashlib.sha256(f"{tuple(windows_NT.shape)}".encode())
+    found.update(windows_NT.cpu().long().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from pruning.depth.scores import BlockScore, BlockScores
 from pruning.depth.units import Unit
+from pruning.fingerprint import data_fingerprint, live_fingerprint
 
 _log = logging.getLogger(__name__)
 _FORMAT = "secateur-block-scores-1"
@@ -118,31 +119,6 @@ def load_scores(path: Path) -> BlockScores:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no readable scores: {error}. Delete it.") from error
-
-
-def live_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model in memory: names, types, shapes and bytes of its tensors, and what it is.
-
-    About a gigabyte per second; on another device than the CPU one tensor at a time is copied.
-    """
-    config = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        if name not in ("_name_or_path", "dtype", "transformers_version")
-    }
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(flat.numpy().tobytes())
-    return found.hexdigest()
-
-
-def data_fingerprint(windows_NT: Int[Tensor, "N T"]) -> str:
-    """Hash of windows of token ids, in order."""
-    found = hashlib.sha256(f"{tuple(windows_NT.shape)}".encode())
-    found.update(windows_NT.cpu().long().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def _nulls(row_L: Float[Tensor, " L"]) -> list[float | None]:

@@ -10,7 +10,7 @@ On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from pruning.families import family_of
+from pruning.fingerprint import fingerprint
 from pruning.model_folder import (
     COMPANIONS,
     CONFIG,
@@ -61,12 +62,14 @@ def write_pruned_checkpoint(
         progress: Called with the files written and the files in all.
 
     Raises:
-        ValueError: A block is not finished, or something else lies at `folder`.
+        ValueError: The blocks or masks are of another model, a block is not finished, or something
+            else lies at `folder`.
     """
     base_folder = Path(base_folder)
     config = AutoConfig.from_pretrained(base_folder)
     prefix = f"{family_of(config).blocks}."
     files = weight_files(base_folder)
+    _refuse_other_base(base_folder, files, store, masks)
     with replaced_folder(folder, is_masked_model) as partial:
         for number, path in enumerate(files, start=1):
             with safe_open(path, framework="pt") as file:
@@ -80,6 +83,26 @@ def write_pruned_checkpoint(
                 progress(number, len(files))
         copy_companions(base_folder, partial, (CONFIG, INDEX, *COMPANIONS))
         masks.save(partial / MASKS)
+
+
+def _refuse_other_base(
+    base_folder: Path, files: Sequence[Path], store: BlockStore, masks: WeightMasks
+) -> None:
+    if store.settings.get("model") != fingerprint(base_folder):
+        raise ValueError(
+            f"`store` {store.folder} holds no blocks of {base_folder}: those of another model were "
+            "pruned, or of this one in memory, or it has changed since. Give the folder that "
+            "StreamedBlocks read; a model in memory is written by its `save_pretrained`."
+        )
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    if missing := [name for name in masks if name not in names]:
+        raise ValueError(
+            f"`masks` name {len(missing)} tensors that {base_folder} lacks, {missing[0]!r} first; "
+            "give those that `prune_weights` returned."
+        )
 
 
 @torch.no_grad()

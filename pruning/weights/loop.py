@@ -18,16 +18,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
+from pruning.fingerprint import data_fingerprint
 from pruning.weights.block import allocate, prune_block
 from pruning.weights.guard import drop_what_harms
 from pruning.weights.masks import WeightMasks
 from pruning.weights.parts import BlockCall, PrunedBlock
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource, CalibrationStates, evaluation
+from pruning.weights.source import BlockSource, CalibrationStates, check_windows, evaluation
 from pruning.weights.store import BlockStore
 
 Progress = Callable[[int, int], None]
@@ -77,15 +79,20 @@ def prune_weights(
 
     Raises:
         ValueError: The parts do not go together or not with the model, the calibration windows do
-            not fit, weights or activations are not finite, or there is no place for the result.
+            not fit, weights or activations are not finite, there is no place for the result, or the
+            store holds the blocks of another run: of another model, recipe, text or batch size.
     """
     recipe.check(source.linears)
+    if windows_NT is not None:
+        check_windows(source.model.config, windows_NT, batch_size)
     if store is None and not source.keeps_changes:
         raise ValueError("`store` is needed for blocks that are streamed: they are kept there.")
     if windows_NT is None and not recipe.data_free:
         raise ValueError(
             "`windows_NT` is needed: parts of this recipe look at calibration windows."
         )
+    if store is not None:
+        store.claim(run_settings(source, recipe, windows_NT, held_back_NT, batch_size))
     notes: list[str] = []
     masks = WeightMasks()
     with evaluation(source.model):
@@ -98,6 +105,22 @@ def prune_weights(
                 masks.add(f"{source.prefix}{index}.{path}.weight", mask_OI)
             notes += block.notes
     return WeightPruning(masks, recipe, sparsities, notes)
+
+
+def run_settings(
+    source: BlockSource,
+    recipe: WeightRecipe,
+    windows_NT: Int[Tensor, "N T"] | None,
+    held_back_NT: Int[Tensor, "M T"] | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """What decides the result of `prune_weights`, as JSON values; arguments are the same."""
+    return recipe.settings() | {
+        "model": source.fingerprint(),
+        "windows": None if windows_NT is None else data_fingerprint(windows_NT),
+        "held back": None if held_back_NT is None else data_fingerprint(held_back_NT),
+        "batch_size": batch_size,
+    }
 
 
 def _prune(

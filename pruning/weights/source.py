@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from pruning.families import blocks_of, family_of, skeleton
+from pruning.fingerprint import fingerprint, live_fingerprint
 from pruning.measure.perplexity import Perplexity, perplexity
 from pruning.model_folder import weight_files
 from pruning.weights.parts import BlockCall, Linear, linears_of
@@ -48,6 +49,10 @@ class BlockSource(ABC):
     @abstractmethod
     def block(self, index: int) -> nn.Module:
         """A block with its weights, which may be changed."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the model as it is now, weights included."""
 
     @property
     def prefix(self) -> str:
@@ -80,6 +85,9 @@ class LiveBlocks(BlockSource):
 
     def block(self, index: int) -> nn.Module:
         return self.blocks[index]
+
+    def fingerprint(self) -> str:
+        return live_fingerprint(self.model)
 
 
 class StreamedBlocks(BlockSource):
@@ -114,6 +122,9 @@ class StreamedBlocks(BlockSource):
         names = {name: f"{self.prefix}{index}.{name}" for name in block.state_dict()}
         block.load_state_dict(self._read(names), assign=True)
         return block.requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.folder)
 
     def _load_what_is_not_in_blocks(self) -> None:
         model: Any = self.model
@@ -170,7 +181,7 @@ class CalibrationStates:
     def __init__(
         self, source: BlockSource, windows_NT: Int[Tensor, "N T"], batch_size: int
     ) -> None:
-        _check_windows(source.model.config, windows_NT, batch_size)
+        check_windows(source.model.config, windows_NT, batch_size)
         self.source, self.windows_NT, self.batch_size = source, windows_NT, batch_size
         self.hidden: list[Tensor] = []
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -210,7 +221,13 @@ class CalibrationStates:
             return perplexity(self.source.model, self.windows_NT, self.batch_size)
 
 
-def _check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
+def check_windows(config: Any, windows_NT: Int[Tensor, "N T"], batch_size: int) -> None:
+    """Refuse windows that a model cannot read, before any work.
+
+    Raises:
+        ValueError: There are none, they are longer than the positions of the model, or hold tokens
+            that it does not know.
+    """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     if len(windows_NT) == 0:

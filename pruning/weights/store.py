@@ -1,7 +1,8 @@
 """Finished blocks on disk: what a run that was killed goes on from, and what a model is made of.
 
 One file per block, `block-00003.safetensors`: the new weights and the packed masks of its matrices.
-A file appears when it is complete. `run.json` says what run they belong to.
+A file appears when it is complete. `run.json` says what run they belong to: model, recipe, windows
+and whatever else decides it. `prune_weights` writes that; blocks of another run are refused.
 """
 
 from __future__ import annotations
@@ -29,19 +30,46 @@ class BlockStore:
 
     Args:
         folder: Where they are; made if needed.
-        settings: What decides the run, JSON values: recipe, model and calibration data.
+        settings: What else decides the run, beside what `prune_weights` knows; JSON values.
 
     Raises:
         ValueError: The folder holds the blocks of a run with other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / RUN
-        if path.is_file():
-            refuse_other(json.loads(path.read_text(encoding="utf-8")), settings, str(self.folder))
-        _replace(path, lambda partial: partial.write_text(json.dumps(dict(settings), indent=1)))
+        self.settings: dict[str, Any] = {}
+        """All that is known to decide the run."""
+        if self._blocks():
+            self.settings = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        self.claim(settings or {})
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Say what decides the run that the blocks belong to.
+
+        Args:
+            settings: JSON values; they are added to those that were told before.
+
+        Raises:
+            ValueError: There are finished blocks already, of a run with other settings.
+        """
+        if self._blocks():
+            saved = {key: self.settings.get(key) for key in settings}
+            try:
+                refuse_other(saved, settings, f"the blocks in {self.folder}")
+            except ValueError as error:
+                error.add_note(
+                    f"Or these are the blocks of an earlier run that did not end: delete "
+                    f"{self.folder}."
+                )
+                raise
+        self.settings |= settings
+        text = json.dumps(self.settings, indent=1)
+        _replace(self.folder / RUN, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def _blocks(self) -> list[Path]:
+        return sorted(self.folder.glob("block-*.safetensors"))
 
     def path(self, index: int) -> Path:
         """The file of a block."""

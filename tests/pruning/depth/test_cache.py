@@ -18,7 +18,8 @@ from pruning.depth import (
     Perplexity,
     remove_blocks,
 )
-from pruning.depth.cache import live_fingerprint, load_scores
+from pruning.depth.cache import load_scores
+from pruning.fingerprint import live_fingerprint
 from tests.tiny import VOCABULARY, tiny_llama
 
 

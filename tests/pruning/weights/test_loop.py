@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pruning.weights.source import CalibrationStates, LiveBlocks, StreamedBlocks
 from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from pruning.weights.store import BlockStore
 from pruning.weights.wanda import Wanda
-from tests.tiny import tiny_family_folder, tiny_llama, tiny_model
+from tests.tiny import tiny_family_folder, tiny_folder, tiny_llama, tiny_model
 
 HALF = Unstructured(0.5)
 SPARSE_GPT = WeightRecipe(HALF, ObsSaliency(), compensation=SparseGPTSweep())
@@ -53,7 +54,7 @@ def test_live_and_streamed_are_one(family: str, tmp_path: Path) -> None:
     base = tiny_family_folder(tmp_path / "base", family)
     live: Any = AutoModelForCausalLM.from_pretrained(base)
     found = prune_weights(LiveBlocks(live), SPARSE_GPT, tokens(), batch_size=4)
-    store = BlockStore(tmp_path / "store", {})
+    store = BlockStore(tmp_path / "store")
     streamed = prune_weights(StreamedBlocks(base), SPARSE_GPT, tokens(), batch_size=4, store=store)
     assert list(streamed.masks) == list(found.masks)
     assert all(torch.equal(streamed.masks[name], found.masks[name]) for name in found.masks)
@@ -74,7 +75,7 @@ def test_a_run_that_was_killed_goes_on_at_its_block(tmp_path: Path) -> None:
             if number == stop_after:
                 raise KeyboardInterrupt
 
-        store = BlockStore(tmp_path / folder, SPARSE_GPT.settings())
+        store = BlockStore(tmp_path / folder)
         result = prune_weights(
             LiveBlocks(model), SPARSE_GPT, tokens(), store=store, progress=progress
         )
@@ -91,8 +92,33 @@ def test_a_run_that_was_killed_goes_on_at_its_block(tmp_path: Path) -> None:
     assert all(torch.equal(again.masks[name], found.masks[name]) for name in found.masks)
     for ours, theirs in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="`pattern` was"):
-        BlockStore(tmp_path / "killed", WeightRecipe(NM(2, 4)).settings())
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("`compensation` was", {"recipe": replace(SPARSE_GPT, compensation=None)}),
+        ("`model` was", {"source": LiveBlocks(tiny_llama(1))}),
+        ("`windows` was", {"windows_NT": tokens(seed=1)}),
+        ("`held back` was None", {"held_back_NT": tokens(seed=1)}),
+        ("`batch_size` was 8 and is now 4", {"batch_size": 4}),
+    ]
+    same = {"source": LiveBlocks(tiny_llama()), "recipe": SPARSE_GPT, "windows_NT": tokens()}
+    for message, other in others:
+        with pytest.raises(ValueError, match=message) as refusal:
+            prune_weights(**same | other, store=BlockStore(tmp_path / "killed"))
+        assert "delete" in refusal.value.__notes__[0]
+    with pytest.raises(ValueError, match="`step` was None"):
+        BlockStore(tmp_path / "killed", {"step": 1})
+
+
+def test_blocks_go_into_the_model_that_they_are_of(tmp_path: Path) -> None:
+    base, other = (tiny_folder(tmp_path / str(seed), seed) for seed in (0, 1))
+    store = BlockStore(tmp_path / "store")
+    recipe = WeightRecipe(HALF, Magnitude())
+    found = prune_weights(StreamedBlocks(base), recipe, store=store)
+    with pytest.raises(ValueError, match="holds no blocks of .*1: those of another model"):
+        write_pruned_checkpoint(other, store, found.masks, tmp_path / "sparse")
+    found.masks.add("model.layers.9.mlp.up_proj.weight", torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="name 1 tensors .* lacks, 'model.layers.9.mlp.up_proj"):
+        write_pruned_checkpoint(base, store, found.masks, tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
 
 
 def test_only_the_linear_layers_of_blocks_change_and_masks_say_how() -> None:
