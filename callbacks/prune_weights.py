@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from callbacks._held_masks import HeldMasks, take_out_updates
+from callbacks._trial import is_trial
 from pruning.families import blocks_of, family_of, skeleton
 from pruning.measure.perplexity import perplexity
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
@@ -129,6 +131,7 @@ class PruneWeights(Callback):
         """Every pruning so far: step, sparsities, perplexity before and after, notes."""
         self._kept_blocks: list[int] = []
         self._held: HeldMasks | None = None
+        self._trial: TemporaryDirectory[str] | None = None
         self._step = -1
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
@@ -243,6 +246,9 @@ class PruneWeights(Callback):
         """Remove the finished blocks when everything has gone well; an error does not lead here."""
         if stage == "fit" and trainer.is_global_zero:
             shutil.rmtree(self._path(trainer) / _BLOCKS, ignore_errors=True)
+            if self._trial is not None:
+                self._trial.cleanup()
+                self._trial = None
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, what was done so far, and the settings that decide the rest."""
@@ -281,7 +287,14 @@ class PruneWeights(Callback):
         }
 
     def _path(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / self.folder
+        """Where all this goes; of a run that only tries its steps, beside it and for the time."""
+        folder = Path(trainer.default_root_dir).absolute() / self.folder
+        if not is_trial(trainer):
+            return folder
+        if self._trial is None:
+            there = next(parent for parent in folder.parents if parent.is_dir())
+            self._trial = TemporaryDirectory(prefix=f".{folder.name}-trial-", dir=there)
+        return Path(self._trial.name)
 
     def _hold(self, module: TrainsWeights) -> None:
         if self._held is None and self.history:

@@ -31,6 +31,7 @@ def fit(
     callbacks: Sequence[Callback],
     max_steps: int,
     ckpt_path: Path | None = None,
+    fast_dev_run: bool = False,
     **settings: Any,
 ) -> tuple[CausalLM, Trainer]:
     """Train the base model of `make_inputs` further.
@@ -41,6 +42,7 @@ def fit(
         callbacks: What prunes.
         max_steps: Optimiser steps.
         ckpt_path: A checkpoint to go on from.
+        fast_dev_run: Whether the run only tries one step.
         **settings: Of `CausalLM`.
     """
     module = CausalLM(base=str(inputs / "base"), warmup_steps=0, **settings)
@@ -58,6 +60,7 @@ def fit(
         limit_val_batches=0,
         log_every_n_steps=1,
         gradient_clip_val=0.1,
+        fast_dev_run=fast_dev_run,
     )
     trainer.fit(module, text_of(inputs), ckpt_path=ckpt_path, weights_only=True)
     return module, trainer

@@ -37,7 +37,7 @@ from pruning.weights.source import LiveBlocks
 from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from pruning.weights.store import BlockStore
 from tests import fits
-from tests.runs import NOISE, make_inputs
+from tests.runs import NOISE, content, make_inputs
 
 pytestmark = NOISE
 SMALL: dict[str, Any] = {"calibration_windows": 8, "held_back_windows": 4}
@@ -221,6 +221,10 @@ def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
     with pytest.raises(RuntimeError, match="killed"):
         fit(inputs, tmp_path / "run", PruneWeights(**recipe), max_steps=0)
     monkeypatch.setattr(BlockStore, "save", save)
+    before = content(tmp_path)  # finished runs and killed ones are left alone by a trial
+    for folder in ("whole", "run", "new"):
+        fit(inputs, tmp_path / folder, PruneWeights(NM(1, 4), **SMALL), 1, fast_dev_run=True)
+    assert content(tmp_path) == before
     with pytest.raises(ValueError, match="`score` was 'ObsSaliency.* and is now 'Wanda") as refusal:
         fit(inputs, tmp_path / "run", PruneWeights(NM(2, 4), **SMALL), max_steps=0)
     assert "an earlier run that did not end: delete" in refusal.value.__notes__[0]
