@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.distributed.tensor import DTensor
 
 from callbacks._preemption import Preempted, Signals, requeue
 from callbacks._trial import is_trial
@@ -125,7 +124,7 @@ class SaveCheckpoint(Checkpoint):
                 and the last good checkpoint.
         """
         trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
-        shares = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        shares = (getattr(p, "ds_tensor", p) for p in trained)  # of DeepSpeed, if it has them
         finite = all(bool(share.isfinite().all()) for share in shares)
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise FloatingPointError(

@@ -7,7 +7,6 @@ arXiv 1503.02531, at temperature 1), or on both; all weights or low-rank updates
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,26 +19,26 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     get_cosine_schedule_with_warmup,
 )
 
-from modules.delivery import MARK, Origin, deliver_weights, is_trained
+from modules.delivery import MARK, Origin, is_trained
 from modules.depth import Depth, check_undivided, let_go
 from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import check_base, load_config, load_model, resolve
+from modules.loading import check_base, load_config, load_model, make_config, resolve
 from modules.lora import LoRA, merged
 from modules.losses import LossWeights, head_of, token_losses
 from modules.shares import dtype_of
 from modules.teacher import Teacher, predicting_states
+from modules.weights_export import WeightsExport
 from pruning.depth import Unit, remove_blocks, remove_compensated
 from pruning.depth.compensation import untie
 from pruning.fingerprint import fingerprint
-from pruning.model_folder import copy_companions, refuse_base, refuse_foreign, replaced_folder
+from pruning.model_folder import refuse_base, refuse_foreign, replaced_folder, write_json
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -123,7 +122,7 @@ class CausalLM(LanguageModelling):
         if self.base is not None:
             self.model = self.read_model(self.base_folder, self.dtype_name)
         else:
-            self.model = AutoModelForCausalLM.from_config(self._config())
+            self.model = AutoModelForCausalLM.from_config(self._config)
         self._depth, self.provenance = Depth(self.model.config.num_hidden_layers), {}
         if self.lora is not None:
             self.lora.inject(self.model)
@@ -139,7 +138,7 @@ class CausalLM(LanguageModelling):
     def setup(self, stage: str) -> None:
         """Check that strategy and text suit the model before the model is made."""
         self.check_strategy()
-        self.check_data(self._config())
+        self.check_data(self._config)
 
     def on_fit_start(self) -> None:
         """Bring the teacher to where the model is."""
@@ -165,6 +164,7 @@ class CausalLM(LanguageModelling):
         teacher_ND, teacher_head = self._teacher(input_BT) if self._teacher else (None, None)
         with self._seeded(batch_idx):
             hidden_ND = predicting_states(self.model, input_BT)
+        head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
         losses = token_losses(
             hidden_ND,
             input_BT[:, 1:].flatten(),
@@ -173,7 +173,7 @@ class CausalLM(LanguageModelling):
             teacher_head=teacher_head,
             weights=self.loss,
             chunk_tokens=self.loss_chunk_tokens,
-            parameters=self.whole_parameters(),
+            parameters=None if head and self.divided else head,
         )
         self.log("train_loss", losses.cross_entropy, prog_bar=True)
         if self._teacher:
@@ -186,11 +186,6 @@ class CausalLM(LanguageModelling):
     def divisible(self) -> bool:  # type: ignore[override]
         """Whether the model may lie in shares: only one that is read can be divided."""
         return self.base is not None
-
-    def whole_parameters(self) -> list[nn.Parameter]:
-        """The output head, where it trains: its gradient is taken beside the forward pass."""
-        head = self.model.get_output_embeddings()
-        return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
     def recipe(self) -> dict[str, Any]:
         """Where the model came from, what it learns, its warm-up and its optimiser."""
@@ -359,39 +354,32 @@ class CausalLM(LanguageModelling):
         refuse_foreign(folder, is_trained)
 
     def export(self, folder: Path, command: str) -> None:
-        """Save model and tokenizer as transformers does; see `deliver_weights` for the rest.
+        """Save model and tokenizer, compare and measure the result, see `WeightsExport`.
 
-        What was shortened and not trained comes from the files of the base model. A model that was
-        made from scratch has no dense model to be compared with.
+        A model that was made from scratch is saved only: it has no dense model to be compared with.
         """
-        if not self.trainer.is_global_zero:
-            return
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.base is None:
-            with replaced_folder(folder, is_trained) as partial:
-                self.model.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-                mark = {"command": command, "steps": self.global_step, "stages": []}
-                (partial / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+            if self.trainer.is_global_zero:
+                with replaced_folder(folder, is_trained) as partial:
+                    self.model.save_pretrained(partial)
+                    data.tokenizer.save_pretrained(partial)
+                    mark = {"command": command, "steps": self.global_step, "stages": []}
+                    write_json(partial / MARK, mark)
             return
-
-        def write(partial: Path) -> None:
-            if self._only_shortened():
-                self._depth.stream(self.base_folder, partial, self.base_fingerprint)
-                return
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            self._depth.complete(self.base_folder, partial, self.base_fingerprint)
-            copy_companions(self.base_folder, partial)  # those of the base, if it has any
-
-        windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
-        windows_NT = torch.stack([windows[place] for place in range(len(windows))])
-        origin, dense = self._origin(command), self._dense()
+        windows_NT = torch.stack([data.validation_set[n] for n in range(len(data.validation_set))])
         dtype = dtype_of(self.base_folder, self.export_dtype)
-        if self._only_shortened():  # the files keep their type: compared in that of the model
-            dtype = self.model.dtype
-        with self.plain() as model, _rounded(model, dtype):
-            deliver_weights(model, dense, origin, write, folder, windows_NT)
+        left = WeightsExport(self._origin(command), self._depth, data.tokenizer, dtype)
+        if self.divided:
+            strategy: Any = self.trainer.strategy
+            left.from_shares(self.model, strategy.whole, folder, windows_NT, strategy.root_device)
+        elif self.trainer.is_global_zero:
+            dense = self._dense()
+            with self.plain() as model:
+                if self._only_shortened():
+                    left.from_files(model, dense, folder, windows_NT)
+                else:
+                    left.from_model(model, dense, folder, windows_NT)
 
     def _only_shortened(self) -> bool:
         """Whether the base model's files, without some blocks, are what is to be exported."""
@@ -427,6 +415,15 @@ class CausalLM(LanguageModelling):
     def _fingerprint_of(self, teacher: Teacher) -> str:
         return self.base_fingerprint if teacher.name == self.base else teacher.fingerprint
 
+    @property
+    def _config(self) -> Any:
+        """The configuration of the model."""
+        return (
+            make_config(self.architecture or {})
+            if self.base is None
+            else load_config(self.base_folder)
+        )
+
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._make_optimizer([p for p in self.parameters() if p.requires_grad])
 
@@ -439,35 +436,3 @@ class CausalLM(LanguageModelling):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(random.Random(place).getrandbits(63))
             yield
-
-    def _config(self) -> Any:
-        """The configuration of the model.
-
-        Raises:
-            ValueError: It names no model, or none that transformers knows.
-        """
-        if self.base is not None:
-            return load_config(self.base_folder)
-        settings = dict(self.architecture or {})
-        model_type = settings.pop("model_type", None)
-        if model_type is None:
-            raise ValueError("`architecture` needs a `model_type`, such as llama.")
-        try:
-            return AutoConfig.for_model(model_type, **settings)
-        except ValueError as error:
-            raise ValueError(
-                f"`architecture` is not one that transformers knows: {error}"
-            ) from error
-
-
-@contextmanager
-def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """The model with all weights in a type; they are what they were at the end."""
-    before = {p: p.data for p in model.parameters() if p.dtype != dtype}
-    try:
-        for parameter in before:
-            parameter.grad, parameter.data = None, parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, data in before.items():
-            parameter.data = data

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -165,6 +166,19 @@ def deliver_weights(
         (partial / "README.md").write_text(text, encoding="utf-8")
     publish(report, folder)
     return report
+
+
+@contextmanager
+def rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """The model with all weights in a type; they are what they were at the end."""
+    before = {p: p.data for p in model.parameters() if p.dtype != dtype}
+    try:
+        for parameter in before:
+            parameter.grad, parameter.data = None, parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
 
 
 def compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,25 @@ def load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} has no readable config.json: {error}") from error
+
+
+def make_config(architecture: Mapping[str, Any]) -> Any:
+    """The configuration of a model to start from scratch.
+
+    Args:
+        architecture: `model_type` and whatever the configuration of the family takes.
+
+    Raises:
+        ValueError: It names no model, or none that transformers knows.
+    """
+    settings = dict(architecture)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("`architecture` needs a `model_type`, such as llama.")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(f"`architecture` is not one that transformers knows: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

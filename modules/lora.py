@@ -2,6 +2,8 @@
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685); the defaults are
 those of "Shortened LLaMA" (arXiv 2402.02834, section 4) for recovery after blocks are removed.
+
+Legend: O = output features, I = input features.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.families import family_of
@@ -75,23 +78,32 @@ class LoRA:
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
 
 
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that carry updates, by name: what peft has put in their places."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if hasattr(module, "get_delta_weight")}
+
+
+def added_up(layer: Any) -> Tensor:
+    """The weight of a layer with its update, in the type of the weight."""
+    weight_OI = layer.get_base_layer().weight.data
+    update_OI = layer.get_delta_weight(_ADAPTER).detach().float()
+    total_OI: Tensor = (weight_OI.float() + update_OI).to(weight_OI.dtype)
+    return total_OI
+
+
 @contextmanager
 def merged(model: PreTrainedModel) -> Iterator[None]:
     """The model with its updates added to its weights, and all put back after, to the bit.
 
     Inside, names and modules are those of a model without updates; without any, nothing happens.
     """
-    layers: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")  # what peft has put there
-    }
+    layers = adapted(model)
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     originals = {name: weight.data for name, weight in weights.items()}
     try:
         for name, layer in layers.items():
-            update_OI = layer.get_delta_weight(_ADAPTER).detach().float()
-            weights[name].data = (originals[name].float() + update_OI).to(originals[name].dtype)
+            weights[name].data = added_up(layer)
             model.set_submodule(name, layer.get_base_layer())
         yield
     finally:

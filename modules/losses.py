@@ -1,7 +1,8 @@
 """Token losses from hidden states, in chunks, so that the logits of a batch never exist at once.
 
 The gradient of every chunk is taken during the forward pass, when its logits are at hand: nothing
-is computed twice and at most `chunk_tokens` x vocabulary logits are alive.
+is computed twice and at most `chunk_tokens` x vocabulary logits are alive. Only where ranks divide
+a head that trains are the logits of a chunk computed twice.
 
 Legend: N = tokens of a batch, C = tokens of a chunk, D = model width, V = vocabulary.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states (..., D) to logits (..., V)."""
@@ -80,7 +82,7 @@ def token_losses(
     teacher_head: Head | None = None,
     weights: LossWeights | None = None,
     chunk_tokens: int = 1024,
-    parameters: Sequence[Tensor] = (),
+    parameters: Sequence[Tensor] | None = (),
 ) -> TokenLosses:
     """Cross-entropy and distillation over the tokens of a batch.
 
@@ -92,7 +94,9 @@ def token_losses(
         teacher_head: Output head of the teacher; None if it is the same.
         weights: Of cross-entropy and distillation; None stands for cross-entropy alone.
         chunk_tokens: Tokens whose logits are alive at once, 1 or more.
-        parameters: Parameters of the head that are trained as well.
+        parameters: Parameters of the head that are trained as well; None if they are and lie in
+            shares on the ranks, so that only the head itself can gather them: then the logits are
+            computed once more in the backward pass.
     """
     weights = weights or LossWeights()
     assert teacher_ND is not None or not weights.distillation
@@ -110,8 +114,21 @@ def token_losses(
         value = weights.cross_entropy * nll + weights.distillation * kl
         return value, torch.stack([nll, kl]).detach()
 
-    total, parts = _SumOverChunks.apply(weighted, chunk_tokens, hidden_ND, *parameters)  # type: ignore[no-untyped-call]
+    if parameters is None:
+        total, parts = _sum_recomputed(weighted, chunk_tokens, hidden_ND)
+    else:
+        total, parts = _SumOverChunks.apply(weighted, chunk_tokens, hidden_ND, *parameters)  # type: ignore[no-untyped-call]
     return TokenLosses(total, parts[0], parts[1])
+
+
+def _sum_recomputed(
+    function: Callable[[Tensor, slice], tuple[Tensor, Tensor]], chunk: int, hidden_ND: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of a scalar function over row chunks, each computed again in the backward pass."""
+    places = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)]
+    found = [checkpoint(function, hidden_ND[at], at, use_reentrant=False) for at in places]
+    totals, parts = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+    return totals, parts
 
 
 class _SumOverChunks(torch.autograd.Function):

@@ -1,27 +1,39 @@
 """Deliver a model that no rank can hold: the files are streamed, and every rank proves a part.
 
-One rank cuts the files of the base model. Then each compares and measures windows of its own, on
-models that stay in their files (`pruning.export.streamed`), so that beside its share of the model
-in training a rank holds one layer and the activations of a window.
+One rank cuts the files of the base model, or writes what all gather. Then each compares and
+measures windows of its own, on models that stay in their files (`pruning.export.streamed`), so that
+beside its share of the model in training a rank holds one layer and the activations of a window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, distributed
+from transformers import PreTrainedModel
 
-from modules.delivery import Origin, card, is_plan, publish, write_mark
-from pruning.export.streamed import streamed, verify_streamed
-from pruning.export.verify import ExportError
+from modules.delivery import (
+    Origin,
+    card,
+    is_plan,
+    is_trained,
+    publish,
+    weights_card,
+    write_mark,
+)
+from modules.gathered_weights import num_parameters
+from pruning.export.streamed import streamed, verify_recorded, verify_streamed
+from pruning.export.verify import ExportError, record
 from pruning.measure.perplexity import of_windows, window_nll
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import Report, Row, count, file_bytes
-from pruning.model_folder import replaced_folder
+from pruning.model_folder import is_pruned_model, replaced_folder
 from pruning.plan import PruningPlan
 from pruning.surgery import write_pruned
 
@@ -56,7 +68,6 @@ def deliver_together(
         ValueError: The exported model is not the masked one, or `folder` holds something else; the
             message says which rank found out.
     """
-    rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
     origin = Origin(
         base,
         base_folder,
@@ -65,40 +76,117 @@ def deliver_together(
         plan.provenance.get("step", 0),
         {"masks": dict(plan.provenance)},
     )
-    with ExitStack() as stack:
 
-        def write() -> Path | None:
-            if rank:
-                return None
-            partial = stack.enter_context(replaced_folder(folder))
+    def write(partial: Path | None) -> None:
+        if partial is not None:
             write_pruned(base_folder, plan, partial)
-            return partial
 
-        partial = together(write)[0]
-        assert partial is not None
-        mine_BT = windows_NT[rank % len(windows_NT) :: num_ranks]
-        together(lambda: verify_streamed(base_folder, plan, partial, mine_BT[:1], device))
-        report = _measure({"dense": base_folder, "pruned": partial}, windows_NT, device)
+    def verify(partial: Path) -> None:
+        verify_streamed(base_folder, plan, partial, _mine(windows_NT), device)
 
-        def describe() -> None:
-            if rank:
-                return
-            stages = write_mark(partial, origin, report)
-            with streamed(base_folder, device) as dense:
-                text = card(report, plan, dense, origin, stages).render(plan)
-            (partial / "README.md").write_text(text, encoding="utf-8")
-
-        together(describe)
+    def describe(partial: Path, report: Report, stages: list[dict[str, Any]]) -> str:
+        with streamed(base_folder, device) as dense:
+            return card(report, plan, dense, origin, stages).render(plan)
 
     def finish() -> None:
-        if rank:
-            return
-        with replaced_folder(folder.parent / "plan", is_plan) as of_plan:
-            plan.save(of_plan)
-        plot_widths(plan, folder.parent / "plots" / "widths.png")
-        publish(report, folder)
+        if distributed.get_rank() == 0:
+            with replaced_folder(folder.parent / "plan", is_plan) as of_plan:
+                plan.save(of_plan)
+            plot_widths(plan, folder.parent / "plots" / "widths.png")
 
+    steps = _Steps(write, verify, describe)
+    _deliver(steps, origin, "pruned", folder, is_pruned_model, windows_NT, device)
     together(finish)
+
+
+def deliver_weights_together(
+    model: PreTrainedModel,
+    origin: Origin,
+    write: Callable[[Path | None], None],
+    folder: Path,
+    windows_NT: Tensor,
+    device: torch.device,
+) -> None:
+    """Save a model in shares whose own weights were trained; else as `deliver_together`.
+
+    Args:
+        model: The live model, in evaluation mode, which the saved one has to equal.
+        origin: Where the model came from.
+        write: Writes weights, configuration and tokenizer into an empty folder; called on every
+            rank, with None on those that are to write nothing.
+        folder: Where the model goes; every rank can read what the first one writes there.
+        windows_NT: Token windows (int64) to verify and measure on.
+        device: Where this rank computes.
+
+    Raises:
+        ValueError: The saved model is not the live one, or `folder` holds something else; the
+            message says which rank found out.
+    """
+    # Now, as the ranks compute together: one that finds a difference later leaves no other waiting.
+    said, parameters = record(model, _mine(windows_NT).to(device)), num_parameters(model)
+
+    def verify(partial: Path) -> None:
+        verify_recorded(said, parameters, model.dtype, partial, device)
+
+    def describe(partial: Path, report: Report, stages: list[dict[str, Any]]) -> str:
+        return weights_card(report, origin, stages, None)
+
+    name = "pruned" if origin.provenance else "trained"
+    steps = _Steps(write, verify, describe)
+    _deliver(steps, origin, name, folder, is_trained, windows_NT, device)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What is done with an export.
+
+    Args:
+        write: Writes it into an empty folder; on every rank, with None on all but the first.
+        verify: Proves what lies in the folder; on every rank.
+        describe: The text of the model card; on the first.
+    """
+
+    write: Callable[[Path | None], None]
+    verify: Callable[[Path], object]
+    describe: Callable[[Path, Report, list[dict[str, Any]]], str]
+
+
+def _deliver(
+    steps: _Steps,
+    origin: Origin,
+    name: str,
+    folder: Path,
+    is_ours: Callable[[Path], bool],
+    windows_NT: Tensor,
+    device: torch.device,
+) -> None:
+    """Write, prove, measure and describe: the folder is there when all of it went well."""
+    first = distributed.get_rank() == 0
+    with ExitStack() as stack:
+
+        def enter() -> Path | None:
+            return stack.enter_context(replaced_folder(folder, is_ours)) if first else None
+
+        partial = together(enter)[0]
+        assert partial is not None
+        together(lambda: steps.write(partial if first else None))
+        together(lambda: steps.verify(partial))
+        report = _measure({"dense": origin.folder, name: partial}, windows_NT, device)
+
+        def describe() -> None:
+            if first:
+                stages = write_mark(partial, origin, report)
+                text = steps.describe(partial, report, stages)
+                (partial / "README.md").write_text(text, encoding="utf-8")
+
+        together(describe)
+    together(lambda: publish(report, folder) if first else None)
+
+
+def _mine(windows_NT: Tensor) -> Tensor:
+    """The window that this rank compares two models on."""
+    rank = distributed.get_rank() % len(windows_NT)
+    return windows_NT[rank : rank + 1]
 
 
 def together(work: Callable[[], T]) -> list[T]:
@@ -108,12 +196,12 @@ def together(work: Callable[[], T]) -> list[T]:
         What it gave, rank by rank.
 
     Raises:
-        ExportError: A rank met a ValueError or an OSError.
+        ExportError: A rank met a ValueError, an OSError or a full disk.
     """
     mine: tuple[Any, str | None]
     try:
         mine = work(), None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         mine = None, f"{type(error).__name__}: {error}"
     every: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, mine)

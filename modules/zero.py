@@ -168,6 +168,7 @@ class Zero(DeepSpeedStrategy):
             model: Any = AutoModelForCausalLM.from_config(
                 load_config(folder), dtype=wanted, trust_remote_code=True
             )
+        model.tie_weights()  # left out with the initialisation
         read_shares(model, folder, _share)
         assert isinstance(model, PreTrainedModel)
         return model
@@ -331,14 +332,24 @@ class Zero(DeepSpeedStrategy):
         return {"state": states, "param_groups": groups} if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the state of the optimiser, each rank its share."""
+        """Restore the state of the optimiser, and the float32 weights that it steps, each rank its
+        share; the weights of the model may have a narrower type.
+        """
         (saved,) = checkpoint["optimizer_states"]
         inner = self.deepspeed_engine.optimizer.optimizer
+        assert self.lightning_module is not None
+        names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
         number = 0
         for index, group in enumerate(self._groups):
             settings = {k: v for k, v in saved["param_groups"][index].items() if k != "params"}
             inner.param_groups[index].update(settings)
             for parameter in group:
+                weights, (start, first, numel) = (
+                    self._flat(index, parameter),
+                    self._range(parameter),
+                )
+                whole = checkpoint["state_dict"][names[parameter]].flatten()
+                weights.data[start : start + numel] = whole[first : first + numel].to(weights)
                 if number in saved["state"]:
                     self._scatter(parameter, index, saved["state"][number], inner)
                 number += 1

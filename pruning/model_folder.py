@@ -16,6 +16,9 @@ from pruning.plan import PruningPlan
 
 MODELLING_FILE = Path(__file__).parent / "export" / "modeling_secateur.py"
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHARD_BYTES = 5_000_000_000
+"""Largest file of weights, unless a tensor is larger."""
+
 # What a model folder holds beside weights and configuration, its licence included.
 COMPANIONS = (
     "generation_config.json",

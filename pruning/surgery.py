@@ -37,6 +37,7 @@ from pruning.model_folder import (
     CONFIG,
     INDEX,
     MODELLING_FILE,
+    SHARD_BYTES,
     WEIGHTS,
     copy_companions,
     in_block,
@@ -54,7 +55,7 @@ def prune_checkpoint(
     plan: PruningPlan,
     folder: str | Path,
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the smaller model that a plan leaves of a checkpoint.
@@ -84,7 +85,7 @@ def write_pruned(
     base_folder: str | Path,
     plan: PruningPlan,
     folder: Path,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the smaller model straight into an empty folder; see `prune_checkpoint`.
@@ -367,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--max-shard-bytes",
         type=_bytes,
-        default=5_000_000_000,
+        default=SHARD_BYTES,
         metavar="BYTES",
         help="largest file of weights, such as 2e9 (default: 5e9)",
     )

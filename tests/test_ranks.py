@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -57,19 +58,30 @@ def on_two(folder: Path, name: str, strategy: str, *settings: str) -> list[str]:
     ]
 
 
-def recovery(folder: Path, name: str, strategy: str, *settings: str) -> list[str]:
-    """Training of a model's own weights, on two ranks."""
-    return [
+RECOVERY = {
+    "full": ("--model.gradient_checkpointing=true",),
+    "lora": ("--model.lora.rank=3", "--model.lora.dropout=0"),
+    "half": ("--model.lora.rank=3", "--model.dtype=bfloat16"),
+}
+
+
+def recovery(folder: Path, name: str, strategy: str | None, *settings: str) -> list[str]:
+    """Training of a model's own weights, on two ranks, or on one with the batches of two."""
+    run = [
         "fit",
         "--model=modules.CausalLM",
         f"--model.base={folder / 'wide' / 'base'}",
         "--model.loss.distillation=1",
+        "--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4}}",
+        "--model.warmup_steps=1",
         *on_text(folder / "wide", folder / name),
         *settings,
         *with_callbacks(["SaveCheckpoint", "ExportModel"]),
-        *("--trainer.max_steps=4", "--trainer.logger=false", "--trainer.devices=2"),
-        f"--trainer.strategy={STRATEGIES[strategy]}",
+        *("--trainer.max_steps=4", "--trainer.logger=false", "--trainer.limit_val_batches=1"),
     ]
+    if strategy is None:
+        return [*run, "--data.batch_size=8"]
+    return [*run, "--trainer.devices=2", f"--trainer.strategy={STRATEGIES[strategy]}"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     # Heads that DeepSpeed would not keep whole by itself, and a checkpoint before which nothing has
     # gathered them: from the third step on it expects parameters in an order that it has noted.
-    make_inputs(folder / "wide", intermediate_size=1024)
+    make_inputs(folder / "wide", hidden_size=336, intermediate_size=1024)
     all_runs["saved"] = [
         *learn_masks(folder / "wide", folder / "saved", 4, ("SaveCheckpoint",), 3),
         *("--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.devices=2"),
@@ -110,6 +122,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--trainer.callbacks.pattern.n=2", "--trainer.callbacks.pattern.m=4"),
         *("--trainer.callbacks.calibration_windows=8", "--trainer.callbacks.held_back_windows=4"),
     )
+    for name, settings in RECOVERY.items():
+        all_runs[name] = recovery(folder, name, "zero3", *settings)
+    at = f"--ckpt_path={folder / 'half' / 'checkpoints' / 'step=3.ckpt'}"
+    all_runs["half_resumed"] = recovery(folder, "half_resumed", "zero3", *RECOVERY["half"], at)
     all_runs["refused_malice"] = on_two(
         folder, "refused_malice", "zero3", f"--ckpt_path={folder / 'malice.ckpt'}"
     )
@@ -151,6 +167,59 @@ def test_two_ranks_train_one_model(runs: Path, name: str) -> None:
         assert torch.equal(value, exported.get(key.removeprefix("model."), value)), key
     zeros = {key for key, value in exported.items() if (value == 0).float().mean() == 0.5}
     assert len(zeros) == (7 * 3 if name == "sparse" else 0)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """The last checkpoint of a recovery."""
+    found: dict[str, Any] = torch.load(folder / "checkpoints" / "step=4.ckpt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_weights_that_ranks_divide_become_what_one_rank_makes_of_them(
+    runs: Path, name: str, tmp_path: Path
+) -> None:
+    at = runs / name / "checkpoints" / "step=3.ckpt"
+    call(recovery(runs, str(tmp_path / "one"), None, *RECOVERY[name]))
+    call(recovery(runs, str(tmp_path / "more"), None, *RECOVERY[name], f"--ckpt_path={at}"))
+    one = saved(tmp_path / "one")
+    assert max(weight.numel() for weight in one["state_dict"].values()) > 100_000 or name == "lora"
+    for other in (runs / name, tmp_path / "more"):
+        found = saved(other)
+        assert found["state_dict"].keys() == one["state_dict"].keys()
+        for key, value in one["state_dict"].items():
+            torch.testing.assert_close(found["state_dict"][key], value, atol=1e-5, rtol=0)
+        assert (
+            found["optimizer_states"][0]["param_groups"]
+            == one["optimizer_states"][0]["param_groups"]
+        )
+
+    ours, theirs = content(runs / name / "model"), content(tmp_path / "one" / "model")
+    assert ours.keys() == theirs.keys()
+    told = {"model.safetensors", "secateur.json", "README.md"}  # what they weigh, measure and say
+    assert {file: ours[file] for file in ours.keys() - told} == {
+        file: theirs[file] for file in theirs.keys() - told
+    }
+    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for key, value in load_file(runs / name / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weights.pop(key), value, atol=1e-5, rtol=0)
+    assert not weights
+    reports = (
+        json.loads((folder / "report.json").read_text())
+        for folder in (runs / name, tmp_path / "one")
+    )
+    mine, one_rank = (
+        report["models"]["trained"]["perplexity"]["validation"]["value"] for report in reports
+    )
+    assert mine == pytest.approx(one_rank, rel=1e-4)
+
+
+def test_divided_weights_of_a_narrow_type_go_on_bit_for_bit(runs: Path) -> None:
+    """Their float32 copies, which the optimiser steps, come from the checkpoint."""
+    half, resumed = (saved(runs / name)["state_dict"] for name in ("half", "half_resumed"))
+    assert {value.dtype for value in half.values()} == {torch.float32}
+    for key, value in half.items():
+        assert torch.equal(resumed[key], value), key
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])

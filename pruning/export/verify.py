@@ -12,8 +12,9 @@ Legend: B = windows, T = tokens, V = vocabulary, D = width of the residual strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +148,84 @@ def _largest_difference(
     Raises:
         ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
     """
-    largest = 0.0
-    for place, ours_BTV, theirs_BTV in _logits(dense, exported, windows_BT):
-        scale = max(1.0, float(ours_BTV.abs().max()))
-        limit = tolerance if exact else ROUNDINGS * torch.finfo(dtype).eps * scale
-        difference = float((ours_BTV.float() - theirs_BTV.float()).abs().max())
+    return compare_recorded(
+        record(dense, windows_BT),
+        exported,
+        original,
+        exact,
+        dtype,
+        tolerance,
+        lambda limit: _first_difference(dense, exported, windows_BT, limit, blocks),
+    )
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says of some tokens.
+
+    Args:
+        where: Which tokens these are, for a message.
+        tokens_Bt: Token ids.
+        logits_BtV: Logits of the tokens that follow.
+    """
+
+    where: str
+    tokens_Bt: Int[Tensor, "B t"]
+    logits_BtV: Float[Tensor, "B t V"]
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, windows_BT: Int[Tensor, "B T"]) -> list[Said]:
+    """What a model says of whole windows, and then, with a cache, of how it continues halves."""
+    said = [Said("whole windows", windows_BT, model(windows_BT).logits)]
+    # Half a window is read into the cache at once.
+    cache, tokens_Bt = DynamicCache(), windows_BT[:, : (windows_BT.shape[1] + 1) // 2]
+    steps = min(DECODED_TOKENS, windows_BT.shape[1] // 2)
+    for step in range(steps + 1):
+        logits_BtV = model(tokens_Bt, past_key_values=cache, use_cache=True).logits
+        said.append(Said(f"step {step} of a cached decode", tokens_Bt, logits_BtV))
+        tokens_Bt = logits_BtV[:, -1:].argmax(-1)
+    return said
+
+
+@torch.no_grad()
+def compare_recorded(
+    said: Sequence[Said],
+    exported: PreTrainedModel,
+    original: str,
+    exact: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    first_difference: Callable[[float], str],
+    roundings: float = ROUNDINGS,
+) -> float:
+    """The largest absolute difference of two logits: of a model, and as recorded of another one.
+
+    Args:
+        said: What `record` has of the other model; this one gets the same tokens.
+        exported: The model.
+        original: What the other one is, for the message.
+        exact: Whether they differ in the order of sums only.
+        dtype: Whose roundings explain more than that otherwise.
+        tolerance: Largest difference of two logits where they are exact.
+        first_difference: Says where the models differ first, by more than a fraction of the largest
+            entry.
+        roundings: Units of rounding of the largest logit that are explained by `dtype`.
+
+    Raises:
+        ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
+    """
+    largest, cache = 0.0, DynamicCache()
+    for place, ours in enumerate(said):
+        cached = {"past_key_values": cache, "use_cache": True} if place else {}
+        theirs_BtV = exported(ours.tokens_Bt, **cached).logits
+        scale = max(1.0, float(ours.logits_BtV.abs().max()))
+        limit = tolerance if exact else roundings * torch.finfo(dtype).eps * scale
+        difference = float((ours.logits_BtV.float() - theirs_BtV.float()).abs().max())
         if not difference <= limit:  # so that a NaN fails
             raise ExportError(
-                f"The exported model differs from the {original} in {place}: a logit is off by "
-                f"{difference:.3g}, allowed is {limit:.3g}. "
-                f"{_first_difference(dense, exported, windows_BT, limit / scale, blocks)}"
+                f"The exported model differs from the {original} in {ours.where}: a logit is off "
+                f"by {difference:.3g}, allowed is {limit:.3g}. {first_difference(limit / scale)}"
             )
         largest = max(largest, difference)
     return largest
@@ -209,24 +278,6 @@ def _gated(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     finally:
         hooks.remove()
         model.train(training)
-
-
-def _logits(
-    dense: PreTrainedModel, exported: PreTrainedModel, windows_BT: Int[Tensor, "B T"]
-) -> Iterator[tuple[str, Float[Tensor, "B t V"], Float[Tensor, "B t V"]]]:
-    """Where, and the logits of both models there."""
-    yield "whole windows", dense(windows_BT).logits, exported(windows_BT).logits
-    # Half a window is read into the caches at once; both models then get the dense model's tokens.
-    models, caches = (dense, exported), (DynamicCache(), DynamicCache())
-    tokens_Bt = windows_BT[:, : (windows_BT.shape[1] + 1) // 2]
-    steps = min(DECODED_TOKENS, windows_BT.shape[1] // 2)
-    for step in range(steps + 1):
-        ours_BtV, theirs_BtV = (
-            model(tokens_Bt, past_key_values=cache, use_cache=True).logits
-            for model, cache in zip(models, caches, strict=True)
-        )
-        yield f"step {step} of a cached decode", ours_BtV, theirs_BtV
-        tokens_Bt = ours_BtV[:, -1:].argmax(-1)
 
 
 def _first_difference(

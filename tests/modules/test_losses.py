@@ -46,11 +46,12 @@ def plain(inputs: dict[str, Tensor], head: Any, ce: float, kl: float) -> TokenLo
     return TokenLosses(ce * nll + kl * divergence, nll, divergence)
 
 
+@pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [1, 7, N, 1000])
 @pytest.mark.parametrize(("ce", "kl"), WEIGHTS)
 def test_chunks_give_the_losses_and_gradients_of_all_logits_at_once(
-    inputs: dict[str, Tensor], ce: float, kl: float, chunk: int, cap: float | None
+    inputs: dict[str, Tensor], ce: float, kl: float, chunk: int, cap: float | None, divided: bool
 ) -> None:
     head = capped(inputs["weight_VD"], cap)
     wanted = [inputs["hidden_ND"], inputs["weight_VD"]]
@@ -61,7 +62,7 @@ def test_chunks_give_the_losses_and_gradients_of_all_logits_at_once(
         teacher_ND=inputs["teacher_ND"] if kl else None,
         weights=LossWeights(ce, kl),
         chunk_tokens=chunk,
-        parameters=[inputs["weight_VD"]],
+        parameters=None if divided else [inputs["weight_VD"]],
     )
     theirs = plain(inputs, head, ce, kl)
     torch.testing.assert_close(ours.total, theirs.total)

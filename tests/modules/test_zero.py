@@ -25,11 +25,18 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
         Zero(**settings)
 
 
-@pytest.mark.parametrize("strategy", [Zero(stage=3), ShardedDDP()])
-def test_a_module_that_needs_the_whole_model_is_refused(strategy: Any) -> None:
-    module = CausalLM(architecture={"model_type": "llama"})
-    with pytest.raises(ValueError, match="CausalLM .* use .*stage.? 2"):
-        strategy.connect(module)
+@pytest.mark.parametrize(
+    ("strategy", "settings", "message"),
+    [
+        (Zero(stage=3), {"architecture": {"model_type": "llama"}}, "from nothing. Use `stage` 2"),
+        (ShardedDDP(), {"base": "hub/model"}, "CausalLM trains its own; use modules.Zero or DDP"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused(
+    strategy: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        strategy.connect(CausalLM(**settings))
 
 
 @pytest.mark.parametrize("strategy", [DeepSpeedStrategy(stage=2), ModelParallelStrategy()])
