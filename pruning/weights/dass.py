@@ -58,19 +58,20 @@ class DaSS(Score):
     All other matrices are scored by Wanda. Needs a gated MLP.
 
     Args:
-        alpha: Weight of the norms of the gated product, above 0; the paper has 0.5.
+        alpha: Weight of the norms of the gated product, finite and above 0; the paper has 0.5.
 
     Raises:
-        ValueError: `alpha` is not above 0.
+        ValueError: `alpha` is not above 0, or not finite.
     """
 
     alpha: float = 0.5
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({SquareSums})
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
+        if not 0 < self.alpha < float("inf"):
             raise ValueError(
-                f"`alpha` must be above 0, got {self.alpha}; 0 would be magnitude: use Magnitude."
+                f"`alpha` must be finite and above 0, got {self.alpha}; 0 would be magnitude: use "
+                "Magnitude."
             )
 
     def group(self, linear: Linear, pattern: Pattern) -> Group:

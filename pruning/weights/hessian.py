@@ -27,18 +27,20 @@ class Damped:
     """A part that looks at Hessians, damped by a share of their mean diagonal.
 
     Args:
-        damping: Share of the mean diagonal that is added to the Hessian, above 0.
+        damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
 
     Raises:
-        ValueError: `damping` is not above 0.
+        ValueError: `damping` is not above 0, or not finite.
     """
 
     damping: float = 0.01
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"`damping` must be above 0, got {self.damping}; 0.01 is usual.")
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(
+                f"`damping` must be finite and above 0, got {self.damping}; 0.01 is usual."
+            )
 
 
 def damped(hessian_SII: Float[Tensor, "*S I I"], damping: float) -> Float[Tensor, "*S I I"]:

@@ -72,10 +72,10 @@ class LeastSquares(Damped, Compensation):
     """What stays of a row is refitted to the outputs of the whole row, exactly.
 
     Args:
-        damping: Share of the mean diagonal that is added to the Hessian, above 0.
+        damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
 
     Raises:
-        ValueError: `damping` is not above 0.
+        ValueError: `damping` is not above 0, or not finite.
     """
 
     def weight(self, matrix: Matrix, mask_OI: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:

@@ -8,6 +8,8 @@ diagonal, and U the upper Cholesky factor of H^-1 (U^T U = H^-1),
     w_k   -= err_j U_jk      for k > j      pushed to the right (eq. 3, algorithm 1)
     score  = w_j^2 / U_jj^2                 of the weights as they are by then (eq. 2)
 
+An input that is never read has a diagonal of 1, and its weights count as zero: they go first.
+
 Two parts share this sweep: `ObsSaliency` chooses masks by it and `SparseGPTSweep` the weights for
 any mask. Together they are SparseGPT, in one sweep.
 
@@ -16,7 +18,8 @@ U = [[sqrt(2/3), -sqrt(1/6)], [0, sqrt(1/2)]]. Removing w_0 costs err = 1 / sqrt
 becomes 2 + sqrt(3/2) sqrt(1/6) = 2.5: exactly the least-squares refit, 2 + H_10 / H_11.
 
 Differs from the released code: an unstructured group of r rows x 128 columns loses exactly
-floor(128 r sparsity) weights, not one more; layers that read the same tensor share H and U.
+floor(128 r sparsity) weights, not one more; a weight that is zero to begin with goes first, also if
+the sweep has changed it by then; layers that read the same tensor share H and U.
 
 Expected: LLaMA-2 7B at 50 % has perplexity 6.51 (dense 5.12; published). Costs the product x x^T of
 all tokens, about I/4 of a forward pass through the layer per output feature, and I^3 per layer.
@@ -36,6 +39,7 @@ from torch import Tensor
 from pruning.weights.hessian import Damped, factor_of
 from pruning.weights.parts import Compensation, Linear, Matrix, Score
 from pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
+from pruning.weights.statistics import Gram
 
 _COLUMNS = 128  # columns of a block, as in the paper
 
@@ -87,10 +91,10 @@ class ObsSaliency(Damped, Score):
     Compared over all rows x 128 columns; within an N:M group along the inputs.
 
     Args:
-        damping: Share of the mean diagonal that is added to the Hessian, above 0.
+        damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
 
     Raises:
-        ValueError: `damping` is not above 0.
+        ValueError: `damping` is not above 0, or not finite.
     """
 
     def group(self, linear: Linear, pattern: Pattern) -> Group:
@@ -100,12 +104,16 @@ class ObsSaliency(Damped, Score):
         return None
 
     def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:
+        start_OI = _read_weight(matrix)
+        zero_OI = start_OI == 0
+
         def choose(weight_OC: Tensor, diagonal_C: Tensor, columns: slice) -> Tensor:
-            return matrix.pattern.mask((weight_OC / diagonal_C).square(), matrix.group)
+            score_OC = (weight_OC / diagonal_C).square().masked_fill(zero_OI[:, columns], -1)
+            return matrix.pattern.mask(score_OC, matrix.group)
 
         columns = matrix.pattern.sweep_columns(_COLUMNS)
         weight_OI, mask_OI = sweep(
-            matrix.weight_OI,
+            start_OI,
             factor_of(matrix, self.damping),
             choose,
             matrix.pattern.column_step(matrix.group, columns),
@@ -120,10 +128,10 @@ class SparseGPTSweep(Damped, Compensation):
     """Every column hands what it loses to the columns to its right, in closed form.
 
     Args:
-        damping: Share of the mean diagonal that is added to the Hessian, above 0.
+        damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
 
     Raises:
-        ValueError: `damping` is not above 0.
+        ValueError: `damping` is not above 0, or not finite.
     """
 
     def weight(self, matrix: Matrix, mask_OI: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:
@@ -132,5 +140,10 @@ class SparseGPTSweep(Damped, Compensation):
             if damping == self.damping and torch.equal(swept_OI, mask_OI):
                 return weight_OI  # the sweep that chose the mask left these
         factor_II = factor_of(matrix, self.damping)
-        weight_OI, _ = sweep(matrix.weight_OI, factor_II, lambda w, d, own: mask_OI[:, own])
+        weight_OI, _ = sweep(_read_weight(matrix), factor_II, lambda w, d, own: mask_OI[:, own])
         return weight_OI
+
+
+def _read_weight(matrix: Matrix) -> Float[Tensor, "O I"]:
+    """The weights, zero where the input is never read."""
+    return matrix.weight_OI.masked_fill(matrix.inputs[Gram].unread_I, 0)

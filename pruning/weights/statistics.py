@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _CHUNK = 256  # rows of the Gram matrix at once: what lies left of them is known by symmetry
@@ -85,6 +85,11 @@ class Gram(Statistic):
     def total_II(self) -> Float[Tensor, "I I"]:
         """The whole matrix."""
         return self._upper_II.triu() + self._upper_II.triu(1).T
+
+    @property
+    def unread_I(self) -> Bool[Tensor, " I"]:
+        """True for inputs that were zero at every token."""
+        return self._upper_II.diagonal() == 0
 
     def is_finite(self) -> bool:
         return bool(self._upper_II.diagonal().isfinite().all())

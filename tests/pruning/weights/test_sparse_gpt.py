@@ -114,14 +114,28 @@ def test_the_refit_equals_the_formula_of_the_paper() -> None:
 
 
 def test_inputs_that_are_never_read_do_no_harm() -> None:
-    x_BTI = correlated(2, 40, 12)
-    x_BTI[..., 5] = 0
+    """Their weights are the first to go, however large, so that the others cost nothing more."""
+    x_BTI = correlated(2, 40, 12) / 10  # whose own diagonals are below 1
+    x_BTI[..., 5:9] = 0
     matrix = matrix_of(noise(4, 12), x_BTI, Unstructured(0.5), PerMatrix())
     mask_OI = ObsSaliency().mask(matrix)
+    assert not mask_OI[:, 5:9].any()
+    kept_OI = SparseGPTSweep().weight(matrix, torch.ones_like(mask_OI))
+    assert not kept_OI[:, 5:9].any()
+    assert output_error(matrix.weight_OI, kept_OI, x_BTI) == 0
     for part in (SparseGPTSweep(), LeastSquares()):
         weight_OI = part.weight(matrix, mask_OI)
         assert bool(weight_OI.isfinite().all())
         assert not weight_OI[~mask_OI].any()
+
+
+def test_what_is_zero_already_goes_first() -> None:
+    """Also if the sweep has given it a value by then."""
+    weight_OI = noise(8, 24)
+    once = matrix_of(weight_OI, correlated(2, 60, 24), Unstructured(0.3), PerMatrix())
+    early_OI = ObsSaliency().mask(once)
+    again = matrix_of(weight_OI * early_OI, correlated(2, 60, 24), Unstructured(0.5), PerMatrix())
+    assert not (ObsSaliency().mask(again) & ~early_OI).any()
 
 
 def test_a_failing_cholesky_is_repaired_and_noted() -> None:
@@ -173,6 +187,7 @@ def test_the_gram_matrix_is_whole_and_symmetric() -> None:
 
 
 @pytest.mark.parametrize("part", [ObsSaliency, SparseGPTSweep, LeastSquares])
-def test_a_damping_of_zero_is_refused(part: type) -> None:
-    with pytest.raises(ValueError, match="`damping` must be above 0"):
-        part(damping=0.0)
+@pytest.mark.parametrize("damping", [0.0, float("inf")])
+def test_a_damping_that_cannot_be_is_refused(part: type, damping: float) -> None:
+    with pytest.raises(ValueError, match="`damping` must be finite and above 0"):
+        part(damping=damping)
