@@ -8,9 +8,7 @@ gradually, as `pruning.weights.gradually` has it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,18 +17,27 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import AutoConfig
 
 from callbacks._held_masks import HeldMasks, take_out_updates
 from callbacks._trial import is_trial
+from callbacks._weight_blocks import shown_progress, store_of
 from pruning.families import blocks_of, family_of, skeleton
 from pruning.measure.perplexity import perplexity
 from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
 from pruning.recipe import refuse_other
+from pruning.weights import (  # noqa: F401 # the command line knows by name what is imported
+    alpha_pruning,
+    barber,
+    dass,
+    dsnot,
+    least_squares,
+    magnitude,
+    sparse_gpt,
+)
 from pruning.weights.gradually import Gradually
-from pruning.weights.loop import Progress as OnBlock
+from pruning.weights.guard import Decision, decide
 from pruning.weights.loop import prune_weights, run_settings
 from pruning.weights.masks import WeightMasks, pack, unpack
 from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
@@ -129,6 +136,7 @@ class PruneWeights(Callback):
         """What stays, by the names of the parameters in the live model."""
         self.history: list[dict[str, Any]] = []
         """Every pruning so far: step, sparsities, perplexity before and after, notes."""
+        self._decision: Decision | None = None
         self._kept_blocks: list[int] = []
         self._held: HeldMasks | None = None
         self._trial: TemporaryDirectory[str] | None = None
@@ -258,6 +266,7 @@ class PruneWeights(Callback):
             masks[name] = {"packed": pack(mask_OI), "shape": list(mask_OI.shape)}
         return {
             "settings": self._settings(),
+            "decision": self._decision and asdict(self._decision),
             "history": self.history,
             "kept_blocks": self._kept_blocks,
             "masks": masks,
@@ -270,6 +279,8 @@ class PruneWeights(Callback):
             ValueError: It was written under other settings.
         """
         refuse_other(state_dict["settings"], self._settings(), "PruneWeights")
+        decision = state_dict["decision"]
+        self._decision = decision and Decision(**decision)
         self.history, self._kept_blocks = state_dict["history"], state_dict["kept_blocks"]
         self.masks = WeightMasks()
         for name, mask in state_dict["masks"].items():
@@ -332,7 +343,8 @@ class PruneWeights(Callback):
         store: BlockStore | None = None
         if trainer.is_global_zero:  # the others wait for what it finds
             store, event = self._work(trainer, module, step, recipe)
-        store, event = trainer.strategy.broadcast((store, event))
+        news = trainer.strategy.broadcast((store, event, self._decision))
+        store, event, self._decision = news
         assert store is not None
         self.masks, prefix = WeightMasks(), family_of(module.model.config).blocks
         for index, block in enumerate(blocks_of(module.model, family_of(module.model.config))):
@@ -370,14 +382,18 @@ class PruneWeights(Callback):
         with module.plain() as model:
             source, batch_size = LiveBlocks(model), self.calibration_batch_size
             settings = run_settings(source, recipe, windows_NT, held_back_MT, batch_size)
-            store = self._store(trainer, settings | {"step": step})
+            store = store_of(self._path(trainer) / _BLOCKS, settings, step)
+            if self._decision is None:
+                self._decision = decide(source, self.recipe, windows_NT, held_back_MT, batch_size)
+            share = recipe.pattern.sparsity / (self.recipe.pattern.sparsity or 1.0)
             before = perplexity(model, held_back_MT)
-            with _progress(trainer) as on_block:
+            with shown_progress(trainer) as on_block:
                 found = prune_weights(
                     source,
                     recipe,
                     windows_NT,
                     held_back_NT=held_back_MT,
+                    decision=self._decision.scaled(share),
                     batch_size=batch_size,
                     store=store,
                     progress=on_block,
@@ -408,29 +424,6 @@ class PruneWeights(Callback):
         order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return drawn_NT[order_N[:held_back]], drawn_NT[order_N[held_back:]]
 
-    def _store(self, trainer: Trainer, settings: dict[str, Any]) -> BlockStore:
-        """Where finished blocks are kept; those of this very pruning are there already."""
-        folder = self._path(trainer) / _BLOCKS
-        try:
-            return BlockStore(folder, settings)
-        except ValueError:
-            if settings["step"] == 0:
-                raise
-            shutil.rmtree(folder)  # of an earlier rise, or of one before the checkpoint
-            return BlockStore(folder, settings)
-
     def _provenance(self) -> dict[str, Any]:
         """For the model card: the settings, and the last pruning."""
         return {"settings": self._settings(), "prunings": len(self.history)} | self.history[-1]
-
-
-@contextmanager
-def _progress(trainer: Trainer) -> Iterator[OnBlock]:
-    """A bar that moves with every block; lines in the log where bars are switched off."""
-    if trainer.progress_bar_callback is None:
-        yield lambda done, total: rank_zero_info(f"Pruned block {done} of {total}.")
-        return
-    columns = (TextColumn("Pruning blocks"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

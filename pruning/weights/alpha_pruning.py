@@ -23,7 +23,7 @@ Legend: O = output features, I = input features, E = eigenvalues, L = blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,19 +37,19 @@ _LEAST_EIGENVALUE = 1e-5  # smaller ones are rounding
 _HIGHEST = 0.99  # a block keeps something
 
 
-def tail_exponent(weight_OI: Float[Tensor, "O I"]) -> float:
+def tail_exponent(weight_OI: Float[Tensor, "O I"]) -> float | None:
     """Exponent of the power law that the largest eigenvalues of W^T W follow, above 1.
 
     Args:
         weight_OI: Weights.
 
-    Raises:
-        ValueError: Fewer than two eigenvalues are above 1e-5.
+    Returns:
+        None where fewer than two eigenvalues are above 1e-5: there is no tail.
     """
     lambda_E = torch.linalg.svdvals(weight_OI.float()).double().square().flip(0)
     lambda_E = lambda_E[lambda_E > _LEAST_EIGENVALUE]
     if len(lambda_E) < 2:
-        raise ValueError("A weight matrix has fewer than two eigenvalues above 1e-5: no tail.")
+        return None
     log_E = lambda_E.log()
     low, high = log_E.min().item(), log_E.max().item()
     bins = torch.histc(log_E.cpu(), bins=100, min=low, max=high)
@@ -72,22 +72,25 @@ def tail_exponent(weight_OI: Float[Tensor, "O I"]) -> float:
 def spread_sparsity(
     alphas_L: Sequence[float], sizes_L: Sequence[int], sparsity: float, spread: float
 ) -> list[float]:
-    """Sparsity of every block, in [0, 1), with the weighted mean `sparsity`.
+    """Sparsity of every block, in [0, 0.99], with the weighted mean `sparsity`.
 
-    What a block at the limit of 0.99 cannot lose, the others lose in its place.
+    What a block at the limit of 0.99 cannot lose, the others lose in its place: in proportion to
+    their factors, or all alike where these are 0.
 
     Args:
         alphas_L: Mean exponent of every block.
         sizes_L: Entries of every block, for the mean.
-        sparsity: Of the whole, in [0, 1).
+        sparsity: Of the whole, in [0, 0.99].
         spread: How far the factors reach to both sides of 1, in [0, 1].
     """
+    assert 0 <= sparsity <= _HIGHEST
     low, high = min(alphas_L), max(alphas_L)
     width = high - low or 1.0
     factors = [1 - spread + 2 * spread * (alpha - low) / width for alpha in alphas_L]
     clamped: set[int] = set()
-    while True:
-        free = [block for block in range(len(factors)) if block not in clamped]
+    while free := [block for block in range(len(factors)) if block not in clamped]:
+        if not any(factors[block] for block in free):
+            factors = [1.0] * len(factors)
         budget = sparsity * sum(sizes_L) - _HIGHEST * sum(sizes_L[block] for block in clamped)
         scale = budget / sum(factors[block] * sizes_L[block] for block in free)
         over = {block for block in free if factors[block] * scale > _HIGHEST}
@@ -97,6 +100,7 @@ def spread_sparsity(
                 for block, factor in enumerate(factors)
             ]
         clamped |= over
+    return [_HIGHEST] * len(factors)
 
 
 @dataclass(frozen=True)
@@ -119,18 +123,31 @@ class AlphaPruning(Allocation):
 
     def refuse(self, pattern: Pattern) -> str | None:
         if isinstance(pattern, Unstructured):
-            return None
+            if pattern.sparsity <= _HIGHEST:
+                return None
+            return (
+                f"`allocation` AlphaPruning leaves 0.01 of every block, and `sparsity` is "
+                f"{pattern.sparsity}; ask for {_HIGHEST} or less, or use Uniform."
+            )
         return (
             "`allocation` AlphaPruning gives every block its own sparsity, and `pattern` "
             f"{type(pattern).__name__} has only one; use Unstructured, or Uniform."
         )
 
     def sparsities(
-        self, blocks: Callable[[], Iterator[Sequence[Tensor]]], sparsity: float
+        self, blocks: Callable[[], Iterator[Mapping[str, Tensor]]], sparsity: float
     ) -> list[float] | None:
         alphas, sizes = [], []
         for weights in blocks():
-            exponents = [tail_exponent(weight_OI) for weight_OI in weights]
+            exponents = []
+            for name, weight_OI in weights.items():
+                if (exponent := tail_exponent(weight_OI)) is None:
+                    raise ValueError(
+                        f"`allocation` AlphaPruning finds no tail in {name}: fewer than two "
+                        "eigenvalues of W^T W are above 1e-5. Use Uniform, or leave the matrix out "
+                        "by `matrices`."
+                    )
+                exponents.append(exponent)
             alphas.append(sum(exponents) / len(exponents))
-            sizes.append(sum(weight_OI.numel() for weight_OI in weights))
+            sizes.append(sum(weight_OI.numel() for weight_OI in weights.values()))
         return spread_sparsity(alphas, sizes, sparsity, self.spread)

@@ -1,17 +1,21 @@
-"""Prune one block: statistics, masks, refinement, compensation; and how much of each block goes."""
+"""Prune one block: statistics, masks, refinement, compensation; and how much of each block goes.
+
+Legend: N = windows, T = tokens of a window.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from pruning.weights.collect import collect
 from pruning.weights.parts import BlockCall, BlockTask, Linear, Matrix, PrunedBlock, weight_of
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource
+from pruning.weights.source import BlockSource, CalibrationStates, NoStates
 
 
 @torch.no_grad()
@@ -74,13 +78,26 @@ def _note(notes: list[str], name: str, text: str) -> None:
     notes.append(f"{name}: {text}")
 
 
+def states_for(
+    source: BlockSource,
+    recipe: WeightRecipe,
+    windows_NT: Int[Tensor, "N T"] | None,
+    batch_size: int,
+) -> CalibrationStates | NoStates:
+    """Calibration windows at the first block, if the recipe looks at any."""
+    if recipe.data_free:
+        return NoStates()
+    assert windows_NT is not None
+    return CalibrationStates(source, windows_NT, batch_size)
+
+
 def allocate(source: BlockSource, recipe: WeightRecipe) -> list[float]:
     """Sparsity of every block."""
 
-    def weights() -> Iterator[Sequence[Tensor]]:
+    def weights() -> Iterator[Mapping[str, Tensor]]:
         for index, linears in enumerate(source.linears):
             block = source.block(index)
-            yield [weight_of(block, linear.path) for linear in recipe.pruned(linears)]
+            yield {each.name: weight_of(block, each.path) for each in recipe.pruned(linears)}
 
     sparsity = recipe.pattern.sparsity
     return recipe.allocation.sparsities(weights, sparsity) or [sparsity] * len(source.linears)

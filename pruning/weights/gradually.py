@@ -1,7 +1,9 @@
 """A sparsity that rises while a model trains: "To prune, or not to prune", arXiv 1710.01878, eq. 1.
 
 Differs from the paper: a weight that was removed is zero when masks are made anew, scores lowest,
-and does not come back.
+and does not come back. Which parts help and how the sparsity is spread over the blocks is decided
+once, before the first rise and at the sparsity of the end, so that no block ever loses less than
+before.
 """
 
 from __future__ import annotations

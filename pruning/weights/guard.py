@@ -1,61 +1,106 @@
-"""Try the optional parts of a recipe on held-back text, and drop those that harm.
+"""What is decided before the first block: which parts help, and how much of each block goes.
 
 Published allocations and refinements do not help every model. A trial prunes a copy of the model
 with some of the calibration windows, block by block, and measures the perplexity of windows that
 no statistic has seen. Parts are added one by one to score and pattern, compensation first, and a
 part that raises it is left out.
+
+Legend: N, M = windows, T = tokens of a window.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from pruning.weights.block import allocate, prune_block
+from pruning.weights.block import allocate, prune_block, states_for
 from pruning.weights.parts import Uniform
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource, CalibrationStates
+from pruning.weights.source import BlockSource, CalibrationStates, evaluation
 
 TRIAL_SHARE = 4  # one in so many of the calibration windows is used in a trial
 _OFF: dict[str, Any] = {"compensation": None, "allocation": Uniform(), "refinement": None}
 
 
-def drop_what_harms(
+@dataclass(frozen=True)
+class Decision:
+    """What is decided of a run before its first block.
+
+    Args:
+        dropped: Parts that are left out: `compensation`, `allocation`, `refinement`.
+        sparsities: Sparsity of every block, in [0, 1).
+        notes: Why parts were dropped.
+    """
+
+    dropped: list[str]
+    sparsities: list[float]
+    notes: list[str]
+
+    def applied(self, recipe: WeightRecipe) -> WeightRecipe:
+        """What remains of the recipe that was asked for."""
+        return replace(recipe, **{name: _OFF[name] for name in self.dropped})
+
+    def scaled(self, share: float) -> Decision:
+        """The same on the way there: all blocks at a share of their sparsity, in [0, 1]."""
+        return replace(self, sparsities=[share * sparsity for sparsity in self.sparsities])
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that are equal on machines that add in another order."""
+        return asdict(self) | {"sparsities": [round(each, 6) for each in self.sparsities]}
+
+
+def decide(
     source: BlockSource,
     recipe: WeightRecipe,
-    windows_NT: Int[Tensor, "N T"],
-    held_back_NT: Int[Tensor, "M T"],
+    windows_NT: Int[Tensor, "N T"] | None = None,
+    held_back_NT: Int[Tensor, "M T"] | None = None,
     batch_size: int = 8,
-) -> tuple[WeightRecipe, list[str]]:
-    """The recipe without the parts that raise the perplexity of held-back windows, and why.
+) -> Decision:
+    """Try the optional parts of a recipe, and allocate. The model is left as it is.
 
-    Costs one trial, on a quarter of the calibration windows, for the score alone and one for every
-    part beside it; nothing where there is none. The model is left as it is.
+    With windows held back, costs one trial for the score alone, on a quarter of the calibration
+    windows, and one for every optional part beside it; nothing where there is none.
 
     Args:
         source: The model.
         recipe: What is asked for.
-        windows_NT: Calibration windows.
-        held_back_NT: Windows to measure on.
+        windows_NT: Calibration windows, if the recipe looks at any.
+        held_back_NT: Windows to measure on; None applies all parts.
         batch_size: Windows that a block sees at once, 1 or more.
 
     Raises:
         ValueError: As for `prune_weights`.
     """
+    with evaluation(source.model):
+        decision = Decision([], [], [])
+        if held_back_NT is not None:
+            decision = _without_what_harms(source, recipe, windows_NT, held_back_NT, batch_size)
+        return replace(decision, sparsities=allocate(source, decision.applied(recipe)))
+
+
+def _without_what_harms(
+    source: BlockSource,
+    recipe: WeightRecipe,
+    windows_NT: Int[Tensor, "N T"] | None,
+    held_back_NT: Int[Tensor, "M T"],
+    batch_size: int,
+) -> Decision:
+    """Which parts do not lower the perplexity of the windows held back; no sparsities yet."""
+    decision = Decision([], [], [])
     optional = [name for name, off in _OFF.items() if getattr(recipe, name) != off]
     if not optional:
-        return recipe, []
-    some_NT = windows_NT[: -(-len(windows_NT) // TRIAL_SHARE)]
+        return decision
+    some_NT = None if windows_NT is None else windows_NT[: -(-len(windows_NT) // TRIAL_SHARE)]
     measure = partial(
         trial, source, windows_NT=some_NT, held_back_NT=held_back_NT, batch_size=batch_size
     )
-    kept, notes = replace(recipe, **_OFF), []
+    kept = replace(recipe, **_OFF)
     best = measure(kept)
     for name in optional:
         candidate = replace(kept, **{name: getattr(recipe, name)})
@@ -63,23 +108,24 @@ def drop_what_harms(
         if found < best:
             kept, best = candidate, found
         else:
-            notes.append(
+            decision.dropped.append(name)
+            decision.notes.append(
                 f"`{name}` {getattr(recipe, name)} was dropped: with it the perplexity of the "
                 f"windows held back is {found:.2f} in a trial, without it {best:.2f}."
             )
-    return kept, notes
+    return decision
 
 
 def trial(
     source: BlockSource,
     recipe: WeightRecipe,
-    windows_NT: Int[Tensor, "N T"],
+    windows_NT: Int[Tensor, "N T"] | None,
     held_back_NT: Int[Tensor, "M T"],
     batch_size: int = 8,
 ) -> float:
     """Perplexity of held-back windows after pruning a copy of the model, one block at a time."""
     sparsities: Sequence[float] = allocate(source, recipe)
-    states = CalibrationStates(source, windows_NT, batch_size)
+    states = states_for(source, recipe, windows_NT, batch_size)
     held = CalibrationStates(source, held_back_NT, batch_size)
     for index, sparsity in enumerate(sparsities):
         block = copy.deepcopy(source.block(index))

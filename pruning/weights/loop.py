@@ -24,12 +24,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pruning.fingerprint import data_fingerprint
-from pruning.weights.block import allocate, prune_block
-from pruning.weights.guard import drop_what_harms
+from pruning.weights.block import prune_block, states_for
+from pruning.weights.guard import Decision, decide
 from pruning.weights.masks import WeightMasks
-from pruning.weights.parts import BlockCall, PrunedBlock
+from pruning.weights.parts import PrunedBlock
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource, CalibrationStates, check_windows, evaluation
+from pruning.weights.source import (
+    BlockSource,
+    CalibrationStates,
+    NoStates,
+    check_windows,
+    evaluation,
+)
 from pruning.weights.store import BlockStore
 
 Progress = Callable[[int, int], None]
@@ -59,6 +65,7 @@ def prune_weights(
     windows_NT: Int[Tensor, "N T"] | None = None,
     *,
     held_back_NT: Int[Tensor, "M T"] | None = None,
+    decision: Decision | None = None,
     batch_size: int = 8,
     store: BlockStore | None = None,
     progress: Progress | None = None,
@@ -73,6 +80,7 @@ def prune_weights(
         held_back_NT: Windows that no statistic sees. With them, allocation, refinement and
             compensation are first tried on some of the calibration windows, and what raises the
             perplexity of the windows held back is dropped and noted. None applies all parts.
+        decision: Parts to leave out and sparsities of the blocks, from `decide`; None decides now.
         batch_size: Windows that a block sees at once, 1 or more.
         store: Keeps every finished block, so that a run that was killed goes on at the next one.
         progress: Called after every block.
@@ -93,18 +101,19 @@ def prune_weights(
         )
     if store is not None:
         store.claim(run_settings(source, recipe, windows_NT, held_back_NT, batch_size))
-    notes: list[str] = []
-    masks = WeightMasks()
+    if decision is None:
+        decision = decide(source, recipe, windows_NT, held_back_NT, batch_size)
+    if store is not None:
+        store.claim({"decision": decision.settings()})
+    applied, masks, notes = decision.applied(recipe), WeightMasks(), [*decision.notes]
     with evaluation(source.model):
-        if windows_NT is not None and held_back_NT is not None:
-            recipe, notes = drop_what_harms(source, recipe, windows_NT, held_back_NT, batch_size)
-        sparsities = allocate(source, recipe)
-        finished = _prune(source, recipe, sparsities, windows_NT, batch_size, store, progress)
+        states = states_for(source, applied, windows_NT, batch_size)
+        finished = _prune(source, applied, decision.sparsities, states, store, progress)
         for index, block in enumerate(finished):
             for path, mask_OI in block.masks.items():
                 masks.add(f"{source.prefix}{index}.{path}.weight", mask_OI)
             notes += block.notes
-    return WeightPruning(masks, recipe, sparsities, notes)
+    return WeightPruning(masks, applied, decision.sparsities, notes)
 
 
 def run_settings(
@@ -127,29 +136,19 @@ def _prune(
     source: BlockSource,
     recipe: WeightRecipe,
     sparsities: Sequence[float],
-    windows_NT: Int[Tensor, "N T"] | None,
-    batch_size: int,
+    states: CalibrationStates | NoStates,
     store: BlockStore | None,
     progress: Progress | None,
 ) -> Iterator[PrunedBlock]:
-    states = None
-    if windows_NT is not None and not recipe.data_free:
-        states = CalibrationStates(source, windows_NT, batch_size)
     for index, sparsity in enumerate(sparsities):
         block = source.block(index)
         done = store.load(index, block) if store is not None else None
         if done is None:
             own = recipe.pruned(source.linears[index])
-            calls = partial(states.calls, index) if states is not None else _no_calls
-            done = prune_block(block, own, recipe, sparsity, calls)
+            done = prune_block(block, own, recipe, sparsity, partial(states.calls, index))
             if store is not None:
                 store.save(index, block, done)
-        if states is not None:
-            states.advance(index, block)
+        states.advance(index, block)
         yield done
         if progress is not None:
             progress(index + 1, len(sparsities))
-
-
-def _no_calls() -> Iterator[BlockCall]:
-    return iter(())

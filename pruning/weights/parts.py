@@ -11,7 +11,7 @@ Legend: O = output features, I = input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -190,14 +190,17 @@ class Allocation(ABC):
 
     @abstractmethod
     def sparsities(
-        self, blocks: Callable[[], Iterator[Sequence[Tensor]]], sparsity: float
+        self, blocks: Callable[[], Iterator[Mapping[str, Tensor]]], sparsity: float
     ) -> list[float] | None:
         """Sparsity of every block, in [0, 1); None where all have that of the pattern.
 
         Args:
-            blocks: Goes through the blocks, in order: the weights (O, I) of the matrices that are
-                pruned.
+            blocks: Goes through the blocks, in order: name, such as `3.mlp.up_proj`, to weight
+                (O, I) of the matrices that are pruned.
             sparsity: Of all these matrices together.
+
+        Raises:
+            ValueError: A matrix cannot be judged; names it.
         """
 
 
@@ -209,7 +212,7 @@ class Uniform(Allocation):
         return None
 
     def sparsities(
-        self, blocks: Callable[[], Iterator[Sequence[Tensor]]], sparsity: float
+        self, blocks: Callable[[], Iterator[Mapping[str, Tensor]]], sparsity: float
     ) -> list[float] | None:
         return None
 

@@ -100,13 +100,15 @@ class StreamedBlocks(BlockSource):
         device: Where blocks and calibration states go.
 
     Raises:
-        ValueError: The family is unknown, the folder is quantised, or tensors are missing.
+        ValueError: There is no model in the folder, its family is unknown, it is quantised, or
+            tensors are missing.
     """
 
     keeps_changes = False
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
         self.folder, self.device = Path(folder), torch.device(device)
+        weight_files(self.folder)  # transformers would take a folder that is not there for a name
         config = AutoConfig.from_pretrained(folder)
         _refuse_quantised(config)
         self.model = skeleton(config).eval()
@@ -167,7 +169,9 @@ def _refuse_quantised(config: Any) -> None:
 class CalibrationStates:
     """Calibration windows on their way through the blocks: the input of the next block.
 
-    Memory: 1 x windows x T x D numbers of the model's type, and the arguments of the calls.
+    Memory: 1 x windows x T x D numbers of the model's type, and the arguments of the calls. Those
+    that are equal are kept once: positions, and masks of B x T x T where a family needs them, do
+    not grow with the windows.
 
     Args:
         source: The model.
@@ -185,12 +189,13 @@ class CalibrationStates:
         self.source, self.windows_NT, self.batch_size = source, windows_NT, batch_size
         self.hidden: list[Tensor] = []
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        distinct: list[Tensor] = []
 
         def note(index: int, hidden_BTD: Tensor, args: Any, kwargs: Any) -> Tensor:
             if index == 0:
                 self.hidden.append(hidden_BTD)
                 self._arguments.append([])
-            self._arguments[-1].append((args, kwargs))
+            self._arguments[-1].append(_sharing((args, kwargs), distinct))
             return hidden_BTD
 
         body: Any = source.model.base_model
@@ -221,13 +226,45 @@ class CalibrationStates:
             return perplexity(self.source.model, self.windows_NT, self.batch_size)
 
 
-def check_windows(config: Any, windows_NT: Int[Tensor, "N T"], batch_size: int) -> None:
+def _sharing(value: Any, distinct: list[Tensor]) -> Any:
+    """The same arguments, with every tensor replaced by an equal one that is there already."""
+    if isinstance(value, Tensor):
+        for known in distinct:
+            if known is value or (known.dtype == value.dtype and torch.equal(known, value)):
+                return known
+        distinct.append(value)
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_sharing(each, distinct) for each in value)
+    if type(value) is dict:
+        return {key: _sharing(each, distinct) for key, each in value.items()}
+    return value
+
+
+class NoStates:
+    """In the place of calibration states where no part looks at any."""
+
+    def calls(self, index: int) -> Iterator[BlockCall]:
+        """None."""
+        return iter(())
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Nothing moves."""
+
+
+def check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
     """Refuse windows that a model cannot read, before any work.
 
     Raises:
-        ValueError: There are none, they are longer than the positions of the model, or hold tokens
-            that it does not know.
+        ValueError: They are no table of token ids, there are none, they are longer than the
+            positions of the model, or hold tokens that it does not know.
     """
+    if windows_NT.dim() != 2 or windows_NT.is_floating_point():
+        raise ValueError(
+            "Calibration windows must be token ids, whole numbers of shape (windows, tokens), got "
+            f"{windows_NT.dtype} of shape {tuple(windows_NT.shape)}; one window of ids is "
+            "`ids[None]`."
+        )
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     if len(windows_NT) == 0:

@@ -8,12 +8,13 @@ and whatever else decides it. `prune_weights` writes that; blocks of another run
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ class BlockStore:
         settings: What else decides the run, beside what `prune_weights` knows; JSON values.
 
     Raises:
-        ValueError: The folder holds the blocks of a run with other settings.
+        ValueError: The folder holds the blocks of a run with other settings, or what it says about
+            them is damaged.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
@@ -42,7 +44,13 @@ class BlockStore:
         self.settings: dict[str, Any] = {}
         """All that is known to decide the run."""
         if self._blocks():
-            self.settings = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+            try:
+                self.settings = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{self.folder / RUN} does not tell what run the blocks beside it belong to: "
+                    f"{error}. Delete {self.folder}; they are pruned again."
+                ) from error
         self.claim(settings or {})
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -86,11 +94,15 @@ class BlockStore:
 
     @torch.no_grad()
     def load(self, index: int, block: nn.Module) -> PrunedBlock | None:
-        """Put the weights of a finished block into the block; None if it is not finished."""
+        """Put the weights of a finished block into the block; None if it is not finished.
+
+        Raises:
+            ValueError: The file of the block is damaged.
+        """
         if not self.path(index).is_file():
             return None
         masks = {}
-        with safe_open(self.path(index), framework="pt") as file:
+        with self._opened(index) as file:
             for name in sorted(file.keys()):
                 if name.endswith(_MASK):
                     path = name.removesuffix(_MASK)
@@ -104,13 +116,23 @@ class BlockStore:
         """A new weight of a finished block, by the name of its parameter in the block.
 
         Raises:
-            ValueError: The block is not finished.
+            ValueError: The block is not finished, or its file is damaged.
         """
         if not self.path(index).is_file():
             raise ValueError(f"{self.folder} lacks block {index}: the run has not finished.")
-        with safe_open(self.path(index), framework="pt") as file:
+        with self._opened(index) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        try:
+            with safe_open(self.path(index), framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path(index)} is damaged: {error}. Delete it; the block is pruned again."
+            ) from error
 
 
 def _replace(path: Path, write: Any) -> None:

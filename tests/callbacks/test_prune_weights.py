@@ -142,6 +142,42 @@ def test_the_sparsity_rises_along_the_cube(inputs: Path, tmp_path: Path) -> None
     assert all((weights[name][~callback.masks[name]] == 0).all() for name in callback.masks)
 
 
+def test_no_weight_comes_back_at_a_later_rise(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would help at one rise and harm at another is decided once, for the last of them."""
+    trials: list[float] = []
+
+    def trial(_: Any, recipe: WeightRecipe, **__: Any) -> float:
+        trials.append(recipe.pattern.sparsity)
+        return 9.0 - len(trials) if len(trials) < 4 else 9.0  # all help at first, then none
+
+    monkeypatch.setattr(guard, "trial", trial)
+    seen: list[tuple[WeightMasks, list[float]]] = []
+
+    class Watched(PruneWeights):
+        def _prune(self, *arguments: Any) -> None:
+            super()._prune(*arguments)
+            seen.append((self.masks, self.history[-1]["asked_sparsities"]))
+            saved = self.state_dict()  # as a run that is resumed
+            self._decision = None
+            self.load_state_dict(saved)
+            self._hold(arguments[1])
+
+    callback = Watched(
+        Unstructured(0.6), ObsSaliency(), AlphaPruning(0.4), compensation=SparseGPTSweep(),
+        gradually=Gradually(2, 0.5), **SMALL,
+    )  # fmt: skip
+    fit(inputs, tmp_path, callback, max_steps=10)
+    assert trials == [0.6] * 3
+    assert len(seen) == 3
+    assert max(seen[-1][1]) > 1.3 * min(seen[-1][1])
+    for (early, before), (late, after) in pairwise(seen):
+        assert all(not (late[name] & ~early[name]).any() for name in early)
+        ratios = [high / low for low, high in zip(before, after, strict=True)]
+        assert ratios == pytest.approx([ratios[0]] * 3)
+
+
 def test_low_rank_updates_train_as_they_are_exported(inputs: Path, tmp_path: Path) -> None:
     """Dropout and another rise in between included; updates are dense where nothing is pruned."""
     callback = PruneWeights(

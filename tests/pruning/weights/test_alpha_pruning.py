@@ -38,8 +38,19 @@ def test_what_a_full_block_cannot_lose_the_others_lose() -> None:
     assert found[0] < found[1] < 0.99
 
 
-def test_blocks_that_are_alike_have_one_sparsity() -> None:
-    assert spread_sparsity([3.0, 3.0], [1, 2], 0.4, 0.2) == pytest.approx([0.4, 0.4])
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_blocks_that_are_alike_have_one_sparsity(spread: float) -> None:
+    assert spread_sparsity([3.0, 3.0], [1, 2], 0.4, spread) == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.parametrize(("sparsity", "spread"), [(0.7, 1.0), (0.99, 0.2), (0.99, 1.0), (0.0, 1.0)])
+def test_the_mean_is_kept_up_to_the_limits(sparsity: float, spread: float) -> None:
+    """By hand, spread 1 at 0.7: factors 0 and 2, the second block is full, and 0.41 is left."""
+    found = spread_sparsity([2.0, 4.0], [1, 1], sparsity, spread)
+    assert sum(found) / 2 == pytest.approx(sparsity)
+    assert max(found) <= 0.99
+    if (sparsity, spread) == (0.7, 1.0):
+        assert found == pytest.approx([0.41, 0.99])
 
 
 def test_the_exponent_of_a_power_law_is_found() -> None:
@@ -54,11 +65,17 @@ def test_the_exponent_of_a_power_law_is_found() -> None:
 def test_a_lighter_tail_has_a_larger_exponent() -> None:
     weight_OI = noise(120, 80)
     heavy_OI = weight_OI * torch.linspace(0, 3, 80).exp()
-    assert tail_exponent(heavy_OI) < tail_exponent(weight_OI)
+    heavy, light = tail_exponent(heavy_OI), tail_exponent(weight_OI)
+    assert heavy is not None
+    assert light is not None
+    assert heavy < light
 
 
 def test_it_gives_every_block_its_own_sparsity() -> None:
-    blocks = [[noise(60, 40)], [noise(60, 40, seed=1) * torch.linspace(0, 3, 40).exp()]]
+    blocks = [
+        {"0.up": noise(60, 40)},
+        {"1.up": noise(60, 40, seed=1) * torch.linspace(0, 3, 40).exp()},
+    ]
     light, heavy = AlphaPruning().sparsities(lambda: iter(blocks), 0.5) or []
     assert heavy < light
     assert (light + heavy) / 2 == pytest.approx(0.5)
@@ -66,6 +83,8 @@ def test_it_gives_every_block_its_own_sparsity() -> None:
 
 def test_nm_has_only_one_sparsity() -> None:
     assert AlphaPruning().refuse(Unstructured(0.5)) is None
+    assert AlphaPruning().refuse(Unstructured(0.99)) is None
+    assert "`sparsity` is 0.995; ask for 0.99" in str(AlphaPruning().refuse(Unstructured(0.995)))
     assert "NM has only one; use Unstructured" in str(AlphaPruning().refuse(NM(2, 4)))
 
 
@@ -76,5 +95,6 @@ def test_a_spread_out_of_range_is_refused(spread: float) -> None:
 
 
 def test_a_matrix_without_a_tail_is_refused() -> None:
-    with pytest.raises(ValueError, match="fewer than two eigenvalues"):
-        tail_exponent(torch.ones(4, 4))
+    blocks = [{"0.up": noise(4, 4), "0.down": torch.ones(4, 4)}]
+    with pytest.raises(ValueError, match="no tail in 0.down: fewer than two eigen.*Use Uniform"):
+        AlphaPruning().sparsities(lambda: iter(blocks), 0.5)

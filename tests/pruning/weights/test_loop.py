@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +27,7 @@ from pruning.weights.pattern import NM, Pattern, PerColumn, PerRow, Unstructured
 from pruning.weights.recipe import WeightRecipe
 from pruning.weights.report import plot_sparsity, sparsity_report
 from pruning.weights.selection import AttentionOnly, MlpOnly
-from pruning.weights.source import CalibrationStates, LiveBlocks, StreamedBlocks
+from pruning.weights.source import CalibrationStates, LiveBlocks, StreamedBlocks, check_windows
 from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from pruning.weights.store import BlockStore
 from pruning.weights.wanda import Wanda
@@ -47,6 +49,26 @@ def test_the_states_after_all_blocks_are_those_of_the_model(family: str) -> None
     for index, block in enumerate(states.source.blocks):
         states.advance(index, block)
     assert states.perplexity().value == pytest.approx(perplexity(model, tokens()).value, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "opt"])
+def test_calibration_keeps_equal_arguments_once(family: str) -> None:
+    """Five batches, the last one smaller, keep at most twice what one keeps: it has two shapes."""
+
+    def kept(count: int) -> int:
+        states = CalibrationStates(LiveBlocks(tiny_model(family)), tokens(count), batch_size=2)
+        tensors = {}
+        found: list[Any] = [states._arguments]
+        while found:
+            each = found.pop()
+            if isinstance(each, Tensor):
+                tensors[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+            elif isinstance(each, (list, tuple, dict)):
+                found += each.values() if isinstance(each, dict) else each
+        return sum(tensors.values())
+
+    assert 0 < kept(9) <= 2 * kept(2)
+    assert kept(8) == kept(2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,13 +121,30 @@ def test_a_run_that_was_killed_goes_on_at_its_block(tmp_path: Path) -> None:
         ("`held back` was None", {"held_back_NT": tokens(seed=1)}),
         ("`batch_size` was 8 and is now 4", {"batch_size": 4}),
     ]
-    same = {"source": LiveBlocks(tiny_llama()), "recipe": SPARSE_GPT, "windows_NT": tokens()}
+
+    def again_with(**other: Any) -> None:
+        same = {"source": LiveBlocks(tiny_llama()), "recipe": SPARSE_GPT, "windows_NT": tokens()}
+        prune_weights(**same | other, store=BlockStore(tmp_path / "killed"))
+
     for message, other in others:
         with pytest.raises(ValueError, match=message) as refusal:
-            prune_weights(**same | other, store=BlockStore(tmp_path / "killed"))
+            again_with(**other)
         assert "delete" in refusal.value.__notes__[0]
     with pytest.raises(ValueError, match="`step` was None"):
         BlockStore(tmp_path / "killed", {"step": 1})
+
+    # Damaged, by a full disk for example.
+    store = BlockStore(tmp_path / "killed")
+    store.path(1).write_bytes(store.path(1).read_bytes()[:-9])
+    with pytest.raises(ValueError, match="block-00001.* is damaged: .* Delete it; the block is"):
+        again_with()
+    with pytest.raises(ValueError, match="block-00001.* is damaged: "):
+        store.weight(1, "mlp.up_proj.weight")
+    store.path(1).unlink()
+    again_with()
+    (store.folder / "run.json").write_text('{"pat')
+    with pytest.raises(ValueError, match="run.json does not tell what run .* Delete "):
+        BlockStore(tmp_path / "killed")
 
 
 def test_blocks_go_into_the_model_that_they_are_of(tmp_path: Path) -> None:
@@ -238,6 +277,15 @@ def test_a_part_that_harms_is_dropped_and_says_so() -> None:
         assert torch.equal(ours, theirs)  # the trials left no trace
 
 
+@pytest.mark.parametrize("windows_NT", [None, tokens()], ids=["none", "some"])
+def test_parts_that_need_no_data_are_tried_as_well(windows_NT: Tensor | None) -> None:
+    model = trained()
+    recipe = WeightRecipe(HALF, Magnitude(), _OnlyTheFirst())
+    found = prune_weights(LiveBlocks(model), recipe, windows_NT, held_back_NT=tokens())
+    assert found.sparsities == [0.5] * 3
+    assert any("`allocation`" in note and "was dropped" in note for note in found.notes)
+
+
 def test_without_windows_held_back_all_parts_are_applied() -> None:
     recipe = WeightRecipe(HALF, refinement=_Worst())
     found = prune_weights(LiveBlocks(tiny_llama()), recipe, tokens())
@@ -299,6 +347,12 @@ def test_windows_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             prune_weights(source, WeightRecipe(HALF), windows, batch_size=batch_size)
+    for windows, message in (
+        (tokens()[0], r"got torch.int64 of shape \(12,\)"),
+        (tokens().float(), r"got torch.float32 of shape \(6, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=f"must be token ids, .* {message}"):
+            check_windows(source.model.config, windows, 8)
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
@@ -314,6 +368,8 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_streamed_blocks_need_a_place_for_the_result(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base is not a model folder"):
+        StreamedBlocks(tmp_path / "base")
     source = StreamedBlocks(tiny_family_folder(tmp_path / "base", "llama"))
     with pytest.raises(ValueError, match="`store` is needed"):
         prune_weights(source, WeightRecipe(HALF), tokens())
@@ -324,6 +380,40 @@ def test_zeros_that_no_kernel_can_use_are_not_packed() -> None:
     found = prune_weights(LiveBlocks(model), WeightRecipe(HALF, Magnitude()))
     with pytest.raises(ValueError, match="a 2:4 kernel can use none"):
         to_semi_structured(model, found.masks)
+
+
+@pytest.mark.parametrize("form", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_compressed_formats_are_not_read_back(form: str, tmp_path: Path) -> None:
+    """Why they are not written. If this fails, they can be read again and are worth writing."""
+    utilities = pytest.importorskip("compressed_tensors.utils")
+    model = tiny_llama(intermediate_size=36)
+    masks = prune_weights(LiveBlocks(model), WeightRecipe(NM(2, 4), Magnitude())).masks
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in masks:
+        weight_OI, mask_OI = tensors.pop(name), masks[name]
+        kept = weight_OI[mask_OI]
+        tensors[f"{name}.compressed"] = kept.view(len(weight_OI), -1) if "24" in form else kept
+        tensors[f"{name}.bitmask"] = utilities.pack_bitmasks(mask_OI)
+        tensors[f"{name}.shape"] = torch.tensor(weight_OI.shape)
+        if "24" not in form:
+            counts_O = mask_OI.sum(1)
+            tensors[f"{name}.row_offsets"] = counts_O.cumsum(0) - counts_O
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    sparsity = {
+        "format": form, "targets": ["Linear"], "ignore": ["lm_head"],
+        "global_sparsity": 0.5, "sparsity_structure": "2:4",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": sparsity,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(masks)
+    for name in masks:  # neither the weights nor any zeros
+        assert float((loaded.get_parameter(name) == 0).float().mean()) < 0.01
 
 
 @pytest.fixture
