@@ -18,11 +18,11 @@ pytestmark = NOISE
 WEIGHTS = Path("model", "model.safetensors")
 VARIANTS = {
     "2:4, all weights": [
-        "--trainer.callbacks.pattern=pruning.weights.pattern.NM",
+        "--trainer.callbacks.pattern=NM",  # names that the help lists
         "--trainer.callbacks.pattern.n=2",
         "--trainer.callbacks.pattern.m=4",
-        "--trainer.callbacks.score=pruning.weights.sparse_gpt.ObsSaliency",
-        "--trainer.callbacks.compensation=pruning.weights.sparse_gpt.SparseGPTSweep",
+        "--trainer.callbacks.score=ObsSaliency",
+        "--trainer.callbacks.compensation=SparseGPTSweep",
     ],
     "gradually, low rank": [
         "--model.lora.rank=2",

@@ -5,20 +5,28 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import pruning.weights
 from pruning.weights.alpha_pruning import AlphaPruning
 from pruning.weights.barber import Barber
 from pruning.weights.dass import DaSS
 from pruning.weights.dsnot import DSnoT
+from pruning.weights.formats import write_pruned_checkpoint
+from pruning.weights.gradually import Gradually
+from pruning.weights.guard import decide
 from pruning.weights.least_squares import LeastSquares
 from pruning.weights.loop import prune_weights
 from pruning.weights.magnitude import Magnitude
+from pruning.weights.masks import WeightMasks
 from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
 from pruning.weights.pattern import (
     NM,
@@ -31,8 +39,9 @@ from pruning.weights.pattern import (
 )
 from pruning.weights.recipe import WeightRecipe
 from pruning.weights.selection import AllLinears, AttentionOnly, MlpOnly, Selection
-from pruning.weights.source import LiveBlocks
+from pruning.weights.source import LiveBlocks, StreamedBlocks
 from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from pruning.weights.store import BlockStore
 from pruning.weights.wanda import Wanda
 from tests.tiny import tiny_llama
 
@@ -56,6 +65,7 @@ ROWS: dict[type, WeightRecipe] = {
     AllLinears: WeightRecipe(HALF, Magnitude(), matrices=AllLinears()),
     MlpOnly: WeightRecipe(HALF, DaSS(), matrices=MlpOnly()),
     AttentionOnly: WeightRecipe(HALF, Wanda(), matrices=AttentionOnly()),
+    Gradually: WeightRecipe(HALF, ObsSaliency(), AlphaPruning(), compensation=LeastSquares()),
 }
 
 
@@ -65,7 +75,7 @@ def parts() -> Iterator[type]:
         for value in names.values():
             if isinstance(value, type) and value.__module__ == f"pruning.weights.{module.name}":
                 axes = (Allocation, Score, Refinement, Compensation, Pattern, Group, Selection)
-                if issubclass(value, axes) and value not in axes:
+                if value is Gradually or (issubclass(value, axes) and value not in axes):
                     yield value
 
 
@@ -82,18 +92,25 @@ def windows() -> Tensor:
 
 
 @pytest.mark.parametrize("part", ROWS, ids=lambda part: part.__name__)
-def test_the_part_keeps_the_contract(part: type) -> None:
+def test_the_part_keeps_the_contract(part: type, tmp_path: Path) -> None:
     recipe, model = ROWS[part], make()
-    used = [*vars(recipe).values(), recipe.pattern.group]
+    used = [*vars(recipe).values(), recipe.pattern.group, Gradually(1)]
     used += [recipe.group(linear) for linear in linears_of(model)[0]]
     assert any(isinstance(each, part) for each in used)
-    found = prune_weights(LiveBlocks(model), recipe, windows())
+    decision = decide(LiveBlocks(model), recipe, windows())
+    early = WeightMasks()
+    if part is Gradually:
+        half_way = replace(recipe, pattern=recipe.pattern.with_sparsity(0.25))
+        rise = decision.scaled(0.5)
+        early = prune_weights(LiveBlocks(model), half_way, windows(), decision=rise).masks
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    found = prune_weights(LiveBlocks(model), recipe, windows(), decision=decision)
 
     # Every group loses exactly its number, and what is lost is zero.
     for linear in (linear for block in linears_of(model) for linear in block):
         name = f"model.layers.{linear.name}.weight"
         assert (name in found.masks) == recipe.matrices.takes(linear)
-        if name in found.masks and not isinstance(recipe.score, ObsSaliency):
+        if name in found.masks:
             pattern = recipe.pattern.with_sparsity(found.sparsities[linear.block])
             keep_GE = pattern.split(found.masks[name], recipe.group(linear))
             removed = pattern.num_removed(keep_GE.shape[1])
@@ -101,20 +118,36 @@ def test_the_part_keeps_the_contract(part: type) -> None:
             assert set((~keep_GE).sum(1).tolist()) == {removed}
     assert not found.masks.lost(model)
 
-    # Equal runs are equal, bit by bit.
-    again = make()
-    prune_weights(LiveBlocks(again), recipe, windows())
-    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+    # What an earlier rise has removed does not come back.
+    assert not any((found.masks[name] & ~early[name]).any() for name in early)
+
+    # A run that is killed after a block, goes on, and whose model is written and read again gives
+    # the same, bit by bit.
+    dense = make()
+    dense.load_state_dict(start)
+    dense.save_pretrained(tmp_path / "base")
+    run = partial(prune_weights, recipe=recipe, windows_NT=windows(), decision=decision)
+    store = BlockStore(tmp_path / "blocks")
+    with pytest.raises(KeyboardInterrupt):
+        run(StreamedBlocks(tmp_path / "base"), store=store, progress=stop)
+    assert [store.path(block).is_file() for block in (0, 1)] == [True, False]
+    store = BlockStore(tmp_path / "blocks")
+    again = run(StreamedBlocks(tmp_path / "base"), store=store)
+    write_pruned_checkpoint(tmp_path / "base", store, again.masks, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-
-    # A second run at the same sparsity leaves everything as it is. (An allocation looks at the
-    # spectra of the weights anew.)
-    if not isinstance(recipe.allocation, AlphaPruning):
-        prune_weights(LiveBlocks(again), recipe, windows())
-        for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
-            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-3)
-        assert not found.masks.lost(again)
-
-    # The model still computes.
     with torch.no_grad():
-        assert bool(model(windows()).logits.isfinite().all())
+        logits_BTV = model(windows()).logits
+        assert bool(logits_BTV.isfinite().all())
+        assert torch.equal(loaded(windows()).logits, logits_BTV)
+
+    # A second run leaves everything as it is.
+    run(LiveBlocks(loaded))
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-3)
+    assert not found.masks.lost(loaded)
+
+
+def stop(done: int, total: int) -> None:
+    raise KeyboardInterrupt
