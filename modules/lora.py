@@ -52,6 +52,8 @@ class LoRA:
     def inject(self, model: PreTrainedModel) -> None:
         """Freeze a model and hang the updates, which start at nothing, into its layers.
 
+        They are float32, whatever the type of the model: small steps are lost in bfloat16.
+
         Raises:
             ValueError: peft is missing, or a target names no layer of the model.
         """
@@ -76,6 +78,9 @@ class LoRA:
             target_modules=targets,
         )
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:

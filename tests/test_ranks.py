@@ -61,7 +61,7 @@ def on_two(folder: Path, name: str, strategy: str, *settings: str) -> list[str]:
 RECOVERY = {
     "full": ("--model.gradient_checkpointing=true",),
     "lora": ("--model.lora.rank=3", "--model.lora.dropout=0"),
-    "half": ("--model.lora.rank=3", "--model.dtype=bfloat16"),
+    "half": ("--model.dtype=bfloat16",),
 }
 
 
