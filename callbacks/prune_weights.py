@@ -64,7 +64,8 @@ class PruneWeights(Callback):
     large as what is pruned of the model: a run that was killed goes on at the block that it was in.
 
     Compensation, allocation and refinement are tried first, and left out where they raise the
-    perplexity of windows that are held back from them; log and report say so.
+    perplexity of windows that are held back from them; log and report say so. Where the sparsity
+    rises gradually, that is decided once, before the first rise, at the sparsity of the end.
 
     Rank 0 prunes while other ranks wait: raise the `timeout` of the strategy where that takes long.
     The folder must be on a file system that all ranks see.

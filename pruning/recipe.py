@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Every setting that differs, with both values."""
+    return [
+        f"`{key}` was {saved.get(key)!r} and is now {current.get(key)!r}"
+        for key in sorted({*saved, *current})
+        if saved.get(key) != current.get(key)
+    ]
+
+
 def refuse_other(saved: Mapping[str, Any], current: Mapping[str, Any], owner: str) -> None:
     """Compare the settings in a checkpoint with those of this run.
 
@@ -17,14 +26,9 @@ def refuse_other(saved: Mapping[str, Any], current: Mapping[str, Any], owner: st
     Raises:
         ValueError: They differ; names every setting with both values.
     """
-    differences = [
-        f"`{key}` was {saved.get(key)!r} and is now {current.get(key)!r}"
-        for key in sorted({*saved, *current})
-        if saved.get(key) != current.get(key)
-    ]
-    if differences:
+    if found := differences(saved, current):
         raise ValueError(
             f"The checkpoint was written under another configuration of {owner}: "
-            f"{'; '.join(differences)}. Resume with the settings of the run, or start a new one "
+            f"{'; '.join(found)}. Resume with the settings of the run, or start a new one "
             "without `--ckpt_path`."
         )

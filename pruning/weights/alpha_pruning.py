@@ -82,8 +82,12 @@ def spread_sparsity(
         sizes_L: Entries of every block, for the mean.
         sparsity: Of the whole, in [0, 0.99].
         spread: How far the factors reach to both sides of 1, in [0, 1].
+
+    Raises:
+        ValueError: `sparsity` is outside its range.
     """
-    assert 0 <= sparsity <= _HIGHEST
+    if not 0 <= sparsity <= _HIGHEST:
+        raise ValueError(f"`sparsity` must be in [0, {_HIGHEST}], got {sparsity}.")
     low, high = min(alphas_L), max(alphas_L)
     width = high - low or 1.0
     factors = [1 - spread + 2 * spread * (alpha - low) / width for alpha in alphas_L]

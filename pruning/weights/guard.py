@@ -77,6 +77,7 @@ def decide(
     Raises:
         ValueError: As for `prune_weights`.
     """
+    recipe.check_windows(windows_NT)
     with evaluation(source.model):
         decision = Decision([], [], [])
         if held_back_NT is not None:

@@ -95,10 +95,7 @@ def prune_weights(
         check_windows(source.model.config, windows_NT, batch_size)
     if store is None and not source.keeps_changes:
         raise ValueError("`store` is needed for blocks that are streamed: they are kept there.")
-    if windows_NT is None and not recipe.data_free:
-        raise ValueError(
-            "`windows_NT` is needed: parts of this recipe look at calibration windows."
-        )
+    recipe.check_windows(windows_NT)
     if store is not None:
         store.claim(run_settings(source, recipe, windows_NT, held_back_NT, batch_size))
     if decision is None:

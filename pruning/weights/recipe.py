@@ -1,9 +1,15 @@
-"""A recipe: one choice per axis, checked against a model before any work."""
+"""A recipe: one choice per axis, checked against a model before any work.
+
+Legend: N = windows, T = tokens of a window.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+
+from jaxtyping import Int
+from torch import Tensor
 
 from pruning.weights.parts import (
     Allocation,
@@ -80,6 +86,17 @@ class WeightRecipe:
             reasons += [part.refuse(linear, self.pattern, group) for part in judges]
             if reason := next(filter(None, reasons), None):
                 raise ValueError(f"{linear.name} cannot be pruned like this: {reason}")
+
+    def check_windows(self, windows_NT: Int[Tensor, "N T"] | None) -> None:
+        """Refuse to do without calibration windows where a part looks at them.
+
+        Raises:
+            ValueError: There are none, and a part needs them.
+        """
+        if windows_NT is None and not self.data_free:
+            raise ValueError(
+                "`windows_NT` is needed: parts of this recipe look at calibration windows."
+            )
 
     def settings(self) -> dict[str, str]:
         """Every part with its settings, for telling two recipes apart and for reports."""

@@ -189,13 +189,14 @@ class CalibrationStates:
         self.source, self.windows_NT, self.batch_size = source, windows_NT, batch_size
         self.hidden: list[Tensor] = []
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        distinct: list[Tensor] = []
+        shared = _EqualOnce()
 
         def note(index: int, hidden_BTD: Tensor, args: Any, kwargs: Any) -> Tensor:
             if index == 0:
+                shared.next_batch()
                 self.hidden.append(hidden_BTD)
                 self._arguments.append([])
-            self._arguments[-1].append(_sharing((args, kwargs), distinct))
+            self._arguments[-1].append(shared((args, kwargs)))
             return hidden_BTD
 
         body: Any = source.model.base_model
@@ -226,19 +227,35 @@ class CalibrationStates:
             return perplexity(self.source.model, self.windows_NT, self.batch_size)
 
 
-def _sharing(value: Any, distinct: list[Tensor]) -> Any:
-    """The same arguments, with every tensor replaced by an equal one that is there already."""
-    if isinstance(value, Tensor):
-        for known in distinct:
-            if known is value or (known.dtype == value.dtype and torch.equal(known, value)):
-                return known
-        distinct.append(value)
+class _EqualOnce:
+    """Replaces tensors by equal ones that were there before."""
+
+    def __init__(self) -> None:
+        self._distinct: list[Tensor] = []
+        self._of_batch: dict[int, tuple[Tensor, Tensor]] = {}  # all blocks get the same ones
+
+    def next_batch(self) -> None:
+        """Forget which tensor is which; those that were kept stay."""
+        self._of_batch.clear()
+
+    def __call__(self, value: Any) -> Any:
+        """The same arguments, whatever they are nested in."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._of_batch:
+                self._of_batch[id(value)] = value, self._kept(value)
+            return self._of_batch[id(value)][1]
+        if type(value) in (tuple, list):
+            return type(value)(map(self, value))
+        if type(value) is dict:
+            return {key: self(each) for key, each in value.items()}
         return value
-    if type(value) in (tuple, list):
-        return type(value)(_sharing(each, distinct) for each in value)
-    if type(value) is dict:
-        return {key: _sharing(each, distinct) for key, each in value.items()}
-    return value
+
+    def _kept(self, value: Tensor) -> Tensor:
+        for known in self._distinct:
+            if known.dtype == value.dtype and torch.equal(known, value):
+                return known
+        self._distinct.append(value)
+        return value
 
 
 class NoStates:

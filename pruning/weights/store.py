@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pruning.recipe import refuse_other
+from pruning.recipe import differences
 from pruning.weights.masks import pack, unpack
 from pruning.weights.parts import PrunedBlock, weight_of
 
@@ -64,14 +64,11 @@ class BlockStore:
         """
         if self._blocks():
             saved = {key: self.settings.get(key) for key in settings}
-            try:
-                refuse_other(saved, settings, f"the blocks in {self.folder}")
-            except ValueError as error:
-                error.add_note(
-                    f"Or these are the blocks of an earlier run that did not end: delete "
-                    f"{self.folder}."
+            if found := differences(saved, settings):
+                raise ValueError(
+                    f"{self.folder} holds the blocks of another run, which may not have ended: "
+                    f"{'; '.join(found)}. Go on with its settings, or delete the folder."
                 )
-                raise
         self.settings |= settings
         text = json.dumps(self.settings, indent=1)
         _replace(self.folder / RUN, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -261,9 +261,8 @@ def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
     for folder in ("whole", "run", "new"):
         fit(inputs, tmp_path / folder, PruneWeights(NM(1, 4), **SMALL), 1, fast_dev_run=True)
     assert content(tmp_path) == before
-    with pytest.raises(ValueError, match="`score` was 'ObsSaliency.* and is now 'Wanda") as refusal:
+    with pytest.raises(ValueError, match="`score` was 'ObsSaliency.* and is now 'Wanda.* delete"):
         fit(inputs, tmp_path / "run", PruneWeights(NM(2, 4), **SMALL), max_steps=0)
-    assert "an earlier run that did not end: delete" in refusal.value.__notes__[0]
     other = PruneWeights(**recipe | {"calibration_seed": 1})
     with pytest.raises(ValueError, match="`windows` was"):
         fit(inputs, tmp_path / "run", other, max_steps=0)

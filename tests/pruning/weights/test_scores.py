@@ -73,5 +73,5 @@ def test_wanda_scores_scale_with_the_norms() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_dass_without_a_weight_of_the_norms_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match="`alpha` must be above 0"):
+    with pytest.raises(ValueError, match="`alpha` must be finite and above 0"):
         DaSS(alpha)

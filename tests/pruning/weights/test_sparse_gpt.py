@@ -130,12 +130,11 @@ def test_inputs_that_are_never_read_do_no_harm() -> None:
 
 
 def test_what_is_zero_already_goes_first() -> None:
-    """Also if the sweep has given it a value by then."""
-    weight_OI = noise(8, 24)
-    once = matrix_of(weight_OI, correlated(2, 60, 24), Unstructured(0.3), PerMatrix())
-    early_OI = ObsSaliency().mask(once)
-    again = matrix_of(weight_OI * early_OI, correlated(2, 60, 24), Unstructured(0.5), PerMatrix())
-    assert not (ObsSaliency().mask(again) & ~early_OI).any()
+    """Also if losses of the first 128 columns have given it a value by then."""
+    early_OI = noise(8, 300, seed=7) > -0.52
+    weight_OI, x_BTI = noise(8, 300) * early_OI, correlated(2, 400, 300)
+    mask_OI = ObsSaliency().mask(matrix_of(weight_OI, x_BTI, Unstructured(0.5), PerMatrix()))
+    assert not (mask_OI & ~early_OI).any()
 
 
 def test_a_failing_cholesky_is_repaired_and_noted() -> None:
