@@ -329,7 +329,7 @@ class CausalLM(LanguageModelling):
         The weights are loaded and the optimiser is made after this.
 
         Raises:
-            ValueError: The settings differ, or the checkpoint lacks weights.
+            ValueError: The settings differ, or it, or those that follow, would lack weights.
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["pruning"]["removals"]
@@ -340,6 +340,12 @@ class CausalLM(LanguageModelling):
             units = [Unit.of_key(key) for key in removal["units"]]
             self.remove_units(units, removal["provenance"])
         self.provenance = checkpoint["pruning"]["provenance"]
+        if self.lora is not None and self.provenance and self._reader is not None:
+            raise ValueError(
+                "The checkpoint has frozen weights that a callback has changed, and checkpoints "
+                f"under `trainer.strategy` {type(self.trainer.strategy).__name__} leave frozen "
+                "weights out. Go on under ddp; or export there, and give that folder as `base`."
+            )
         if "compensation" in self.provenance:  # the embeddings were scaled, their copy was not
             untie(self.model)
         # Nobody else looks where frozen weights may be missing, or ranks take shares.

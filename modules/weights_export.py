@@ -92,8 +92,12 @@ class WeightsExport:
             if partial is not None:
                 self._complete(partial)
 
+        training = model.training
         model.eval()
-        deliver_weights_together(model, self.origin, write, folder, windows_NT, device)
+        try:
+            deliver_weights_together(model, self.origin, write, folder, windows_NT, device)
+        finally:
+            model.train(training)
 
     def _complete(self, folder: Path) -> None:
         """Add to weights and configuration what else belongs into a model folder."""

@@ -15,6 +15,7 @@ from modules.causal_lm import CausalLM
 from modules.lora import LoRA
 from modules.losses import LossWeights
 from modules.text_data import TextData
+from modules.zero import Zero
 from pruning.depth import Unit
 from pruning.families import family_of
 from pruning.fingerprint import fingerprint
@@ -197,6 +198,7 @@ def test_updates_of_low_rank_train_alone_and_are_added_up(inputs: Path, tmp_path
     trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
+    assert all(p.dtype == torch.float32 for p in module.model.parameters() if p.requires_grad)
     layers = {name.rpartition(".lora_")[0].rpartition("layers.")[2] for name in trained}
     assert {layer.split(".", 1)[1] for layer in layers} == {
         p.path for p in family_of(base.config).projections
@@ -219,6 +221,21 @@ def test_updates_of_low_rank_train_alone_and_are_added_up(inputs: Path, tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, live, atol=1e-4, rtol=1e-4)
+
+
+def test_pruned_weights_below_updates_do_not_go_on_where_checkpoints_leave_them_out(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recovery(inputs, lora=LoRA(rank=2))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, data(inputs))
+    module.record("weights", {"by": "a callback"})
+    run.save_checkpoint(tmp_path / "some.ckpt")
+    checkpoint = torch.load(tmp_path / "some.ckpt", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    monkeypatch.setattr(CausalLM, "_reader", Zero(stage=2))
+    with pytest.raises(ValueError, match="leave frozen weights out. Go on under ddp"):
+        module.on_load_checkpoint(checkpoint)
 
 
 def test_a_target_that_names_nothing_is_refused() -> None:
