@@ -71,7 +71,7 @@ def test_wanda_scores_scale_with_the_norms() -> None:
     torch.testing.assert_close(wanda_score(weight_OI, norms_I), (weight_OI * norms_I).abs())
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_dass_without_a_weight_of_the_norms_is_refused(alpha: float) -> None:
     with pytest.raises(ValueError, match="`alpha` must be finite and above 0"):
         DaSS(alpha)
