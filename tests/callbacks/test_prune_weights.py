@@ -257,8 +257,8 @@ def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
     with pytest.raises(RuntimeError, match="killed"):
         fit(inputs, tmp_path / "run", PruneWeights(**recipe), max_steps=0)
     monkeypatch.setattr(BlockStore, "save", save)
-    before = content(tmp_path)  # finished runs and killed ones are left alone by a trial
-    for folder in ("whole", "run", "new"):
+    before = content(tmp_path)  # a trial leaves a run that was killed alone, and nothing behind
+    for folder in ("run", "new"):
         fit(inputs, tmp_path / folder, PruneWeights(NM(1, 4), **SMALL), 1, fast_dev_run=True)
     assert content(tmp_path) == before
     with pytest.raises(ValueError, match="`score` was 'ObsSaliency.* and is now 'Wanda.* delete"):
