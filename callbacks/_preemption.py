@@ -6,10 +6,16 @@ import os
 import signal
 import subprocess
 import threading
+from contextlib import suppress
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+from torch import distributed
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_ASKED = "SaveCheckpoint/asked"
+_ANSWER_SECONDS = 60  # what a command of SLURM may take
 
 
 class Preempted(SystemExit):
@@ -82,9 +88,28 @@ def requeue() -> str:
     return f"Job {job} is requeued and will go on from there."
 
 
+def after_rank_0(rank: int) -> None:
+    """Rank 0 says that it is through with `requeue`; the others wait for that, since `srun` kills
+    a rank soon after another has gone.
+
+    Each comes on its own, be it from the middle of an export: this is no collective operation.
+    Where rank 0 has not been asked to stop, or is lost, the wait ends after the time that
+    `requeue` may take.
+    """
+    if not distributed.is_initialized():
+        return
+    store: Any = distributed.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set(_ASKED, "yes")
+        return
+    with suppress(RuntimeError):  # of torch: in vain
+        store.clone().wait([_ASKED], timedelta(seconds=3 * _ANSWER_SECONDS))
+
+
 def _slurm(*command: str) -> str:
     """What a command of SLURM says. A requeued job ends at once, this command with it, perhaps
     before it knows of its success; the shell makes it wait for that.
     """
     deaf = ("sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command)
-    return subprocess.run(deaf, capture_output=True, text=True, timeout=60, check=True).stdout
+    done = subprocess.run(deaf, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=True)
+    return done.stdout

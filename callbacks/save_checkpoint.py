@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks._preemption import Preempted, Signals, requeue
+from callbacks._preemption import Preempted, Signals, after_rank_0, requeue
 from callbacks._trial import is_trial
 from pruning.checkpoints import FOLDER, newest_first
 
@@ -109,6 +109,7 @@ class SaveCheckpoint(Checkpoint):
     ) -> None:
         """Say what becomes of a run that was stopped while it exported."""
         if isinstance(exception, Preempted) and self._signals.at_once:
+            self._signals.at_once = False  # a further signal must not end the request
             self._say(trainer)
         self._signals.ignore()
 
@@ -147,6 +148,7 @@ class SaveCheckpoint(Checkpoint):
     def _say(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             rank_zero_info(f"Asked to stop; {self.last_model_path} is written. {requeue()}")
+        after_rank_0(trainer.global_rank)
 
     def _save(self, trainer: Trainer) -> None:
         path = _folder(trainer) / f"step={trainer.global_step}.ckpt"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from torch import distributed
 
 from callbacks import SaveCheckpoint
 from callbacks._preemption import SIGNALS, Preempted, requeue
@@ -189,6 +191,35 @@ def test_a_handler_that_lightning_puts_back_passes_the_signal_on(
     signal.raise_signal(signal.SIGUSR1)
     assert received == [signal.SIGUSR1]
     running._signals._before[signal.SIGUSR1] = before
+
+
+def test_no_rank_goes_before_rank_0_is_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first that goes has the others killed, and with rank 0 its request for a requeue."""
+    store = distributed.HashStore()
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda: store)
+    events: list[str] = []
+
+    def stop(rank: int) -> None:
+        trainer = trainer_at(tmp_path, 2, global_rank=rank, is_global_zero=rank == 0)
+        with pytest.raises(Preempted):
+            SaveCheckpoint()._leave(trainer)
+        events.append(f"rank {rank} goes")
+
+    def slowly() -> str:
+        other.join(0.3)
+        events.append("requeued")
+        return ""
+
+    monkeypatch.setattr("callbacks.save_checkpoint.requeue", slowly)
+    other = threading.Thread(target=stop, args=(1,))
+    other.start()
+    stop(0)
+    other.join(10)
+    assert events[0] == "requeued"
+    assert sorted(events[1:]) == ["rank 0 goes", "rank 1 goes"]
 
 
 # Requeueing, against programs of these names that note how they are called
