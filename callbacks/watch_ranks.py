@@ -17,7 +17,6 @@ from torch import distributed
 log = logging.getLogger(__name__)
 _BEAT = 1.0  # seconds between two signs of life
 _CONNECTION = re.compile("gloo|nccl|connection|peer|timed out", re.IGNORECASE)
-EXIT_CODE = 75  # what a rank ends with that has lost another: a failure that may be retried
 
 
 class WatchRanks(Callback):
