@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks._preemption import Preempted, Signals, after_rank_0, requeue
 from callbacks._trial import is_trial
-from pruning.checkpoints import FOLDER, newest_first
+from pruning.checkpoints import FOLDER, newest_first, remove_partial, write_whole
 
-_PARTIAL = ".{}.partial"
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, straight into the file: Lightning's own way holds
+    the file in memory first.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write on this rank; returns when the file outlasts a loss of power."""
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
 
 class SaveCheckpoint(Checkpoint):
@@ -45,6 +56,22 @@ class SaveCheckpoint(Checkpoint):
         self._step = 0
         self._signals = Signals()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have checkpoints written whole.
+
+        Raises:
+            ValueError: They were to be written in another way.
+        """
+        if stage != "fit":
+            return
+        io = trainer.strategy.checkpoint_io
+        if type(io) not in (TorchCheckpointIO, WholeFiles):
+            raise ValueError(
+                f"`trainer.plugins` has {type(io).__name__}, which SaveCheckpoint cannot tell to "
+                "write files whole; remove it."
+            )
+        trainer.strategy.checkpoint_io = WholeFiles()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run starts over where an earlier one could be resumed."""
         self._signals.listen()  # before Lightning does, so that after training it is us again
@@ -56,8 +83,7 @@ class SaveCheckpoint(Checkpoint):
                 "run, stop now and add `--ckpt_path last`."
             )
         if trainer.is_global_zero:
-            for stale in _folder(trainer).glob(_PARTIAL.format("*")):
-                _remove(stale)  # what a killed run was writing
+            remove_partial(_folder(trainer))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take signals over from Lightning."""
@@ -155,25 +181,12 @@ class SaveCheckpoint(Checkpoint):
         if is_trial(trainer) or str(path) == self.last_model_path:
             return
         self._refuse_diverged(trainer)
-        partial = path.with_name(_PARTIAL.format(path.name))
-        trainer.save_checkpoint(partial, weights_only=False)  # returns when all ranks have written
-        if trainer.is_global_zero:
-            if path.is_dir():  # of an earlier run; a file is replaced by the renaming
-                _remove(path)
-            partial.rename(path)
-            for old in newest_first(_folder(trainer))[self.keep :]:
-                _remove(old)
-        trainer.strategy.barrier("SaveCheckpoint")  # no rank goes, or is killed, before it is there
+        trainer.save_checkpoint(path, weights_only=False)  # returns when rank 0 has written
         self.last_model_path = str(path)
+        if trainer.is_global_zero:
+            for old in newest_first(_folder(trainer))[self.keep :]:
+                old.unlink(missing_ok=True)
 
 
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint: a file, or a folder of shards."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

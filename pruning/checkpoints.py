@@ -1,15 +1,19 @@
-"""Find the checkpoint to resume from, before anybody reads one."""
+"""Checkpoints as files: written whole or not at all, and found before anybody reads one."""
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 FOLDER = "checkpoints"
 """Where a run keeps its checkpoints, in its output folder."""
 
+_PARTIAL = ".{}.partial"
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -27,9 +31,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
             return path
         warnings.warn(f"{path} is damaged (truncated?); trying the one before it.", stacklevel=2)
     if found:
-        raise ValueError(
-            f"None of the {len(found)} checkpoints in {folder / 'checkpoints'} can be read."
-        )
+        raise ValueError(f"None of the {len(found)} checkpoints in {folder / FOLDER} can be read.")
     return None
 
 
@@ -48,19 +50,50 @@ def check_readable(path: Path) -> None:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a checkpoint is whole: every member of its archives is there with its checksum."""
-    archives = sorted(path.rglob("*.pt")) if path.is_dir() else [path]  # sharded: a folder of them
+    """Whether a checkpoint is whole: every member of the archive is there with its checksum."""
     try:
-        return bool(archives) and all(zipfile.ZipFile(a).testzip() is None for a in archives)
+        return zipfile.ZipFile(path).testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False
 
 
+def step_of(name: str) -> int | None:
+    """The optimiser step that a file name tells, None if it is not that of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def newest_first(folder: Path) -> list[Path]:
     """Checkpoints by the time they were written: an earlier run may have got further in steps."""
-    steps = {
-        path: int(match[1])
-        for path in folder.glob("step=*.ckpt")
-        if (match := _NAME.fullmatch(path.name))
-    }
-    return sorted(steps, key=lambda path: (path.stat().st_mtime_ns, steps[path]), reverse=True)
+    steps = {path: step_of(path.name) for path in folder.glob("step=*.ckpt")}
+    found = [
+        (path.stat().st_mtime_ns, step, path) for path, step in steps.items() if step is not None
+    ]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all; what this has returned from outlasts a loss of power.
+
+    Args:
+        path: The file, replaced if it exists; its folder is made.
+        write: Writes the content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(_PARTIAL.format(path.name))
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name
+    finally:
+        os.close(folder)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed run was writing."""
+    for stale in folder.glob(_PARTIAL.format("*")):
+        stale.unlink(missing_ok=True)

@@ -3,17 +3,22 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import distributed
 
 from callbacks import SaveCheckpoint
 from callbacks._preemption import SIGNALS, Preempted, requeue
+from callbacks.save_checkpoint import WholeFiles
 from pruning.checkpoints import latest_checkpoint
 from tests.callbacks.fakes import fake_trainer
 
@@ -41,8 +46,7 @@ def trainer_at(root: Path, step: int, **more: Any) -> Any:
 
     def save(path: Path, weights_only: bool) -> None:
         assert weights_only is False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"step": trainer.global_step, "x": torch.arange(1000)}, path)
+        WholeFiles().save_checkpoint({"step": trainer.global_step, "x": torch.arange(1000)}, path)
 
     trainer.save_checkpoint = save
     return trainer
@@ -105,16 +109,18 @@ def test_a_trial_saves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_write_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+def test_a_write_that_is_cut_off_leaves_nothing_under_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     callback, module = SaveCheckpoint(every_n_steps=2), LightningModule()
     callback.on_train_batch_end(trainer_at(tmp_path, 2), module, None, None, 0)
     trainer = trainer_at(tmp_path, 4)
 
-    def die(path: Path, weights_only: bool) -> None:
-        path.write_bytes(b"half of")
+    def die(content: object, file: BinaryIO) -> None:
+        file.write(b"half of")
         raise OSError(28, "No space left on device")
 
-    trainer.save_checkpoint = die
+    monkeypatch.setattr(torch, "save", die)
     with pytest.raises(OSError, match="No space left"):
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert callback.last_model_path.endswith("step=2.ckpt")
@@ -123,6 +129,25 @@ def test_a_write_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path) -
     again.on_fit_start(trainer_at(tmp_path, 0, ckpt_path="step=2.ckpt"), module)
     again.teardown(trainer, module, "fit")
     assert names(tmp_path) == {"step=2.ckpt"}
+
+
+def test_a_checkpoint_is_not_put_together_in_memory_first(tmp_path: Path) -> None:
+    """What a write holds beside the tensors does not grow with them."""
+    content = {"x": torch.zeros(2**24)}  # 64 MB, in memory before
+    peaks = []
+    for io in (TorchCheckpointIO(), WholeFiles()):
+        tracemalloc.start()
+        io.save_checkpoint(content, tmp_path / f"{len(peaks)}.ckpt")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] > 2**26 > 50 * peaks[1]
+    assert (tmp_path / "0.ckpt").read_bytes() == (tmp_path / "1.ckpt").read_bytes()
+
+
+def test_another_way_to_write_checkpoints_is_refused(tmp_path: Path) -> None:
+    strategy = SingleDeviceStrategy(checkpoint_io=AsyncCheckpointIO())
+    with pytest.raises(ValueError, match="`trainer.plugins` has AsyncCheckpointIO, .* remove it"):
+        SaveCheckpoint().setup(trainer_at(tmp_path, 0, strategy=strategy), LightningModule(), "fit")
 
 
 def test_ranks_that_start_at_different_steps_are_refused(tmp_path: Path) -> None:

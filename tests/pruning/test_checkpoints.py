@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
-from pruning.checkpoints import FOLDER, check_readable, is_readable, latest_checkpoint
+from pruning.checkpoints import (
+    FOLDER,
+    check_readable,
+    is_readable,
+    latest_checkpoint,
+    remove_partial,
+    write_whole,
+)
 
 
 def write(root: Path, *steps: int) -> Path:
@@ -68,11 +76,32 @@ def test_a_missing_checkpoint_is_named_with_the_one_that_is_there(tmp_path: Path
         check_readable(tmp_path / FOLDER / "step=7.ckpt")
 
 
-def test_a_sharded_checkpoint_is_a_folder_of_whole_archives(tmp_path: Path) -> None:
-    sharded = tmp_path / "step=9.ckpt"
-    sharded.mkdir()
-    assert not is_readable(sharded)
-    shutil.copy(write(tmp_path, 5), sharded / "rank_0.pt")
-    assert is_readable(sharded)
-    damage(sharded / "rank_0.pt")
-    assert not is_readable(sharded)
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "step=5.ckpt"
+    write_whole(path, lambda file: file.write(b"old"))
+
+    def fill_the_disk(file: BinaryIO) -> None:
+        file.write(b"half of")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, fill_the_disk)
+    assert path.read_bytes() == b"old"
+    assert len(list(path.parent.iterdir())) == 2
+    remove_partial(path.parent)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_content_and_name_are_on_disk_before_anything_else_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content before the file gets its name, the folder with that name after."""
+    synced: list[tuple[bool, list[str]]] = []
+
+    def note(number: int) -> None:
+        names = sorted(path.name for path in tmp_path.iterdir())
+        synced.append((stat.S_ISDIR(os.fstat(number).st_mode), names))
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(tmp_path / "a", lambda file: file.write(b"content"))
+    assert synced == [(False, [".a.partial"]), (True, ["a"])]
