@@ -89,8 +89,7 @@ def deliver(
     Raises:
         ValueError: The exported model is not the masked one, or `folder` holds something else.
     """
-    for name in _ALIGNMENT:  # of an earlier run with other settings
-        (folder.parent / name).unlink(missing_ok=True)
+    forget_alignment(folder)
     report: list[Report] = []
     masks = {"masks": dict(plan.provenance)}
     origin = Origin(base, base_folder, plan.base, command, plan.provenance.get("step", 0), masks)
@@ -106,6 +105,12 @@ def deliver(
     plot_widths(plan, folder.parent / "plots" / "widths.png")
     publish(report[0], folder)
     return report[0]
+
+
+def forget_alignment(folder: Path) -> None:
+    """Remove the comparison that an earlier run with other settings has left beside a model."""
+    for name in _ALIGNMENT:
+        (folder.parent / name).unlink(missing_ok=True)
 
 
 def deliver_alignment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedConfig
 
-from pruning.measure.memory import Run, check_fits
+from pruning.measure.memory import GB, Run, check_fits, footprint
 
 
 def check_memory(trainer: Trainer, config: PreTrainedConfig, run: Run) -> None:
@@ -26,11 +27,21 @@ def check_memory(trainer: Trainer, config: PreTrainedConfig, run: Run) -> None:
         ValueError: Weights and trained state alone are more than the device has.
     """
     device = trainer.strategy.root_device
-    available = memory_of(device, ranks=trainer.num_devices)
+    run, num_ranks = divided(run, trainer), trainer.num_devices
+    available = memory_of(device, ranks=num_ranks)
     if available is not None:
-        warning = check_fits(config, divided(run, trainer), available, str(device))
+        warning = check_fits(config, run, available, str(device))
         if warning is not None:
             rank_zero_warn(warning)
+    host = memory_of(torch.device("cpu"), ranks=1)
+    if run.offloaded and host is not None:
+        needed = num_ranks * footprint(config, run).host
+        if needed > host:
+            raise ValueError(
+                f"`offload_parameters` keeps {needed / GB:.1f} GB of weights in the memory of a "
+                f"machine with {num_ranks} ranks, which has {host / GB:.1f} GB; take more nodes, "
+                "or leave it out where the GPUs have room for the shares."
+            )
 
 
 def divided(run: Run, trainer: Trainer) -> Run:
@@ -38,16 +49,17 @@ def divided(run: Run, trainer: Trainer) -> Run:
     strategy: Any = trainer.strategy
     if not getattr(strategy, "divides_models", False):
         return run
+    on_host = strategy.root_device.type == "cpu"  # nowhere else to go
     return replace(
         run,
         shards=trainer.world_size,
-        live_parameters=getattr(strategy, "live_parameters", run.live_parameters),
-        offloaded=getattr(strategy, "offload_parameters", False),
+        live_parameters=strategy.live_parameters,
+        offloaded=getattr(strategy, "offload_parameters", False) and not on_host,
     )
 
 
 def memory_of(device: torch.device, ranks: int) -> int | None:
-    """Memory of a device in bytes; None where nobody can say.
+    """Memory of a device in bytes, as far as this process may use it; None where nobody can say.
 
     Args:
         device: Of this rank.
@@ -56,8 +68,34 @@ def memory_of(device: torch.device, ranks: int) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min([whole, *_limits()]) // ranks
     return None
+
+
+def _limits(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Limits of the control groups that this process is in: a scheduler or a container sets them.
+
+    Args:
+        root: Where the groups lie, of version 2, or of version 1 in the folder `memory`.
+        own: The file that names the groups of the process.
+    """
+    found = []
+    for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = top / group.lstrip("/")
+        files = [at / name for at in (folder, *folder.parents) if at.is_relative_to(top)]
+        texts = [file.read_text(encoding="utf-8").strip() for file in files if file.is_file()]
+        found += [int(text) for text in texts if text != "max"]
+    return found
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> float:
@@ -65,5 +103,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> float:
 
     A bound where an optimiser keeps less than Adam does.
     """
-    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)  # of bitsandbytes
+    bits = state_bits(optimizer)
     return 2 * (bits / 8 + (4 / 256 if bits == 8 else 0))
+
+
+def state_bits(optimizer: torch.optim.Optimizer) -> int:
+    """Bits of a number in the states of an optimiser: 32 but for some of bitsandbytes."""
+    return int(getattr(getattr(optimizer, "args", None), "optim_bits", 32))

@@ -44,6 +44,7 @@ class ShardedDDP(DDPStrategy):
     """
 
     divides_models = True
+    live_parameters = None  # a block at a time
 
     def __init__(self, timeout_seconds: float = 1800.0) -> None:
         if timeout_seconds <= 0:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from modules.delivery import (
     Origin,
     card,
+    forget_alignment,
     is_plan,
     is_trained,
     publish,
@@ -90,6 +91,7 @@ def deliver_together(
 
     def finish() -> None:
         if distributed.get_rank() == 0:
+            forget_alignment(folder)
             with replaced_folder(folder.parent / "plan", is_plan) as of_plan:
                 plan.save(of_plan)
             plot_widths(plan, folder.parent / "plots" / "widths.png")

@@ -93,7 +93,8 @@ class Zero(DeepSpeedStrategy):
         )
         self.stage, self.divides_models = stage, stage == 3
         self.offload_parameters, self.live_parameters = offload_parameters, live_parameters
-        self._groups: list[list[nn.Parameter]] = []
+        self._groups: list[list[Any]] = []  # parameters that train
+        self._reached: set[nn.Parameter] = set()  # by the gradients of a step
 
     # Where ranks meet.
 
@@ -197,11 +198,34 @@ class Zero(DeepSpeedStrategy):
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> Any:
         assert optimizer is not None
+        if type(optimizer).__module__.startswith("bitsandbytes"):
+            raise ValueError(
+                f"`optimizer` {type(optimizer).__name__} of bitsandbytes keeps its states in a "
+                "form that `strategy` Zero cannot put together for a checkpoint; use "
+                "torch.optim.AdamW, whose states Zero divides among the ranks, or ddp."
+            )
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         if self.stage == 3:
             self._keep_whole(engine.optimizer)
+            for parameter in (p for group in self._groups for p in group):
+                parameter.register_post_accumulate_grad_hook(self._reached.add)
         return engine, wrapped
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute gradients; Lightning has divided the loss by the batches of a step already."""
+        loss = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        if self.stage == 3 and self.deepspeed_engine.is_gradient_accumulation_boundary():
+            self._forget_old_gradients()
+        return loss
+
+    def _forget_old_gradients(self) -> None:
+        """What a step did not reach still has its last gradient, which would count in clipping."""
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameter in (p for group in self._groups for p in group if p not in self._reached):
+            safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
+        self._reached.clear()
 
     def _keep_whole(self, zero: Any) -> None:
         """What the module wants whole on every rank is gathered now and after every step."""

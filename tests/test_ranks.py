@@ -21,11 +21,14 @@ from tests.runs import NOISE, call, content, learn_masks, make_inputs, on_text, 
 pytestmark = [*NOISE, pytest.mark.slow]
 STEPS = 6
 CALLBACKS = ("AnnealSparsity", "TrackBudget", "PlotWidths", "SaveCheckpoint", "WatchRanks")
+CLIPPED = ("--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.05")
+PACKED = {"four": ("FourBit", "ddp"), "eight": ("EightBit", "zero2")}
 STRATEGIES = {
     "ddp": "auto",
     "zero1": "{class_path: modules.Zero, init_args: {stage: 1}}",
     "zero2": "{class_path: modules.Zero, init_args: {stage: 2, offload_optimizer: true}}",
     "zero3": "{class_path: modules.Zero, init_args: {stage: 3}}",
+    "offloaded": "{class_path: modules.Zero, init_args: {offload_parameters: true}}",
     "fsdp": "{class_path: modules.ShardedDDP}",
 }
 
@@ -90,6 +93,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_inputs(tmp_path_factory.mktemp("ranks"))
     one = call(on_one(folder, "one", "--trainer.val_check_interval=3"))
     torch.save(trained(one.model), folder / "one.0.pt")
+    alone = {"one_clipped": CLIPPED} | {
+        f"one_{name}": (f"--model.quantisation=modules.loading.{kind}",)
+        for name, (kind, _) in PACKED.items()
+    }
+    for name, settings in alone.items():
+        run = call(on_one(folder, name, *settings))
+        torch.save(trained(run.model), folder / f"{name}.0.pt")
     torch.save({"x": Malice(folder / "executed")}, folder / "malice.ckpt")
     half = folder / "one" / "checkpoints" / "step=3.ckpt"
     all_runs = {name: on_two(folder, name, name) for name in STRATEGIES}
@@ -104,6 +114,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     all_runs["checkpointed"] = on_two(
         folder, "checkpointed", "zero3", "--model.gradient_checkpointing=true"
     )
+    for stage in ("zero2", "zero3"):
+        all_runs[f"clipped_{stage}"] = on_two(folder, f"clipped_{stage}", stage, *CLIPPED)
+    for name, (kind, strategy) in PACKED.items():
+        packed = f"--model.quantisation=modules.loading.{kind}"
+        all_runs[name] = on_two(folder, name, strategy, packed)
     # Heads that DeepSpeed would not keep whole by itself, and a checkpoint before which nothing has
     # gathered them: from the third step on it expects parameters in an order that it has noted.
     make_inputs(folder / "wide", hidden_size=336, intermediate_size=1024)
@@ -137,9 +152,14 @@ def state(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"{name}.{rank}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, "from_one", "checkpointed"])
-def test_two_ranks_learn_what_one_learns(runs: Path, name: str) -> None:
-    here, there, one = state(runs, name), state(runs, name, 1), state(runs, "one")
+@pytest.mark.parametrize(
+    ("name", "opponent"),
+    [(name, "one") for name in (*STRATEGIES, "from_one", "checkpointed")]
+    + [("clipped_zero2", "one_clipped"), ("clipped_zero3", "one_clipped")]
+    + [(name, f"one_{name}") for name in PACKED],
+)
+def test_two_ranks_learn_what_one_learns(runs: Path, name: str, opponent: str) -> None:
+    here, there, one = state(runs, name), state(runs, name, 1), state(runs, opponent)
     assert here.keys() == one.keys()
     for key, value in one.items():
         assert torch.equal(here[key], there[key]), key  # bitwise, on all ranks

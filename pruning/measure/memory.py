@@ -74,8 +74,8 @@ class Run:
         hypernetwork: Makes what is trained beside the gains; called with the sizes of the sites.
         optimizer_bytes: Bytes of optimiser state per trained parameter: 8 for AdamW, 2.03 in 8 bit.
         shards: Ranks that share the frozen weights (ZeRO-3), 1 or more; 1 holds them whole.
-        live_parameters: Parameters that lie gathered beyond the layer at work, 0 or more; they
-            count where weights are sharded or offloaded.
+        live_parameters: Parameters that lie gathered beyond the layer at work, 0 or more; None
+            for a block at a time (FSDP2). They count where weights are sharded or offloaded.
         offloaded: Keep the frozen weights in host memory and gather them on the device in turns
             (ZeRO-3).
 
@@ -93,7 +93,7 @@ class Run:
     hypernetwork: Callable[[Sequence[int]], nn.Module] = SharedHeads
     optimizer_bytes: float = 8.0
     shards: int = 1
-    live_parameters: int = LIVE_PARAMETERS
+    live_parameters: int | None = LIVE_PARAMETERS
     offloaded: bool = False
 
     def __post_init__(self) -> None:
@@ -104,8 +104,9 @@ class Run:
             ("shards", 1),
             ("live_parameters", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be {least} or more, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         if self.storage.weight_bytes is not None and (self.shards > 1 or self.offloaded):
             raise ValueError(
                 f"`storage` {self.storage.label} cannot be sharded or offloaded: packed weights "
@@ -179,7 +180,11 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     gathered = max((linear.weight.numel() for linear in packed), default=0) * size
     if run.shards > 1 or run.offloaded:
         largest = max(parameter.numel() for parameter in model.parameters())
-        gathered = min(weights, (largest + run.live_parameters) * size)
+        if run.live_parameters is None:
+            block = sum(parameter.numel() for parameter in blocks_of(model, family)[0].parameters())
+            gathered = max(largest, block) * size
+        else:
+            gathered = min(weights, (largest + run.live_parameters) * size)
         weights = -(-weights // run.shards)
 
     sizes = [site.size for site in find_sites(model, family)]

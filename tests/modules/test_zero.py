@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from torch import nn
 
 from modules import CausalLM, MaskLearning, ShardedDDP, Zero
 
@@ -37,6 +38,14 @@ def test_a_model_that_cannot_be_divided_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         strategy.connect(CausalLM(**settings))
+
+
+def test_states_that_cannot_be_cut_are_refused() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = nn.Linear(2, 2)
+    optimizer = bitsandbytes.optim.AdamW8bit(layer.parameters())
+    with pytest.raises(ValueError, match="`optimizer` AdamW8bit of bitsandbytes .*AdamW, .*or ddp"):
+        Zero(stage=2)._setup_model_and_optimizer(layer, optimizer)
 
 
 @pytest.mark.parametrize("strategy", [DeepSpeedStrategy(stage=2), ModelParallelStrategy()])

@@ -116,7 +116,10 @@ def test_sharded_and_offloaded_weights() -> None:
     whole, two = footprint(config, Run()), footprint(config, Run(shards=2))
     assert two.weights == whole.weights // 2
     # The largest matrix, 11008 x 4096 or 32000 x 4096, and what is gathered ahead.
-    assert two.gathered == 2 * (32000 * 4096 + 50_000_000)
+    assert two.gathered == 2 * (32000 * 4096 + 200_000_000)
+    # A block of FSDP2 is larger than the largest of these.
+    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert footprint(config, Run(shards=2, live_parameters=None)).gathered == 2 * block
     off = footprint(config, Run(offloaded=True))
     assert (off.weights, off.host) == (0, whole.weights)
     assert off.total < two.total < whole.total
