@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from pruning.checkpoints import check_readable, latest_checkpoint
+from pruning.checkpoints import FOLDER, best_checkpoint, check_readable, latest_checkpoint
 from pruning.protocols import ChecksFirst
 
 
@@ -25,15 +28,20 @@ class TrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config["subcommand"]
         config: Any = self.config[subcommand]
-        if config.ckpt_path == "last":
+        choose = {"last": latest_checkpoint, "best": best_checkpoint}.get(config.ckpt_path)
+        if choose:
             root = config.trainer.default_root_dir
-            found = latest_checkpoint(Path(root))
-            if found:
+            if found := choose(Path(root)):
                 rank_zero_info(f"Resuming from {found}")
-            if found is None and subcommand != "fit":
+            elif config.ckpt_path == "best":
                 raise ValueError(
-                    f"`ckpt_path` is last, but {root}/checkpoints holds none; fit first."
+                    f"`ckpt_path` is best, but {root}/{FOLDER} notes none; fit with `keep_best` of "
+                    "SaveCheckpoint first, or take last."
                 )
+            elif subcommand != "fit":
+                raise ValueError(f"`ckpt_path` is last, but {root}/{FOLDER} holds none; fit first.")
+            else:
+                rank_zero_info(f"No checkpoint in {root}/{FOLDER}: starting at step 0.")
             config.ckpt_path = str(found) if found else None
         elif config.ckpt_path:
             check_readable(Path(config.ckpt_path))
@@ -51,6 +59,9 @@ class TrainCLI(LightningCLI):
                 _object("lightning.pytorch.loggers.CSVLogger", save_dir=root, name="metrics"),
                 _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=root, name="logs"),
             ]
+        strategy = config.trainer.strategy
+        if isinstance(strategy, str) and "." in strategy:  # a class, where a name is expected
+            config.trainer.strategy = _object(strategy)
         limits = (config.trainer.max_steps, config.trainer.max_epochs)
         if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)):
             raise ValueError(
@@ -71,8 +82,29 @@ class TrainCLI(LightningCLI):
                 first = first.__cause__
             raise first from None
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer: checkpoints are those of SaveCheckpoint, or there are none.
+
+        Raises:
+            ValueError: Lightning's own are asked for, which `--ckpt_path last` does not find.
+        """
+        given = self.config_init[self.subcommand].trainer.callbacks
+        callbacks = given if isinstance(given, list) else [given]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
+                raise ValueError(
+                    f"`trainer.callbacks` has {type(callback).__name__}, whose checkpoints "
+                    "`--ckpt_path last` does not find. Take callbacks.SaveCheckpoint: it always "
+                    "has the last; `keep_best` and `monitor` do what `save_top_k` does."
+                )
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            kwargs["enable_checkpointing"] = False  # else Lightning adds its own
+        return super().instantiate_trainer(**kwargs)
+
     def before_fit(self) -> None:
         """Ask callbacks that may refuse to, before text is tokenised and a model is read."""
+        if not self.trainer.checkpoint_callbacks:  # nobody to whom signals could wait
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksFirst):
                 callback.check_first(self.trainer, self.model)
