@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,20 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks._preemption import Preempted, Signals, after_rank_0, requeue
 from callbacks._trial import is_trial
-from pruning.checkpoints import FOLDER, newest_first, remove_partial, write_whole
+from pruning.checkpoints import (
+    FOLDER,
+    newest_first,
+    read_figures,
+    remove_partial,
+    step_of,
+    write_figures,
+    write_whole,
+)
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -38,23 +48,55 @@ class SaveCheckpoint(Checkpoint):
     and exits with code 75. If it is a step of a SLURM job, the job is requeued first; see
     docs/slurm.md.
 
+    Beside the newest checkpoints, those with the lowest figures of a validation can stay. They are
+    noted in `checkpoints/best.json`, and `--ckpt_path best` is the first of them.
+
     Args:
         every_n_steps: Optimiser steps between two checkpoints, 1 or more.
         keep: Number of newest checkpoints that stay, 1 or more.
+        keep_best: Number of best checkpoints that stay whatever their age, 0 or more. Every
+            validation takes part, also between two checkpoints; of equal figures the first wins.
+        monitor: Name of the figure that validation logs, on all ranks the same; lower is better.
+            Where sparsity rises or blocks go, early steps have the lower figures.
 
     Raises:
         ValueError: A setting is outside its range.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        keep: int = 2,
+        keep_best: int = 0,
+        monitor: str = "val_perplexity",
+    ) -> None:
+        least = {
+            "every_n_steps": (every_n_steps, 1),
+            "keep": (keep, 1),
+            "keep_best": (keep_best, 0),
+        }
+        for name, (value, lowest) in least.items():
+            if value < lowest:
+                raise ValueError(f"`{name}` must be {lowest} or more, got {value}.")
         self.every_n_steps, self.keep = every_n_steps, keep
+        self.keep_best, self.monitor = keep_best, monitor
         self.last_model_path = ""
         """The newest checkpoint of this run, under the name that Lightning looks for."""
+        self._figures: dict[str, float] = {}  # of the best checkpoints, lowest first
         self._step = 0
         self._signals = Signals()
+
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check, before anything is read, that there will be something to choose by.
+
+        Raises:
+            ValueError: There is no validation.
+        """
+        if self.keep_best and trainer.limit_val_batches == 0:
+            raise ValueError(
+                f"`keep_best` is {self.keep_best} and `trainer.limit_val_batches` is 0: without "
+                "validation no checkpoint is better than another. Set one of them otherwise."
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints written whole.
@@ -97,6 +139,7 @@ class SaveCheckpoint(Checkpoint):
         """
         self._signals.listen()
         self._step = trainer.global_step
+        self._figures = self._of_this_run(trainer)
         first = trainer.strategy.broadcast(self._step)
         if not trainer.strategy.reduce_boolean_decision(first == self._step, all=True):
             raise ValueError(
@@ -123,8 +166,38 @@ class SaveCheckpoint(Checkpoint):
         if stop:
             self._leave(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what has been validated, if it is among the best.
+
+        Raises:
+            ValueError: Validation has logged nothing under the name of `monitor`.
+        """
+        if not self.keep_best or is_trial(trainer) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        logged = trainer.callback_metrics
+        if self.monitor not in logged:
+            raise ValueError(
+                f"`monitor` is {self.monitor!r}, which validation does not log; it logs "
+                f"{', '.join(sorted(logged)) or 'nothing'}."
+            )
+        figure, path = float(logged[self.monitor]), _path(trainer)
+        if trainer.sanity_checking or not math.isfinite(figure):
+            return
+        figures = self._figures | {path.name: figure}
+        chosen = dict(sorted(figures.items(), key=lambda item: item[1])[: self.keep_best])
+        if trainer.strategy.broadcast(path.name in chosen):  # rank 0 decides, all have to save
+            self._save(trainer)
+            self._figures = chosen
+            self._note(trainer)
+            self._tidy(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what training ended with, from which an export can be repeated."""
+        if self.keep_best and not self._figures:
+            rank_zero_warn(
+                f"`keep_best` is {self.keep_best}, and no validation has given a figure; lower "
+                "`trainer.val_check_interval`."
+            )
         self._save(trainer)
         if self._asked_to_stop(trainer):
             self._leave(trainer)
@@ -177,16 +250,44 @@ class SaveCheckpoint(Checkpoint):
         after_rank_0(trainer.global_rank)
 
     def _save(self, trainer: Trainer) -> None:
-        path = _folder(trainer) / f"step={trainer.global_step}.ckpt"
+        path = _path(trainer)
         if is_trial(trainer) or str(path) == self.last_model_path:
             return
         self._refuse_diverged(trainer)
+        self._note(trainer)  # before a file of this run takes the name of one of an earlier run
         trainer.save_checkpoint(path, weights_only=False)  # returns when rank 0 has written
         self.last_model_path = str(path)
+        self._tidy(trainer)
+
+    def _note(self, trainer: Trainer) -> None:
+        """Note which checkpoints are best."""
+        if trainer.is_global_zero:
+            write_figures(_folder(trainer), self.monitor, self._figures)
+
+    def _tidy(self, trainer: Trainer) -> None:
+        """Remove what is neither among the newest nor among the best."""
         if trainer.is_global_zero:
             for old in newest_first(_folder(trainer))[self.keep :]:
-                old.unlink(missing_ok=True)
+                if old.name not in self._figures:
+                    old.unlink(missing_ok=True)
+
+    def _of_this_run(self, trainer: Trainer) -> dict[str, float]:
+        """What is noted up to the step at which this run starts: the rest an earlier run has
+        reached on another way, and this run writes other checkpoints under the same names.
+        """
+        if not self.keep_best:
+            return {}
+        folder = _folder(trainer)
+        return {
+            name: figure
+            for name, figure in read_figures(folder, self.monitor).items()
+            if (step_of(name) or 0) <= trainer.global_step and (folder / name).exists()
+        }
 
 
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
+
+
+def _path(trainer: Trainer) -> Path:
+    return _folder(trainer) / f"step={trainer.global_step}.ckpt"

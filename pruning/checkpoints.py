@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 FOLDER = "checkpoints"
 """Where a run keeps its checkpoints, in its output folder."""
 
+_BEST = "best.json"
 _PARTIAL = ".{}.partial"
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
@@ -33,6 +35,20 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if found:
         raise ValueError(f"None of the {len(found)} checkpoints in {folder / FOLDER} can be read.")
     return None
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The best checkpoint below an output folder, None if the run has chosen none.
+
+    Raises:
+        ValueError: It is missing or damaged; names the newest good one.
+    """
+    figures = read_figures(folder / FOLDER)
+    if not figures:
+        return None
+    path = folder / FOLDER / min(figures, key=figures.__getitem__)
+    check_readable(path)
+    return path
 
 
 def check_readable(path: Path) -> None:
@@ -70,6 +86,28 @@ def newest_first(folder: Path) -> list[Path]:
         (path.stat().st_mtime_ns, step, path) for path, step in steps.items() if step is not None
     ]
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def read_figures(folder: Path, monitor: str | None = None) -> dict[str, float]:
+    """By what the best checkpoints in a folder were chosen: file name to figure, lowest first.
+
+    Args:
+        folder: Folder of checkpoints.
+        monitor: Name of the figure; of others, nothing is read. Any if None.
+    """
+    path = folder / _BEST
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}}
+    figures: dict[str, float] = noted["figures"]
+    return figures if monitor in (None, noted.get("monitor")) else {}
+
+
+def write_figures(folder: Path, monitor: str, figures: Mapping[str, float]) -> None:
+    """Note the best checkpoints in a folder, and the figures by which they were chosen."""
+    if not figures:
+        (folder / _BEST).unlink(missing_ok=True)
+        return
+    noted = json.dumps({"monitor": monitor, "figures": dict(figures)}, indent=2) + "\n"
+    write_whole(folder / _BEST, lambda file: file.write(noted.encode()))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -239,6 +240,11 @@ def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
         ("--model.base=/no/such/folder", "`base` '/no/such/folder' does not exist"),
         ("--data.window_tokens=65", "`window_tokens` 65 is longer than the 64 positions"),
         ("--trainer.max_steps=-1", "`trainer.max_steps` must be set"),
+        (
+            "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+            "has ModelCheckpoint, .* Take callbacks.SaveCheckpoint: .*`keep_best`",
+        ),
+        ("--ckpt_path=best", "`ckpt_path` is best, but .*/run/checkpoints notes none"),
         ("--data.train=/no/such/text.json", "`train`: there is no file /no/such/text.json"),
     ],
 )
@@ -386,11 +392,15 @@ def test_last_goes_past_a_truncated_checkpoint(inputs: Path, fitted: Path, start
     assert content(started.parent / "plan") == content(fitted / "plan")
 
 
-def test_last_without_checkpoints_starts_a_fit_and_nothing_else(
-    inputs: Path, tmp_path: Path
+def test_last_without_checkpoints_starts_a_fit_says_so_and_starts_nothing_else(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    line = call([*learn_masks(inputs, tmp_path, max_steps=1), "--ckpt_path=last"])
+    """Nor does a run without SaveCheckpoint leave a checkpoint of another kind."""
+    with caplog.at_level(logging.INFO):
+        line = call([*learn_masks(inputs, tmp_path, 1, callbacks=()), "--ckpt_path=last"])
+    assert f"No checkpoint in {tmp_path}/checkpoints: starting at step 0." in caplog.text
     assert line.trainer.global_step == 1
+    assert not list(tmp_path.rglob("*.ckpt"))
     empty = tmp_path / "empty"
     arguments = ["--model=modules.MaskLearning", f"--model.base={inputs / 'base'}"]
     refuses(

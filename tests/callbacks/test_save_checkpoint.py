@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -14,12 +15,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from callbacks import SaveCheckpoint
 from callbacks._preemption import SIGNALS, Preempted, requeue
 from callbacks.save_checkpoint import WholeFiles
-from pruning.checkpoints import latest_checkpoint
+from pruning.checkpoints import best_checkpoint, latest_checkpoint, read_figures
 from tests.callbacks.fakes import fake_trainer
 
 
@@ -41,6 +43,7 @@ class _Strategy:
 
 def trainer_at(root: Path, step: int, **more: Any) -> Any:
     settings = {"strategy": _Strategy(), "ckpt_path": None, "global_rank": 0} | more
+    settings.setdefault("state", SimpleNamespace(fn=TrainerFn.FITTING))
     settings.setdefault("lightning_module", torch.nn.Linear(1, 1))
     trainer = fake_trainer(root, step, **settings)
 
@@ -88,10 +91,77 @@ def test_the_checkpoints_of_an_earlier_run_are_named_at_the_start(tmp_path: Path
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step=10.ckpt"
 
 
-@pytest.mark.parametrize("name", ["every_n_steps", "keep"])
-def test_settings_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` must be 1 or more, got 0"):
-        SaveCheckpoint(**{name: 0})
+@pytest.mark.parametrize(("name", "least"), [("every_n_steps", 1), ("keep", 1), ("keep_best", 0)])
+def test_settings_out_of_range_are_refused(name: str, least: int) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be {least} or more, got {least - 1}"):
+        SaveCheckpoint(**{name: least - 1})
+
+
+# The best
+
+
+def course(
+    callback: SaveCheckpoint, root: Path, figures: dict[int, float], start: int = 0
+) -> SaveCheckpoint:
+    """A run whose validations after these steps give these figures."""
+    module = LightningModule()
+    ckpt_path = root / "checkpoints" / f"step={start}.ckpt" if start else None
+    for hook in (callback.on_fit_start, callback.on_train_start):
+        hook(trainer_at(root, start, ckpt_path=ckpt_path), module)
+    for step, figure in figures.items():
+        metrics = {"val_perplexity": torch.tensor(figure)}
+        trainer = trainer_at(root, step, callback_metrics=metrics)
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+        callback.on_validation_end(trainer, module)
+    callback.teardown(trainer, module, "fit")
+    return callback
+
+
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    """By hand: 7 is lowest, then the first of two 8s; the infinite and the NaN never count."""
+    figures = {1: 9.0, 2: 8.0, 3: float("nan"), 4: 7.0, 5: 8.0, 6: float("inf"), 7: 30.0, 8: 20.0}
+    course(SaveCheckpoint(every_n_steps=3, keep=1, keep_best=2), tmp_path, figures)
+    assert names(tmp_path) == {"step=2.ckpt", "step=4.ckpt", "step=6.ckpt", "best.json"}
+    assert read_figures(tmp_path / "checkpoints") == {"step=4.ckpt": 7.0, "step=2.ckpt": 8.0}
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step=4.ckpt"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step=6.ckpt"
+
+
+def test_a_resumed_run_goes_on_choosing_and_a_new_one_starts_anew(tmp_path: Path) -> None:
+    settings = {"every_n_steps": 1, "keep": 1, "keep_best": 2}
+    course(SaveCheckpoint(**settings), tmp_path, {1: 5.0, 2: 3.0, 3: 4.0})
+    course(SaveCheckpoint(**settings), tmp_path, {4: 9.0, 5: 3.5}, start=3)
+    assert names(tmp_path) == {"step=2.ckpt", "step=5.ckpt", "best.json"}
+    course(SaveCheckpoint(**settings), tmp_path, {3: 1.0}, start=2)  # back: 5 has not been yet
+    assert read_figures(tmp_path / "checkpoints") == {"step=3.ckpt": 1.0, "step=2.ckpt": 3.0}
+    assert names(tmp_path) == {"step=2.ckpt", "step=3.ckpt", "best.json"}
+    with pytest.warns(UserWarning, match="of an earlier run"):
+        course(SaveCheckpoint(**settings), tmp_path, {2: 8.0})
+    assert read_figures(tmp_path / "checkpoints") == {"step=2.ckpt": 8.0}
+    assert names(tmp_path) == {"step=2.ckpt", "best.json"}
+    course(SaveCheckpoint(every_n_steps=1, keep=1), tmp_path, {3: 8.0}, start=2)
+    assert names(tmp_path) == {"step=3.ckpt"}
+
+
+def test_a_figure_of_another_name_is_no_rival(tmp_path: Path) -> None:
+    course(SaveCheckpoint(keep=1, keep_best=1, monitor="val_perplexity"), tmp_path, {1: 5.0})
+    assert read_figures(tmp_path / "checkpoints", "val_loss") == {}
+
+
+def test_a_monitor_that_is_not_logged_is_refused_with_what_is(tmp_path: Path) -> None:
+    trainer = trainer_at(
+        tmp_path, 0, sanity_checking=True, callback_metrics={"val_perplexity": torch.tensor(1.0)}
+    )
+    with pytest.raises(ValueError, match=r"`monitor` is 'loss', .*; it logs val_perplexity\."):
+        SaveCheckpoint(keep_best=1, monitor="loss").on_validation_end(trainer, LightningModule())
+
+
+def test_without_validation_there_is_no_best(tmp_path: Path) -> None:
+    callback, module = SaveCheckpoint(keep_best=1), LightningModule()
+    with pytest.raises(ValueError, match="`keep_best` is 1 and `trainer.limit_val_batches` is 0"):
+        callback.check_first(trainer_at(tmp_path, 0, limit_val_batches=0), module)
+    with pytest.warns(UserWarning, match="no validation has given a figure"):
+        callback.on_train_end(trainer_at(tmp_path, 1), module)
 
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
