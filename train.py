@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,11 @@ def main(args: list[str] | None = None) -> TrainCLI:
 
 
 if __name__ == "__main__":
-    # Asked to stop while libraries and models load: that waits for SaveCheckpoint, which unblocks.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    if "fit" in sys.argv:
+        # Asked to stop while libraries and models load: that waits for SaveCheckpoint, which
+        # unblocks. SIGTERM does so where `srun` sends it; elsewhere a person has thought again.
+        early = {signal.SIGUSR1} | ({signal.SIGTERM} if "SLURM_STEP_ID" in os.environ else set())
+        signal.pthread_sigmask(signal.SIG_BLOCK, early)
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:

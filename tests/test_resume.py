@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.kill_resume import PHASES, measure
 from modules import MaskLearning
+from pruning.checkpoints import read_figures
 from tests.runs import NOISE, call, content, learn_masks, make_inputs, with_callbacks, write_text
 
 pytestmark = NOISE
@@ -100,6 +101,38 @@ def test_a_run_that_is_asked_to_stop_while_it_exports_goes_on_with_the_export(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("scheduler", [True, False], ids=["srun", "a person"])
+def test_sigterm_while_libraries_load_waits_for_the_first_step_under_srun_only(
+    scheduler: bool, tmp_path: Path
+) -> None:
+    """Sent before the first import has ended: by a scheduler it is a preemption."""
+    make_inputs(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Sender:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'lightning':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Sender())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": str(tmp_path)}
+    environment |= {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"} if scheduler else {}
+    environment |= {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"} if scheduler else {}
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), *learn_masks(tmp_path, tmp_path / "run", 9)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == (75 if scheduler else -signal.SIGTERM), done.stderr
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*")}
+    assert saved == ({"step=1.ckpt"} if scheduler else set())
+
+
 def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
     """All steps are tried, epoch boundaries and validations included, in one process."""
     make_inputs(tmp_path)
@@ -115,6 +148,15 @@ def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
         resumed = call([*run, f"--trainer.default_root_dir={root}", f"--ckpt_path={path}"])
         assert resumed.trainer.global_step == 8
         assert content(root / "plan") == whole, f"from step {step}"
+    root = tmp_path / "best"  # written at the end of a validation, in which the loops stand
+    run += [f"--trainer.default_root_dir={root}", *with_callbacks(["SaveCheckpoint"])]
+    run += ["--trainer.callbacks.every_n_steps=50", "--trainer.callbacks.keep_best=9"]
+    call(run)
+    figures = read_figures(root / "checkpoints")
+    assert set(figures) == {"step=3.ckpt", "step=6.ckpt"}
+    for path in ("best", root / "checkpoints" / max(figures, key=figures.__getitem__)):
+        assert call([*run, f"--ckpt_path={path}"]).trainer.global_step == 8
+        assert content(root / "plan") == whole, f"from {path}"
 
 
 def test_two_exports_of_one_checkpoint_are_equal(tmp_path: Path) -> None:
