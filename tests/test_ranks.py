@@ -90,7 +90,7 @@ def recovery(folder: Path, name: str, strategy: str | None, *settings: str) -> l
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of a run on one rank, and of all runs on two."""
-    folder = make_inputs(tmp_path_factory.mktemp("ranks"))
+    folder = make_inputs(tmp_path_factory.mktemp("ranks"), tie_word_embeddings=True)
     one = call(on_one(folder, "one", "--trainer.val_check_interval=3"))
     torch.save(trained(one.model), folder / "one.0.pt")
     alone = {"one_clipped": CLIPPED} | {
@@ -161,9 +161,11 @@ def state(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
 def test_two_ranks_learn_what_one_learns(runs: Path, name: str, opponent: str) -> None:
     here, there, one = state(runs, name), state(runs, name, 1), state(runs, opponent)
     assert here.keys() == one.keys()
+    # Kernels of packed weights sum in an order that depends on the number of windows.
+    atol = 5e-5 if name in PACKED else 1e-5
     for key, value in one.items():
         assert torch.equal(here[key], there[key]), key  # bitwise, on all ranks
-        torch.testing.assert_close(here[key], value, atol=1e-5, rtol=0)
+        torch.testing.assert_close(here[key], value, atol=atol, rtol=0)
     assert bool((one["gains"] != 1).any())  # both phases ran
 
 

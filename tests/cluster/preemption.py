@@ -134,7 +134,9 @@ def test_a_run_that_is_preempted_twice_ends_as_an_undisturbed_one(
     run.reach(EVERY)
     run.cluster.call("scancel", "--signal=USR1", run.job)  # as --signal=USR1@600 does in its time
     run.reach(7 * EVERY)
-    urgent = run.cluster.submit("--partition=high", "--nodes=2", "--wrap=true")
+    urgent = run.cluster.submit(
+        "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true"
+    )
     run.end()
     assert run.cluster.show(urgent)["JobState"] == "COMPLETED"
     assert run.said.count(f"Job {run.job} is requeued and will go on from there.") == 2
