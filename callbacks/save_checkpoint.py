@@ -90,12 +90,19 @@ class SaveCheckpoint(Checkpoint):
         """Check, before anything is read, that there will be something to choose by.
 
         Raises:
-            ValueError: There is no validation.
+            ValueError: There is no validation, or it falls between the batches of a step.
         """
         if self.keep_best and trainer.limit_val_batches == 0:
             raise ValueError(
                 f"`keep_best` is {self.keep_best} and `trainer.limit_val_batches` is 0: without "
                 "validation no checkpoint is better than another. Set one of them otherwise."
+            )
+        every, batches = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if self.keep_best and isinstance(every, int) and every % batches:
+            raise ValueError(
+                f"`keep_best` is {self.keep_best}: validation every {every} batches falls between "
+                f"the {batches} of a step (`trainer.accumulate_grad_batches`), where nothing can "
+                f"be saved; set `trainer.val_check_interval` to a multiple of {batches}."
             )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,6 +190,12 @@ class SaveCheckpoint(Checkpoint):
         figure, path = float(logged[self.monitor]), _path(trainer)
         if trainer.sanity_checking or not math.isfinite(figure):
             return
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            raise ValueError(
+                f"Validation falls between the {trainer.accumulate_grad_batches} batches of a step "
+                "(`trainer.accumulate_grad_batches`), where nothing can be saved; set "
+                "`trainer.val_check_interval` to a multiple of it, or `keep_best` to 0."
+            )
         figures = self._figures | {path.name: figure}
         chosen = dict(sorted(figures.items(), key=lambda item: item[1])[: self.keep_best])
         if trainer.strategy.broadcast(path.name in chosen):  # rank 0 decides, all have to save
@@ -262,7 +275,7 @@ class SaveCheckpoint(Checkpoint):
     def _note(self, trainer: Trainer) -> None:
         """Note which checkpoints are best."""
         if trainer.is_global_zero:
-            write_figures(_folder(trainer), self.monitor, self._figures)
+            write_figures(_folder(trainer), self._chosen_by, self._figures)
 
     def _tidy(self, trainer: Trainer) -> None:
         """Remove what is neither among the newest nor among the best."""
@@ -271,16 +284,21 @@ class SaveCheckpoint(Checkpoint):
                 if old.name not in self._figures:
                     old.unlink(missing_ok=True)
 
+    @property
+    def _chosen_by(self) -> str | None:
+        """Nothing is chosen without `keep_best`, but what has been stays."""
+        return self.monitor if self.keep_best else None
+
     def _of_this_run(self, trainer: Trainer) -> dict[str, float]:
         """What is noted up to the step at which this run starts: the rest an earlier run has
         reached on another way, and this run writes other checkpoints under the same names.
         """
-        if not self.keep_best:
+        if not trainer.global_step:
             return {}
         folder = _folder(trainer)
         return {
             name: figure
-            for name, figure in read_figures(folder, self.monitor).items()
+            for name, figure in read_figures(folder, self._chosen_by).items()
             if (step_of(name) or 0) <= trainer.global_step and (folder / name).exists()
         }
 

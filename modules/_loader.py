@@ -67,8 +67,8 @@ def as_batch(windows_BT: Any) -> dict[str, Tensor]:
 class WindowSampler(Sampler[list[int]]):
     """The batches of one rank, full ones only; its state is one number.
 
-    One iteration is as many global batches as the windows fill. What is left over is not lost: the
-    next iteration goes on from there.
+    One iteration is as many global batches as the windows fill, and a whole number of optimiser
+    steps. What is left over is not lost: the next iteration goes on from there.
 
     Args:
         num_windows: Number of windows.
@@ -76,27 +76,37 @@ class WindowSampler(Sampler[list[int]]):
         seed: Seed of the order.
         rank: This rank, in [0, num_ranks).
         num_ranks: Number of ranks, 1 or more.
+        batches_per_step: Batches of one optimiser step, 1 or more.
 
     Raises:
-        ValueError: The windows do not fill one global batch.
+        ValueError: The windows do not fill one step.
     """
 
     def __init__(
-        self, num_windows: int, batch_size: int, seed: int, rank: int = 0, num_ranks: int = 1
+        self,
+        num_windows: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        batches_per_step: int = 1,
     ) -> None:
         self.global_batch = batch_size * num_ranks
-        if num_windows < self.global_batch:
+        if num_windows < self.global_batch * batches_per_step:
+            batches = f" in {batches_per_step} batches" if batches_per_step > 1 else ""
             raise ValueError(
-                f"`batch_size` {batch_size} on {num_ranks} ranks needs {self.global_batch} windows "
-                f"per step, the training text has {num_windows}; lower `batch_size` or "
-                "`window_tokens`, or give more text."
+                f"`batch_size` {batch_size} on {num_ranks} ranks{batches} needs "
+                f"{self.global_batch * batches_per_step} windows per step, the training text has "
+                f"{num_windows}; lower `batch_size` or `window_tokens`, or give more text."
             )
         self.num_windows, self.batch_size = num_windows, batch_size
+        self.batches_per_step = batches_per_step
         self.seed, self.rank = seed, rank
         self.samples = 0
 
     def __len__(self) -> int:
-        return self.num_windows // self.global_batch
+        steps = self.num_windows // (self.global_batch * self.batches_per_step)
+        return steps * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(len(self)):

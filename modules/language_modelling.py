@@ -144,6 +144,7 @@ class LanguageModelling(LightningModule, ABC):
         """Store the settings that decide the run."""
         with self.whole():  # the recipe tells the shapes of what trains
             checkpoint["secateur"] = self.recipe() | self._length()
+        checkpoint["batches_per_step"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model or configuration.
@@ -162,6 +163,8 @@ class LanguageModelling(LightningModule, ABC):
             for key in self._length():
                 saved.pop(key, None)
         refuse_other(saved, current, type(self).__name__)
+        batches = self.trainer.accumulate_grad_batches
+        _count_batches(checkpoint, checkpoint.get("batches_per_step", batches), batches)
 
     def check_strategy(self) -> None:
         """Refuse, before anything is read, a strategy that nobody has made this work under.
@@ -208,10 +211,11 @@ class LanguageModelling(LightningModule, ABC):
         trainer = self.trainer
         data = getattr(trainer, "datamodule", None)
         windows = getattr(data, "batch_size", 1) * trainer.accumulate_grad_batches
+        algorithm = trainer.gradient_clip_algorithm
         return {
             "max_steps": trainer.max_steps,
             "max_epochs": trainer.max_epochs,
-            "gradient_clip": [trainer.gradient_clip_val, trainer.gradient_clip_algorithm],
+            "gradient_clip": [trainer.gradient_clip_val, algorithm and str(algorithm.value)],
             "ranks": trainer.world_size,
             "windows_per_step": windows * trainer.world_size,
         }
@@ -231,3 +235,13 @@ class LanguageModelling(LightningModule, ABC):
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     """Class and settings: resuming restores the old ones, whatever the configuration says now."""
     return f"{type(optimizer).__name__} {optimizer.defaults}"
+
+
+def _count_batches(checkpoint: dict[str, Any], before: int, now: int) -> None:
+    """Have Lightning count the batches of the epoch as steps of `now` batches make them; it stores
+    batches, of which it made steps of `before`.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    more = progress["ready"] * now // before - progress["ready"]
+    for key in progress:  # the last batch may not be completed yet
+        progress[key] += more

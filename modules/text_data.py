@@ -149,7 +149,12 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> WindowLoader:
         """Shuffled full batches of this rank, resumable at any batch."""
         sampler = WindowSampler(
-            len(self.train_windows), self.batch_size, self.seed, self._rank, self._num_ranks
+            len(self.train_windows),
+            self.batch_size,
+            self.seed,
+            self._rank,
+            self._num_ranks,
+            self.trainer.accumulate_grad_batches if self.trainer else 1,
         )
         return WindowLoader(self.train_windows, sampler, self.num_workers)
 

@@ -212,6 +212,22 @@ class Zero(DeepSpeedStrategy):
                 parameter.register_post_accumulate_grad_hook(self._reached.add)
         return engine, wrapped
 
+    def on_train_start(self) -> None:
+        """See that no epoch ends in the middle of a step, which DeepSpeed would carry over.
+
+        Raises:
+            ValueError: One does.
+        """
+        super().on_train_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.num_training_batches % trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"`trainer.limit_train_batches` leaves {trainer.num_training_batches} batches in "
+                f"an epoch, no multiple of the {trainer.accumulate_grad_batches} of a step "
+                "(`trainer.accumulate_grad_batches`); `strategy` Zero needs one."
+            )
+
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Compute gradients; Lightning has divided the loss by the batches of a step already."""
         loss = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)

@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 FOLDER = "checkpoints"
 """Where a run keeps its checkpoints, in its output folder."""
@@ -93,21 +93,41 @@ def read_figures(folder: Path, monitor: str | None = None) -> dict[str, float]:
 
     Args:
         folder: Folder of checkpoints.
-        monitor: Name of the figure; of others, nothing is read. Any if None.
+        monitor: Name of the figure; any if None.
+
+    Raises:
+        ValueError: They were chosen by another figure.
     """
-    path = folder / _BEST
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}}
-    figures: dict[str, float] = noted["figures"]
-    return figures if monitor in (None, noted.get("monitor")) else {}
+    noted = _noted(folder)
+    if noted and monitor not in (None, noted["monitor"]):
+        raise ValueError(
+            f"`monitor` is {monitor!r}, and the best checkpoints in {folder} were chosen by "
+            f"{noted['monitor']!r}; give the same, or remove {_BEST} there, and they go."
+        )
+    figures: dict[str, float] = noted.get("figures", {})
+    return figures
 
 
-def write_figures(folder: Path, monitor: str, figures: Mapping[str, float]) -> None:
-    """Note the best checkpoints in a folder, and the figures by which they were chosen."""
+def write_figures(folder: Path, monitor: str | None, figures: Mapping[str, float]) -> None:
+    """Note the best checkpoints in a folder, and the figures by which they were chosen.
+
+    Args:
+        folder: Folder of checkpoints.
+        monitor: Name of the figure; None for the one that is noted already.
+        figures: File name to figure.
+    """
     if not figures:
         (folder / _BEST).unlink(missing_ok=True)
         return
-    noted = json.dumps({"monitor": monitor, "figures": dict(figures)}, indent=2) + "\n"
+    name = monitor or _noted(folder)["monitor"]
+    noted = json.dumps({"monitor": name, "figures": dict(figures)}, indent=2) + "\n"
     write_whole(folder / _BEST, lambda file: file.write(noted.encode()))
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    path = folder / _BEST
+    noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return noted
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

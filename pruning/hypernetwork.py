@@ -8,8 +8,8 @@ cannot drift apart between ranks. `FreeLogits` and `NoRecurrence` are the paper'
 `SharedHeads` is ours.
 
 Cost: the heads dominate, 128 weights per gate: 112.2 M parameters for LLaMA-2-7B, 629 M at 70B, 16
-bytes each with AdamW. `SharedHeads` takes 2.8 and 9.7 M, `FreeLogits` 0.9 and 4.9 M; docs/disp.md
-compares what masks they learn.
+bytes each with AdamW. A `head_stride` of 11 leaves 9.4 % of them; `SharedHeads` takes 2.8 and
+9.7 M, `FreeLogits` 0.9 and 4.9 M; docs/disp.md compares what masks they learn.
 
 What the width of a head does: AdamW moves every weight by about the learning rate, so that a step
 moves a logit by the learning rate times the sum of |feature| over its weights, 0.4 x 128 = 51 for
@@ -84,26 +84,49 @@ class GRUHypernetwork(Hypernetwork):
     Args:
         sizes: Entries of every site, in order.
         input_size: Width of the fixed random input of a site, 1 or more.
-        hidden_size: Width of the GRU per direction, 1 or more; a head has twice as many features.
+        hidden_size: Width of the GRU per direction, 1 or more; there are twice as many features.
+        head_stride: Heads read every feature (1) or every n-th, n times as strong: as many
+            parameters less, and a step moves a logit as far. 11 leaves 12 of 128 features, less
+            than a tenth of the paper's parameters; docs/disp.md has what that costs.
         seed: Seed of the input and of the initial weights, 0 or more.
+
+    Raises:
+        ValueError: `head_stride` is not between 1 and the number of features.
     """
 
     def __init__(
-        self, sizes: Sequence[int], input_size: int = 32, hidden_size: int = 64, seed: int = 0
+        self,
+        sizes: Sequence[int],
+        input_size: int = 32,
+        hidden_size: int = 64,
+        head_stride: int = 1,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        features = 2 * hidden_size
+        if not 1 <= head_stride <= features:
+            raise ValueError(f"`head_stride` must be in 1 to {features}, got {head_stride}.")
+        self.head_stride = head_stride
         self.input: Tensor
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
             self.register_buffer("input", torch.randn(len(sizes), 1, input_size))
             self.gru = nn.GRU(input_size, hidden_size, bidirectional=True)
-            self.norm = nn.LayerNorm(2 * hidden_size)
-            self.heads = _Heads(sizes, 2 * hidden_size)
+            self.norm = nn.LayerNorm(features)
+            read = -(-features // head_stride)
+            self.heads = _Heads(sizes, read)
+        with torch.no_grad():  # so that the logits begin as small as those of all features
+            for weight in self.heads.parameters():
+                weight.mul_(read / features)
 
     def forward(self) -> Float[Tensor, " N"]:
-        features_SH = self.gru(self.input)[0].squeeze(1)
-        logits: Tensor = self.heads(F.gelu(self.norm(features_SH)))
+        features_SH = F.gelu(self.norm(self.gru(self.input)[0].squeeze(1)))
+        logits: Tensor = self.heads(self.head_stride * features_SH[:, :: self.head_stride])
         return logits
+
+    def extra_repr(self) -> str:
+        """What tells two of them apart where runs are compared."""
+        return "" if self.head_stride == 1 else f"head_stride={self.head_stride}"
 
 
 class SharedHeads(Hypernetwork):

@@ -17,7 +17,16 @@ import torch
 from benchmarks.kill_resume import PHASES, measure
 from modules import MaskLearning
 from pruning.checkpoints import read_figures
-from tests.runs import NOISE, call, content, learn_masks, make_inputs, with_callbacks, write_text
+from tests.runs import (
+    NOISE,
+    call,
+    content,
+    learn_masks,
+    make_inputs,
+    on_text,
+    with_callbacks,
+    write_text,
+)
 
 pytestmark = NOISE
 REPOSITORY = Path(__file__).parents[1]
@@ -157,6 +166,28 @@ def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
     for path in ("best", root / "checkpoints" / max(figures, key=figures.__getitem__)):
         assert call([*run, f"--ckpt_path={path}"]).trainer.global_step == 8
         assert content(root / "plan") == whole, f"from {path}"
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(16, 1), (4, 4)])
+def test_steps_go_on_in_other_batches(batch_size: int, batches: int, tmp_path: Path) -> None:
+    """From two batches a step to one and to four, with the clipping that was set."""
+    make_inputs(tmp_path)
+    run = [
+        "fit",
+        "--model=modules.CausalLM",
+        f"--model.base={tmp_path / 'base'}",
+        *on_text(tmp_path, tmp_path / "run"),
+        *with_callbacks(["SaveCheckpoint"], every_n_steps=1),
+        *("--trainer.callbacks.keep=9", "--trainer.max_steps=5", "--trainer.logger=false"),
+        *("--trainer.gradient_clip_val=0.1", "--trainer.gradient_clip_algorithm=norm"),
+        "--trainer.limit_val_batches=0",
+    ]
+    whole = call([*run, "--data.batch_size=8", "--trainer.accumulate_grad_batches=2"])
+    settings = [f"--data.batch_size={batch_size}", f"--trainer.accumulate_grad_batches={batches}"]
+    path = tmp_path / "run" / "checkpoints" / "step=3.ckpt"
+    resumed = call([*run, *settings, f"--ckpt_path={path}"])
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=0)
 
 
 def test_two_exports_of_one_checkpoint_are_equal(tmp_path: Path) -> None:

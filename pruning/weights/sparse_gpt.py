@@ -67,7 +67,8 @@ def sweep(
     Returns:
         New weights, zero where the mask is False, and the mask.
     """
-    w_IO = weight_OI.T.contiguous()  # one column of the weights is one run of memory
+    # One column of the weights is one run of memory.
+    w_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     mask_IO = torch.ones(w_IO.shape, dtype=torch.bool, device=w_IO.device)
     diagonal_I = factor_II.diagonal()
     for start in range(0, len(w_IO), columns):

@@ -45,6 +45,12 @@ def trainer_at(root: Path, step: int, **more: Any) -> Any:
     settings = {"strategy": _Strategy(), "ckpt_path": None, "global_rank": 0} | more
     settings.setdefault("state", SimpleNamespace(fn=TrainerFn.FITTING))
     settings.setdefault("lightning_module", torch.nn.Linear(1, 1))
+    settings.setdefault("accumulate_grad_batches", 1)
+    settings.setdefault("val_check_interval", 1)
+    settings.setdefault("limit_val_batches", 1)
+    between = settings.pop("between_batches", False)
+    loop = SimpleNamespace(_should_accumulate=lambda: between)
+    settings["fit_loop"] = SimpleNamespace(epoch_loop=loop)
     trainer = fake_trainer(root, step, **settings)
 
     def save(path: Path, weights_only: bool) -> None:
@@ -106,14 +112,17 @@ def course(
     """A run whose validations after these steps give these figures."""
     module = LightningModule()
     ckpt_path = root / "checkpoints" / f"step={start}.ckpt" if start else None
-    for hook in (callback.on_fit_start, callback.on_train_start):
-        hook(trainer_at(root, start, ckpt_path=ckpt_path), module)
-    for step, figure in figures.items():
-        metrics = {"val_perplexity": torch.tensor(figure)}
-        trainer = trainer_at(root, step, callback_metrics=metrics)
-        callback.on_train_batch_end(trainer, module, None, None, 0)
-        callback.on_validation_end(trainer, module)
-    callback.teardown(trainer, module, "fit")
+    at_start = trainer_at(root, start, ckpt_path=ckpt_path)
+    try:
+        for hook in (callback.on_fit_start, callback.on_train_start):
+            hook(at_start, module)
+        for step, figure in figures.items():
+            metrics = {"val_perplexity": torch.tensor(figure)}
+            trainer = trainer_at(root, step, callback_metrics=metrics)
+            callback.on_train_batch_end(trainer, module, None, None, 0)
+            callback.on_validation_end(trainer, module)
+    finally:
+        callback.teardown(at_start, module, "fit")
     return callback
 
 
@@ -139,13 +148,30 @@ def test_a_resumed_run_goes_on_choosing_and_a_new_one_starts_anew(tmp_path: Path
         course(SaveCheckpoint(**settings), tmp_path, {2: 8.0})
     assert read_figures(tmp_path / "checkpoints") == {"step=2.ckpt": 8.0}
     assert names(tmp_path) == {"step=2.ckpt", "best.json"}
-    course(SaveCheckpoint(every_n_steps=1, keep=1), tmp_path, {3: 8.0}, start=2)
-    assert names(tmp_path) == {"step=3.ckpt"}
+    # One that chooses nothing leaves what has been chosen.
+    course(SaveCheckpoint(every_n_steps=1, keep=1, monitor="loss"), tmp_path, {3: 8.0}, start=2)
+    assert names(tmp_path) == {"step=2.ckpt", "step=3.ckpt", "best.json"}
+    assert read_figures(tmp_path / "checkpoints", "val_perplexity") == {"step=2.ckpt": 8.0}
 
 
-def test_a_figure_of_another_name_is_no_rival(tmp_path: Path) -> None:
+def test_a_figure_of_another_name_is_refused(tmp_path: Path) -> None:
     course(SaveCheckpoint(keep=1, keep_best=1, monitor="val_perplexity"), tmp_path, {1: 5.0})
-    assert read_figures(tmp_path / "checkpoints", "val_loss") == {}
+    with pytest.raises(ValueError, match="`monitor` is 'loss', and .* chosen by 'val_perplexity'"):
+        course(SaveCheckpoint(keep_best=1, monitor="loss"), tmp_path, {2: 5.0}, start=1)
+    assert names(tmp_path) == {"step=1.ckpt", "best.json"}
+
+
+def test_nothing_is_chosen_between_the_batches_of_a_step(tmp_path: Path) -> None:
+    callback, module = SaveCheckpoint(keep_best=2), LightningModule()
+    trainer = trainer_at(tmp_path, 0, accumulate_grad_batches=2, val_check_interval=3)
+    with pytest.raises(ValueError, match=r"every 3 batches falls .*to a multiple of 2"):
+        callback.check_first(trainer, module)
+    metrics = {"val_perplexity": torch.tensor(1.0)}
+    settings: dict[str, Any] = {"callback_metrics": metrics, "accumulate_grad_batches": 2}
+    trainer = trainer_at(tmp_path, 1, between_batches=True, **settings)
+    with pytest.raises(ValueError, match="falls between the 2 batches of a step"):
+        callback.on_validation_end(trainer, module)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_monitor_that_is_not_logged_is_refused_with_what_is(tmp_path: Path) -> None:

@@ -252,6 +252,15 @@ def test_batches_are_full_and_each_permutation_holds_every_window_once(windows: 
     assert permutations[0] == order.tolist()
 
 
+def test_an_iteration_is_a_whole_number_of_steps(windows: Windows) -> None:
+    own, other = loader(windows, batches_per_step=2), loader(windows)
+    stream = [i for _ in range(6) for batch in own for i in numbers(batch)]
+    assert len(own) == 2  # of the three that the windows fill
+    assert stream == [i for _ in range(4) for batch in other for i in numbers(batch)]
+    with pytest.raises(ValueError, match=r"`batch_size` 4 .* in 4 batches needs 16 windows"):
+        loader(windows, batches_per_step=4)
+
+
 def test_neighbouring_seeds_share_no_permutation() -> None:
     def permutations(seed: int) -> list[tuple[int, ...]]:
         sampler = WindowSampler(50, 50, seed)

@@ -76,6 +76,24 @@ def test_heads_of_equal_size_are_each_their_own() -> None:
     torch.testing.assert_close(network(), torch.cat(expected))
 
 
+def test_few_features_begin_as_small_and_step_as_far_as_all() -> None:
+    sizes, spread, moved = (400, 400), [], []
+    for stride in (1, 11):
+        network = GRUHypernetwork(sizes, head_stride=stride)
+        optimizer = torch.optim.AdamW(network.heads.parameters(), lr=1e-3, weight_decay=0.0)
+        before = network()
+        before.sum().backward()
+        optimizer.step()
+        spread.append(float(before.detach().std()))
+        moved.append(float((network() - before).detach().abs().mean()))
+    heads = [w.shape[-1] for w in network.heads.parameters()]
+    assert heads == [12]
+    assert 0.6 < spread[1] / spread[0] < 1.6
+    assert 0.6 < moved[1] / moved[0] < 1.6
+    with pytest.raises(ValueError, match="`head_stride` must be in 1 to 128, got 129"):
+        GRUHypernetwork(sizes, head_stride=129)
+
+
 def test_shared_heads_are_one_head_per_size_and_a_number_per_gate() -> None:
     network = SharedHeads(SIZES, input_size=5, hidden_size=3, step_scale=7.0)
     with torch.no_grad():
