@@ -108,6 +108,7 @@ class CausalLM(LanguageModelling):
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
         self.loss, self.lora = loss, lora
         self.export_dtype, self.gradient_checkpointing = export_dtype, gradient_checkpointing
+        self.divisible = base is not None  # only a model that is read can be divided
         self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
         self._depth = Depth()
         self.provenance: dict[str, Any] = {}
@@ -181,11 +182,6 @@ class CausalLM(LanguageModelling):
         if not bool(losses.total.isfinite()):
             self.stop_diverged("the loss", losses.total)
         return losses.total
-
-    @property
-    def divisible(self) -> bool:  # type: ignore[override]
-        """Whether the model may lie in shares: only one that is read can be divided."""
-        return self.base is not None
 
     def recipe(self) -> dict[str, Any]:
         """Where the model came from, what it learns, its warm-up and its optimiser."""
@@ -424,11 +420,9 @@ class CausalLM(LanguageModelling):
     @property
     def _config(self) -> Any:
         """The configuration of the model."""
-        return (
-            make_config(self.architecture or {})
-            if self.base is None
-            else load_config(self.base_folder)
-        )
+        if self.base is not None:
+            return load_config(self.base_folder)
+        return make_config(self.architecture or {})
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._make_optimizer([p for p in self.parameters() if p.requires_grad])
