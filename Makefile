@@ -69,8 +69,11 @@ test-cluster: setup
 check: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m mypy
-	.venv/bin/lint-imports --no-cache
+	rm -rf build
+	$(RUN) -m pip install --quiet --no-deps --no-compile --target build/check .
+	MYPYPATH=build/check $(RUN) -m mypy
+	cd build/check && ../../.venv/bin/lint-imports --no-cache --config ../../pyproject.toml
+	rm -rf build
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

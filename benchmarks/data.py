@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from pruning.measure.perplexity import cut_windows
+from secateur.pruning.measure.perplexity import cut_windows
 
 WINDOW_TOKENS = 256
 

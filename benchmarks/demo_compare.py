@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import write_figures
-from modules import TextData
-from pruning.baselines import magnitude_scores, random_scores
-from pruning.budget import Budget
-from pruning.export.model_card import ModelCard
-from pruning.export.writer import export_model
-from pruning.measure.plots import plot_widths
-from pruning.measure.report import measure
-from pruning.plan import PruningPlan, plan_from_indices
+from secateur.modules import TextData
+from secateur.pruning.export.model_card import ModelCard
+from secateur.pruning.export.writer import export_model
+from secateur.pruning.measure.plots import plot_widths
+from secateur.pruning.measure.report import measure
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.widths.baselines import magnitude_scores, random_scores
+from secateur.pruning.widths.budget import Budget
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
 
-    learned = PruningPlan.load(args.run / "plan")
+    learned = Plan.load(args.run / "plan")
     models: dict[str, Any] = {"dense": AutoModelForCausalLM.from_pretrained(args.dense)}
     folders = {"dense": args.dense, "learned": args.run / "model"}
     budget = Budget(keep=float(learned.provenance["keep"]))

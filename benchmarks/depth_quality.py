@@ -21,26 +21,26 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import data_folder, evaluation_windows, write_figures
-from pruning.depth import (
+from secateur.pruning.depth import (
     AngularDistance,
+    BlockChoice,
     BlockInfluence,
+    BlockMagnitude,
     Blocks,
     Cached,
     Greedy,
     HalfBlocks,
-    Magnitude,
     OneShot,
     Perplexity,
     ReverseOrder,
     Search,
-    Selection,
     Taylor,
     Unit,
     bypassed,
     remove_compensated,
 )
-from pruning.depth.search import names
-from pruning.measure.perplexity import perplexity
+from secateur.pruning.depth.search import names
+from secateur.pruning.measure.perplexity import perplexity
 
 WINDOWS = {"c4": 372, "wikitext2": 393}
 SEARCHES: dict[str, Search] = {
@@ -54,7 +54,7 @@ SEARCHES: dict[str, Search] = {
     "Taylor, greedy": Greedy(Taylor()),
     "Taylor+": OneShot(Taylor(), protect_first=4, protect_last=2),
     "reverse order": OneShot(ReverseOrder()),
-    "magnitude": OneShot(Magnitude()),
+    "magnitude": OneShot(BlockMagnitude()),
 }
 # c4 and wikitext2 after 1, 2 and 3 removals, by the published programs.
 REFERENCE = {
@@ -93,7 +93,7 @@ def main() -> None:
                 measured[key] = [perplexity(model, w).value for w in texts.values()]
         return measured[key]
 
-    def compensated(chosen: Selection) -> dict[str, Any]:
+    def compensated(chosen: BlockChoice) -> dict[str, Any]:
         """What Prune&Comp makes of a choice; perplexity of the texts only where it is kept."""
         shorter = copy.deepcopy(model)
         found = remove_compensated(shorter, chosen.blocks, windows_NT)

@@ -31,10 +31,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.data import write_figures
-from pruning.depth import Perplexity, bypassed, peak_bytes, prune_blocks, remove_blocks
-from pruning.measure.perplexity import perplexity
-from pruning.measure.report import count
-from pruning.measure.speed import measure_speed
+from secateur.pruning.depth import Perplexity, bypassed, peak_bytes, prune_blocks, remove_blocks
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.measure.report import count
+from secateur.pruning.measure.speed import measure_speed
 
 _CLOCKS = {"_s": time.perf_counter, "_cpu_s": time.process_time}
 SEVEN_B = LlamaConfig()  # the defaults are those of LLaMA 7B

@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import data_folder, evaluation_windows, write_figures
-from pruning.measure.perplexity import perplexity
-from pruning.measure.report import count
-from train import main as train
+from secateur.program import train as train
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.measure.report import count
 
 FIRST_WINDOWS = 200
 # Perplexities of the reference after 1000 steps (c4, wikitext2, tinystories), by kept fraction.

@@ -22,8 +22,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
-from modules import MaskLearning
-from modules.loading import load_config, load_model
+from secateur.modules import MaskLearning
+from secateur.modules.loading import load_config, load_model
 
 
 def plain_step(folder: str) -> Callable[[Tensor], None]:

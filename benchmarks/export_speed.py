@@ -40,16 +40,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
-from pruning.budget import Budget
-from pruning.costs import Flops
-from pruning.families import FAMILIES
-from pruning.fingerprint import fingerprint
-from pruning.measure.report import count
-from pruning.measure.speed import measure_speed
-from pruning.model_folder import WEIGHTS
-from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import find_sites
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.costs import Flops
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.families import FAMILIES
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import WEIGHTS
+from secateur.pruning.measure.report import count
+from secateur.pruning.measure.speed import measure_speed
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.budget import Budget
 
 HEAD_SIZE = 64
 VOCABULARY = 512  # small: embeddings and head are no part of the question
@@ -73,7 +73,7 @@ def shape(width: int, mlp: int, blocks: int, heads: int) -> LlamaConfig:
 
 def random_plan(
     model: LlamaForCausalLM, folder: Path, keep: float, multiple: int, seed: int = 0
-) -> PruningPlan:
+) -> Plan:
     """A plan on budget whose widths differ between blocks and sites, as learned ones do."""
     sites = find_sites(model, FAMILIES["llama"])
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def random_plan(
     return plan_from_indices(model, fingerprint(folder), kept, {"scores": "random"})
 
 
-def ideal_of(plan: PruningPlan, config: LlamaConfig, flops: int) -> LlamaForCausalLM:
+def ideal_of(plan: Plan, config: LlamaConfig, flops: int) -> LlamaForCausalLM:
     """A dense Llama of the same block FLOPs and heads; the residual stream has the mean width.
 
     Its widths are multiples of 64 and of 8: the shapes that hardware likes.
@@ -117,7 +117,7 @@ class _Select(nn.Module):
 class _NaiveBlock(nn.Module):
     """A block of an exported model in the plainest form; it shares the narrow linear layers."""
 
-    def __init__(self, block: Any, plan: PruningPlan, number: int, size: int, eps: float) -> None:
+    def __init__(self, block: Any, plan: Plan, number: int, size: int, eps: float) -> None:
         super().__init__()
         indices = {s.name: plan.index(s.block, s.name) for s in plan.sites if s.block == number}
         self.eps, self.self_attn, self.mlp = eps, block.self_attn, block.mlp
@@ -149,7 +149,7 @@ class _NaiveBlock(nn.Module):
         return self.norms[place] * (wide_BTD * root_BT1).to(hidden_BTD.dtype)
 
 
-def naive_of(folder: Path, plan: PruningPlan, dtype: torch.dtype) -> Any:
+def naive_of(folder: Path, plan: Plan, dtype: torch.dtype) -> Any:
     """The exported model with every block in the plain form."""
     model = load(folder, dtype)
     size, eps = model.config.hidden_size, model.config.rms_norm_eps
@@ -224,7 +224,7 @@ def loading_figures(dense: Path, small: Path) -> dict[str, float]:
     }
 
 
-def surgery_figures(base: Path, plan: PruningPlan, scratch: Path) -> dict[str, float]:
+def surgery_figures(base: Path, plan: Plan, scratch: Path) -> dict[str, float]:
     """Bytes of the base model per second that surgery goes through, over those of a copy."""
     times: dict[str, list[float]] = {"copy": [], "surgery": []}
     for _ in range(5):

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.data import write_figures
-from callbacks import ExportModel, SaveCheckpoint
-from modules import MaskLearning
+from secateur.callbacks import ExportModel, SaveCheckpoint
+from secateur.modules import MaskLearning
 from tests.runs import call, content, learn_masks, make_inputs, write_text
 
 PHASES: dict[str, tuple[type, str]] = {

@@ -23,12 +23,12 @@ from lightning.pytorch import Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
-from modules import MaskLearning
-from modules.loading import EightBit, FourBit, Quantisation, load_config
-from modules.losses import LossWeights
-from pruning.hypernetwork import SharedHeads
-from pruning.measure.live_bytes import LiveBytes
-from pruning.measure.memory import ORIGINAL, Run, footprint
+from secateur.modules import MaskLearning
+from secateur.modules.loading import EightBit, FourBit, Quantisation, load_config
+from secateur.pruning.losses import LossWeights
+from secateur.pruning.widths.hypernetwork import SharedHeads
+from secateur.pruning.widths.live_bytes import LiveBytes
+from secateur.pruning.widths.memory import ORIGINAL, Run, footprint
 
 MB = 1e6
 

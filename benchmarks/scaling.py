@@ -31,11 +31,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from benchmarks.data import write_figures
-from modules import MaskLearning, TextData, Zero
-from pruning.families import family_of, skeleton
-from pruning.hypernetwork import GRUHypernetwork, SharedHeads
-from pruning.measure.memory import llama2
-from pruning.sites import find_sites
+from secateur.modules import MaskLearning, TextData, Zero
+from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.hypernetwork import GRUHypernetwork, SharedHeads
+from secateur.pruning.widths.memory import llama2
 from tests.runs import write_text
 from tests.tiny import tiny_tokenizer
 

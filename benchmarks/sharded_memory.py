@@ -23,9 +23,9 @@ from lightning.pytorch import Callback, Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
-from callbacks import ExportModel, SaveCheckpoint
-from modules import MaskLearning, TextData, Zero
-from pruning.hypernetwork import FreeLogits
+from secateur.callbacks import ExportModel, SaveCheckpoint
+from secateur.modules import MaskLearning, TextData, Zero
+from secateur.pruning.widths.hypernetwork import FreeLogits
 from tests.runs import write_text
 from tests.tiny import tiny_tokenizer
 

@@ -12,7 +12,8 @@ Seconds are those on the wall; `overhead_share_cpu` is the same share of the sec
 process spent on the CPU, all threads together, which what else runs on the machine disturbs less.
 
 Memory is what lives beside the model: every storage is followed from its birth to its end. The
-formula is that of `pruning.weights.loop`: states, statistics and working copies of one block.
+formula is that of the block loop (pruning/weights/loop.py): states, statistics and working
+copies of one block.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
-from pruning.measure.live_bytes import LiveBytes
-from pruning.weights.collect import collect
-from pruning.weights.dass import DaSS
-from pruning.weights.loop import prune_weights
-from pruning.weights.parts import Matrix
-from pruning.weights.pattern import Unstructured
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.selection import MlpOnly
-from pruning.weights.source import CalibrationStates, LiveBlocks
-from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
-from pruning.weights.statistics import Gram, Inputs
+from secateur.pruning.weights.collect import collect
+from secateur.pruning.weights.dass import DaSS
+from secateur.pruning.weights.layers import MlpOnly
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.parts import Matrix
+from secateur.pruning.weights.pattern import Unstructured
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import CalibrationStates, LiveBlocks
+from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from secateur.pruning.weights.statistics import Gram, Inputs
+from secateur.pruning.widths.live_bytes import LiveBytes
 
 HALF = Unstructured(0.5)
 METHODS = {
@@ -134,7 +135,7 @@ class _PlainInputs(Inputs):
 
 
 def ours(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
-    """The loop of `pruning.weights`."""
+    """The loop of `secateur.pruning.weights`."""
     prune_weights(LiveBlocks(model), recipe, windows_NT)
 
 

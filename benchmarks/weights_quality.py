@@ -25,20 +25,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import data_folder, evaluation_windows, write_figures
-from pruning.measure.perplexity import perplexity
-from pruning.weights.alpha_pruning import AlphaPruning
-from pruning.weights.barber import Barber
-from pruning.weights.dass import DaSS
-from pruning.weights.dsnot import DSnoT
-from pruning.weights.least_squares import LeastSquares
-from pruning.weights.loop import prune_weights
-from pruning.weights.magnitude import Magnitude
-from pruning.weights.pattern import NM, Pattern, Unstructured
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.selection import MlpOnly
-from pruning.weights.source import LiveBlocks
-from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
-from pruning.weights.wanda import Wanda
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.weights.alpha_pruning import AlphaPruning
+from secateur.pruning.weights.barber import Barber
+from secateur.pruning.weights.dass import DaSS
+from secateur.pruning.weights.dsnot import DSnoT
+from secateur.pruning.weights.layers import MlpOnly
+from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.magnitude import Magnitude
+from secateur.pruning.weights.pattern import NM, Pattern, Unstructured
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import LiveBlocks
+from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from secateur.pruning.weights.wanda import Wanda
 
 POINTS: dict[str, Pattern] = {
     "50%": Unstructured(0.5),

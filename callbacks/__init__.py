@@ -1,13 +1,16 @@
 """When things happen: hooks, logging and state around the maths of `pruning`."""
 
-from callbacks.anneal_sparsity import AnnealSparsity
-from callbacks.export_model import ExportModel
-from callbacks.plot_widths import PlotWidths
-from callbacks.prune_blocks import PruneBlocks
-from callbacks.prune_weights import PruneWeights
-from callbacks.save_checkpoint import SaveCheckpoint
-from callbacks.track_budget import TrackBudget
-from callbacks.watch_ranks import WatchRanks
+if __name__ == "callbacks":
+    raise ImportError("This package is secateur.callbacks now; see `python -m secateur --help`.")
+
+from secateur.callbacks.anneal_sparsity import AnnealSparsity
+from secateur.callbacks.export_model import ExportModel
+from secateur.callbacks.plot_widths import PlotWidths
+from secateur.callbacks.prune_blocks import PruneBlocks
+from secateur.callbacks.prune_weights import PruneWeights
+from secateur.callbacks.save_checkpoint import SaveCheckpoint
+from secateur.callbacks.track_budget import TrackBudget
+from secateur.callbacks.watch_ranks import WatchRanks
 
 __all__ = [
     "AnnealSparsity",

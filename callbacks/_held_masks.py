@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.masks import WeightMasks
 
 
 class HeldMasks:

@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pruning.weights.loop import Progress as OnBlock
-from pruning.weights.store import BlockStore
+from secateur.pruning.weights.loop import Progress as OnBlock
+from secateur.pruning.weights.store import BlockStore
 
 
 def store_of(folder: Path, settings: Mapping[str, Any], step: int) -> BlockStore:

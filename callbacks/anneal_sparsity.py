@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pruning.protocols import learns_masks
-from pruning.recipe import refuse_other
-from pruning.schedules import Cubic, Linear, Schedule
+from secateur.pruning.files.settings import refuse_other
+from secateur.pruning.protocols import learns_masks
+from secateur.pruning.schedules import Cubic, Linear, Schedule
 
 
 class AnnealSparsity(Callback):

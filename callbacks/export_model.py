@@ -9,8 +9,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks._trial import is_trial
-from pruning.protocols import exports
+from secateur.callbacks._trial import is_trial
+from secateur.pruning.protocols import exports
 
 _TAKEN = ("plan", "plots", "checkpoints", "metrics", "logs", "depth", "weights")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks._trial import is_trial
-from pruning.measure.plots import plot_widths
-from pruning.protocols import learns_masks
+from secateur.callbacks._trial import is_trial
+from secateur.pruning.measure.plots import plot_widths
+from secateur.pruning.protocols import learns_masks
 
 
 class PlotWidths(Callback):

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from pruning.depth import (
+from secateur.pruning.depth import (
     Cached,
     OneShot,
     Perplexity,
@@ -27,11 +27,11 @@ from pruning.depth import (
     UnitCount,
     WholeBlocks,
 )
-from pruning.depth.search import names
-from pruning.measure.perplexity import perplexity
-from pruning.measure.plots import plot_scores
-from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
-from pruning.recipe import refuse_other
+from secateur.pruning.depth.plots import plot_scores
+from secateur.pruning.depth.search import names
+from secateur.pruning.files.settings import refuse_other
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
 
 
 class Removals(ABC):
@@ -296,6 +296,6 @@ def units_to_remove(config: PreTrainedConfig, search: Search, target: Target) ->
     if max(sizes) > min(sizes) * (1 + 1e-9):
         raise ValueError(
             f"`target` {target} weighs attention and MLP differently, so that nobody can tell how "
-            "many of them go; choose pruning.depth.Blocks or BlockFraction."
+            "many of them go; choose Blocks or BlockFraction."
         )
     return next(count for count in range(1, len(sizes) + 1) if target.reached(sizes[:count]))

@@ -1,8 +1,8 @@
 """Set weights to zero while a model trains, and keep them zero: sparse fine-tuning.
 
-Sources: the parts are those of `pruning.weights`, each with its paper; all at once and then
+Sources: the parts are in pruning/weights, each with its paper; all at once and then
 training, as in "A Simple and Effective Pruning Approach" (Wanda, arXiv 2306.11695, section 4); or
-gradually, as `pruning.weights.gradually` has it.
+gradually, as `secateur.pruning.weights.gradually` has it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import AutoConfig
 
-from callbacks._held_masks import HeldMasks, take_out_updates
-from callbacks._trial import is_trial
-from callbacks._weight_blocks import shown_progress, store_of
-from pruning.families import blocks_of, family_of, skeleton
-from pruning.measure.perplexity import perplexity
-from pruning.protocols import TrainsWeights, calibration_windows, trains_weights
-from pruning.recipe import refuse_other
-from pruning.weights import (  # noqa: F401 # the command line knows by name what is imported
+from secateur.callbacks._held_masks import HeldMasks, take_out_updates
+from secateur.callbacks._trial import is_trial
+from secateur.callbacks._weight_blocks import shown_progress, store_of
+from secateur.pruning.families import blocks_of, family_of, skeleton
+from secateur.pruning.files.settings import refuse_other
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+from secateur.pruning.weights import (  # noqa: F401 # the command line knows by name what is imported
     alpha_pruning,
     barber,
     dass,
@@ -36,18 +36,25 @@ from pruning.weights import (  # noqa: F401 # the command line knows by name wha
     magnitude,
     sparse_gpt,
 )
-from pruning.weights.gradually import Gradually
-from pruning.weights.guard import Decision, decide
-from pruning.weights.loop import prune_weights, run_settings
-from pruning.weights.masks import WeightMasks, pack, unpack
-from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
-from pruning.weights.pattern import Pattern
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.report import sparsity_report
-from pruning.weights.selection import AllLinears, Selection
-from pruning.weights.source import LiveBlocks
-from pruning.weights.store import BlockStore
-from pruning.weights.wanda import Wanda
+from secateur.pruning.weights.gradually import Gradually
+from secateur.pruning.weights.guard import Decision, decide
+from secateur.pruning.weights.layers import AllLinears, LayerSelection
+from secateur.pruning.weights.loop import prune_weights, run_settings
+from secateur.pruning.weights.masks import WeightMasks, pack, unpack
+from secateur.pruning.weights.parts import (
+    Allocation,
+    Compensation,
+    Refinement,
+    Score,
+    Uniform,
+    linears_of,
+)
+from secateur.pruning.weights.pattern import Pattern
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import LiveBlocks
+from secateur.pruning.weights.sparsity import sparsity_report
+from secateur.pruning.weights.store import BlockStore
+from secateur.pruning.weights.wanda import Wanda
 
 _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
 
@@ -100,7 +107,7 @@ class PruneWeights(Callback):
         allocation: Allocation | None = None,
         refinement: Refinement | None = None,
         compensation: Compensation | None = None,
-        matrices: Selection | None = None,
+        matrices: LayerSelection | None = None,
         gradually: Gradually | None = None,
         calibration_windows: int = 128,
         held_back_windows: int = 32,

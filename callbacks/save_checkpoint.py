@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks._preemption import Preempted, Signals, after_rank_0, requeue
-from callbacks._trial import is_trial
-from pruning.checkpoints import (
+from secateur.callbacks._preemption import Preempted, Signals, after_rank_0, requeue
+from secateur.callbacks._trial import is_trial
+from secateur.pruning.files.checkpoints import (
     FOLDER,
     newest_first,
     read_figures,

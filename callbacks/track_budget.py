@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from pruning.protocols import LearnsMasks, learns_masks
-from pruning.sites import split
+from secateur.pruning.protocols import LearnsMasks, learns_masks
+from secateur.pruning.sites import split
 
 
 class TrackBudget(Callback):

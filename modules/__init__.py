@@ -1,9 +1,12 @@
 """What is trained and on what: Lightning modules, data modules, loading and sharding."""
 
-from modules.causal_lm import CausalLM
-from modules.mask_learning import MaskLearning
-from modules.sharded_ddp import ShardedDDP
-from modules.text_data import TextData
-from modules.zero import Zero
+if __name__ == "modules":
+    raise ImportError("This package is secateur.modules now; see `python -m secateur --help`.")
+
+from secateur.modules.causal_lm import CausalLM
+from secateur.modules.data.text_data import TextData
+from secateur.modules.mask_learning import MaskLearning
+from secateur.modules.strategies.sharded_ddp import ShardedDDP
+from secateur.modules.strategies.zero import Zero
 
 __all__ = ["CausalLM", "MaskLearning", "ShardedDDP", "TextData", "Zero"]

@@ -26,19 +26,25 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from modules.delivery import MARK, Origin, is_trained
-from modules.depth import Depth, check_undivided, let_go
-from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import check_base, load_config, load_model, make_config, resolve
-from modules.lora import LoRA, merged
-from modules.losses import LossWeights, head_of, token_losses
-from modules.shares import dtype_of
-from modules.teacher import Teacher, predicting_states
-from modules.weights_export import WeightsExport
-from pruning.depth import Unit, remove_blocks, remove_compensated
-from pruning.depth.compensation import untie
-from pruning.fingerprint import fingerprint
-from pruning.model_folder import refuse_base, refuse_foreign, replaced_folder, write_json
+from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
+from secateur.modules.loading import check_base, load_config, load_model, make_config, resolve
+from secateur.modules.removal import check_undivided, let_go
+from secateur.modules.teacher import Teacher, predicting_states
+from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
+from secateur.pruning.depth.compensation import untie
+from secateur.pruning.export.delivery import MARK, Origin, is_trained
+from secateur.pruning.export.remaining import Depth
+from secateur.pruning.export.weights_export import WeightsExport
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import (
+    refuse_base,
+    refuse_foreign,
+    replaced_folder,
+    write_json,
+)
+from secateur.pruning.files.shares import dtype_of
+from secateur.pruning.lora import LoRA, merged
+from secateur.pruning.losses import LossWeights, head_of, token_losses
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -259,7 +265,7 @@ class CausalLM(LanguageModelling):
             units: Blocks or halves of blocks, by their numbers in the base model.
             provenance: Why these, for the model card: JSON values only.
             compensate_on: Windows of text (int64, shape (N, T)): what stays is scaled to make up
-                for the blocks if that predicts them better, see `pruning.depth.compensation`.
+                for the blocks if that predicts them better, see `pruning/depth/compensation.py`.
 
         Raises:
             ValueError: A unit is not there (any more), no block or attention would stay, the model

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedConfig
 
-from pruning.measure.memory import GB, Run, check_fits, footprint
+from secateur.pruning.widths.memory import GB, Run, check_fits, footprint
 
 
 def check_memory(trainer: Trainer, config: PreTrainedConfig, run: Run) -> None:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from modules.loading import load_model
-from modules.text_data import check_vocabulary, check_window
-from pruning.recipe import refuse_other
+from secateur.modules.data.text_data import check_vocabulary, check_window
+from secateur.modules.loading import load_model
+from secateur.pruning.files.settings import refuse_other
 
 
 @runtime_checkable
@@ -178,7 +178,7 @@ class LanguageModelling(LightningModule, ABC):
             raise ValueError(
                 f"`trainer.strategy` {type(strategy).__name__} would wrap and save models in ways "
                 "that masks, checkpoints and exports here do not know. Use ddp where a model fits "
-                "on every device; modules.Zero instead of deepspeed, or modules.ShardedDDP instead "
+                "on every device; Zero instead of deepspeed, or ShardedDDP instead "
                 "of FSDP, where it does not (docs/sharding.md)."
             )
 

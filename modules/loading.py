@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from modules.shares import dtype_of
-from pruning.measure.memory import INT8, NF4, Storage
+from secateur.pruning.files.shares import dtype_of
+from secateur.pruning.widths.memory import INT8, NF4, Storage
 
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
 
@@ -264,7 +264,7 @@ def refuse_quantised(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "`base` is stored quantised, which cannot be cut. Give the original weights; "
-            "`quantisation` modules.loading.FourBit packs them while masks are learned."
+            "`quantisation` FourBit packs them while masks are learned."
         )
 
 

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from modules.delivery import deliver, deliver_alignment, is_plan
-from modules.device_memory import check_memory, optimizer_bytes
-from modules.language_modelling import LanguageModelling, describe_optimizer
-from modules.loading import (
+from secateur.modules.device_memory import check_memory, optimizer_bytes
+from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
+from secateur.modules.loading import (
     Quantisation,
     check_base,
     check_optimizer,
@@ -43,19 +42,20 @@ from modules.loading import (
     refuse_quantised,
     resolve,
 )
-from modules.losses import LossWeights, head_of, token_losses
-from modules.sharded_delivery import deliver_together
-from modules.shares import dtype_of
-from pruning.budget import Budget, log_ratio_penalty
-from pruning.families import family_of, skeleton
-from pruning.fingerprint import fingerprint
-from pruning.gates import GateSampler
-from pruning.hypernetwork import GRUHypernetwork, Hypernetwork
-from pruning.masking import GateHooks
-from pruning.measure.memory import ORIGINAL, Run
-from pruning.model_folder import refuse_base, refuse_foreign
-from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import Site, gain_sizes, split
+from secateur.pruning.export.delivery import deliver, deliver_alignment, is_plan
+from secateur.pruning.export.sharded_delivery import deliver_together
+from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import refuse_base, refuse_foreign
+from secateur.pruning.files.shares import dtype_of
+from secateur.pruning.losses import LossWeights, head_of, token_losses
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.sites import Site, gain_sizes, split
+from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.widths.gate_hooks import GateHooks
+from secateur.pruning.widths.gates import GateSampler
+from secateur.pruning.widths.hypernetwork import GRUHypernetwork, Hypernetwork
+from secateur.pruning.widths.memory import ORIGINAL, Run
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -83,7 +83,7 @@ class MaskLearning(LanguageModelling):
             a cosine.
         dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
             as "bfloat16".
-        quantisation: Packs the frozen weights while masks are learned, `modules.loading.FourBit` or
+        quantisation: Packs the frozen weights while masks are learned, `FourBit` or
             `EightBit`; the export cuts the original ones. None leaves them as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
             more time. On by default in the recipes from 7B.
@@ -312,7 +312,7 @@ class MaskLearning(LanguageModelling):
         return torch.cat(self._open(split(probability_N, self.sites)))
 
     @torch.no_grad()
-    def plan(self) -> PruningPlan:
+    def plan(self) -> Plan:
         """The deterministic plan of the gates as they are now, exactly on budget.
 
         Gains are part of it once they have been learned, which is after the masks have settled.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modules.language_modelling import LanguageModelling
-from modules.loading import resolve
-from modules.losses import Head, head_of
-from pruning.fingerprint import fingerprint
+from secateur.modules.language_modelling import LanguageModelling
+from secateur.modules.loading import resolve
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.losses import Head, head_of
 
 
 class Teacher:

@@ -1,3 +1,4 @@
 """The science of pruning: plain PyTorch and transformers, usable without Lightning."""
 
-__version__ = "0.1.0"
+if __name__ == "pruning":
+    raise ImportError("This package is secateur.pruning now; see `python -m secateur --help`.")

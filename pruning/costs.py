@@ -18,8 +18,8 @@ from jaxtyping import Float, Real
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.families import PARTS, Family, blocks_of, family_of, part_of
-from pruning.sites import Site, find_sites
+from secateur.pruning.families import PARTS, Family, blocks_of, family_of, part_of
+from secateur.pruning.sites import Site, find_sites
 
 Product = tuple[int, *tuple[int | float, ...]]
 """Unit cost, then up to three axes: a site by its index, a fixed length as a float."""

@@ -26,25 +26,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.families import FAMILIES, Family, family_of, skeleton
-from pruning.sites import Site, find_sites, gain_sizes
+from secateur.pruning.families import FAMILIES, Family, family_of, skeleton
+from secateur.pruning.sites import Site, find_sites, gain_sizes
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
 _FORMAT = "secateur-plan-2"
 
 
 @dataclass(frozen=True, eq=False)
-class PruningPlan:
+class Plan:
     """What stays of a model.
 
     Args:
         model_type: Family of the base model.
-        base: Fingerprint of the base model, see `pruning.fingerprint`.
+        base: Fingerprint of the base model, see `secateur.pruning.files.fingerprint`.
         sites: The sites of the base model, in order.
         kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
         gains: Factors (float32) on the features at both sides of every projection, by the names
-            of `pruning.sites.gain_sizes`; None stands for ones. Surgery folds them into the
-            weights. Those of entries that go do nothing.
+            of `gain_sizes`; None stands for ones. Surgery folds them into the weights.
+            Those of entries that go do nothing.
         provenance: How the plan was made: JSON values only, shown in the model card.
 
     Raises:
@@ -215,7 +215,7 @@ class PruningPlan:
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> PruningPlan:
+    def load(cls, folder: str | Path) -> Plan:
         """Read a plan.
 
         Raises:
@@ -245,10 +245,10 @@ class PruningPlan:
         )
 
 
-def full_plan(model: PreTrainedModel, base: str) -> PruningPlan:
+def full_plan(model: PreTrainedModel, base: str) -> Plan:
     """The plan that keeps everything."""
     sites = find_sites(model, family_of(model.config))
-    return PruningPlan(
+    return Plan(
         model.config.model_type, base, tuple(sites), tuple(torch.arange(s.size) for s in sites)
     )
 
@@ -260,7 +260,7 @@ def plan_from_indices(
     provenance: Mapping[str, Any],
     gains: Mapping[str, Tensor] | None = None,
     family: Family | None = None,
-) -> PruningPlan:
+) -> Plan:
     """The plan of a live model.
 
     Args:
@@ -268,11 +268,11 @@ def plan_from_indices(
         base: Its fingerprint.
         kept: One vector of kept indices (int64, sorted) per site, in order.
         provenance: How they were chosen.
-        gains: Factors by name, see `PruningPlan`; None stands for ones.
+        gains: Factors by name, see `Plan`; None stands for ones.
         family: The row of the family whose sites these are, `with_parts` or without; None is
             without.
     """
-    return PruningPlan(
+    return Plan(
         model_type=model.config.model_type,
         base=base,
         sites=tuple(find_sites(model, family or family_of(model.config))),
@@ -287,7 +287,7 @@ def plan_without(
     base: str,
     removed: Collection[tuple[int, str]],
     provenance: Mapping[str, Any],
-) -> PruningPlan:
+) -> Plan:
     """The plan that removes attentions and MLPs as a whole and keeps everything else.
 
     Args:

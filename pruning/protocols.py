@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.budget import Budget
-from pruning.costs import CostTable
-from pruning.depth.units import Unit
-from pruning.plan import PruningPlan
-from pruning.sites import Site
+from secateur.pruning.costs import CostTable
+from secateur.pruning.depth.units import Unit
+from secateur.pruning.plan import Plan
+from secateur.pruning.sites import Site
+from secateur.pruning.widths.budget import Budget
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class LearnsMasks(Protocol):
     def keep_probability(self) -> Tensor:
         """P(keep) of every gate, shape (N,)."""
 
-    def plan(self) -> PruningPlan:
+    def plan(self) -> Plan:
         """What would be exported now, on budget."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.families import PARTS, Family, blocks_of, part_of
+from secateur.pruning.families import PARTS, Family, blocks_of, part_of
 
 
 @dataclass(frozen=True, order=True)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # From here on, the shapes and types in the signatures of the maths are checked at every call.
-install_import_hook("pruning", "beartype.beartype")
+install_import_hook("secateur.pruning", "beartype.beartype")
 
 # Small tensors gain nothing from threads, and sums keep one order.
 torch.set_num_threads(1)

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from modules.causal_lm import CausalLM
-from modules.text_data import TextData
+from secateur.modules.causal_lm import CausalLM
+from secateur.modules.data.text_data import TextData
 
 
 def text_of(inputs: Path) -> TextData:

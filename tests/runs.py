@@ -12,9 +12,8 @@ from unittest.mock import patch
 
 import pytest
 
-from modules.command_line import TrainCLI
+from secateur.command_line import TrainCLI
 from tests.tiny import SENTENCES, tiny_folder
-from train import main
 
 # Of Lightning's own code: what its command line uses of jsonargparse, what it uses of torch.
 NOISE = [
@@ -49,7 +48,7 @@ def make_inputs(folder: Path, **overrides: Any) -> Path:
 def on_text(folder: Path, root: Path) -> list[str]:
     """Arguments of data and trainer that every run of these tests shares."""
     return [
-        "--data=modules.TextData",
+        "--data=TextData",
         f"--data.train={folder / 'text.json'}",
         "--data.window_tokens=16",
         "--data.batch_size=4",
@@ -84,7 +83,7 @@ def learn_masks(
     """Arguments of a whole run that learns masks."""
     return [
         "fit",
-        "--model=modules.MaskLearning",
+        "--model=MaskLearning",
         f"--model.base={folder / 'base'}",
         *on_text(folder, root),
         f"--trainer.max_steps={max_steps}",
@@ -112,7 +111,7 @@ def prune_weights(
     """
     return [
         subcommand,
-        "--model=modules.CausalLM",
+        "--model=CausalLM",
         f"--model.base={folder / 'base'}",
         "--model.warmup_steps=2",
         *on_text(folder, root),

@@ -27,7 +27,7 @@ def missing(path: Path) -> list[str]:
     given = {
         f"--{part}.{key}" for part in ("model", "data") for key in recipe[part].get("init_args", {})
     }
-    learns = recipe["model"]["class_path"] == "modules.MaskLearning"
+    learns = recipe["model"]["class_path"] == "MaskLearning"
     return [f"{k}={v}" for k, v in FILL.items() if k not in given and (learns or "model" not in k)]
 
 
@@ -77,7 +77,7 @@ def test_a_small_recipe_runs(path: Path, tmp_path: Path) -> None:
         "--trainer.enable_progress_bar=false",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     ]
-    if recipe["model"]["class_path"] == "modules.MaskLearning":
+    if recipe["model"]["class_path"] == "MaskLearning":
         settings.append(f"--model.base={tmp_path / 'base'}")
     call(["fit", f"--config={path}", *settings])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import modules
-from modules.loading import load_model
-from pruning.masking import GateHooks
-from pruning.measure.report import Counts, count
-from pruning.plan import PruningPlan
-from pruning.protocols import LearnsMasks
+import secateur.modules
+from secateur.modules.loading import load_model
+from secateur.pruning.measure.report import Counts, count
+from secateur.pruning.plan import Plan
+from secateur.pruning.protocols import LearnsMasks
+from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.runs import NOISE, call, content, learn_masks, make_inputs
 
 pytestmark = NOISE
@@ -42,7 +42,7 @@ class Method:
 
 METHODS = {
     "disp": Method(
-        module=modules.MaskLearning,
+        module=secateur.modules.MaskLearning,
         fit=learn_masks,
         cost=lambda counts: counts.block_flops_per_token,
         unit=2 * 3 * 37,  # FLOPs: one column of three matrices of 37 rows
@@ -52,7 +52,7 @@ METHODS = {
 
 def test_the_table_has_a_row_for_every_module_that_prunes() -> None:
     # What prunes has a plan; modules that only train weights have none.
-    pruning = {name for name in modules.__all__ if hasattr(getattr(modules, name), "plan")}
+    pruning = {name for name in secateur.modules.__all__ if hasattr(getattr(modules, name), "plan")}
     assert pruning == {method.module.__name__ for method in METHODS.values()}
 
 
@@ -85,7 +85,7 @@ def test_it_hits_its_target_exactly(run: tuple[Method, Path], inputs: Path) -> N
 
 def test_it_keeps_its_structure(run: tuple[Method, Path]) -> None:
     _, root = run
-    plan = PruningPlan.load(root / "plan")
+    plan = Plan.load(root / "plan")
     with safe_open(root / "model" / "model.safetensors", framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     for block, widths in enumerate(plan.widths_by_block()):
@@ -100,7 +100,7 @@ def test_it_exports_what_it_masked(run: tuple[Method, Path], inputs: Path) -> No
     _, root = run
     dense: Any = load_model(inputs / "base")
     ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
-    plan = PruningPlan.load(root / "plan")
+    plan = Plan.load(root / "plan")
     with GateHooks(dense).applied(plan.gates(), plan.gains), torch.no_grad():
         masked = dense(ids).logits
         exported = load(root / "model")(ids).logits

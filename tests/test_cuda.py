@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pruning.export.verify import verify_export
-from pruning.families import FAMILIES
-from pruning.measure.perplexity import perplexity
-from pruning.measure.speed import measure_speed
-from pruning.measure.zero_shot import Ending, log_likelihoods
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.verify import verify_export
+from secateur.pruning.families import FAMILIES
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.measure.speed import measure_speed
+from secateur.pruning.measure.zero_shot import Ending, log_likelihoods
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VOCABULARY, tiny_family_folder, tiny_model
 

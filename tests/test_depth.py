@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pruning.depth import Perplexity, Unit, bypassed
+from secateur.pruning.depth import Perplexity, Unit, bypassed
 from tests.runs import NOISE, call, content, make_inputs, on_text, prune_weights
 
 pytestmark = NOISE
@@ -25,15 +25,15 @@ VARIANTS = {
 
 
 BLOCKS = [
-    "--trainer.callbacks.target=pruning.depth.Blocks",
+    "--trainer.callbacks.target=Blocks",
     "--trainer.callbacks.target.count=2",
 ]
 HALVES = [
-    "--trainer.callbacks.target=pruning.depth.Blocks",
+    "--trainer.callbacks.target=Blocks",
     "--trainer.callbacks.target.count=1",
-    "--trainer.callbacks.search=pruning.depth.OneShot",
-    "--trainer.callbacks.search.score=pruning.depth.Magnitude",  # names two attentions
-    "--trainer.callbacks.search.units=pruning.depth.HalfBlocks",
+    "--trainer.callbacks.search=OneShot",
+    "--trainer.callbacks.search.score=BlockMagnitude",  # names two attentions
+    "--trainer.callbacks.search.units=HalfBlocks",
 ]
 
 
@@ -43,9 +43,9 @@ def prune(
     """Two blocks of four, or two halves, go before steps 1 and 4 of 6."""
     callback = [
         *VARIANTS[variant],
-        "--trainer.callbacks+=callbacks.PruneBlocks",
+        "--trainer.callbacks+=PruneBlocks",
         *search,
-        "--trainer.callbacks.removals=callbacks.prune_blocks.OneByOne",
+        "--trainer.callbacks.removals=OneByOne",
         "--trainer.callbacks.removals.every_n_steps=3",
         "--trainer.callbacks.removals.first_step=1",
         "--trainer.callbacks.calibration_windows=8",

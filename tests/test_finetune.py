@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.budget import Budget
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.widths.budget import Budget
 from tests.pruning.export.plans import random_plan, uneven_plan
 from tests.stranger import run_as_stranger
 from tests.tiny import VOCABULARY, tiny_folder

@@ -15,10 +15,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.budget import Budget
-from pruning.measure.perplexity import perplexity
-from pruning.measure.zero_shot import log_likelihoods, read_questions, truncate, zero_shot
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.measure.zero_shot import log_likelihoods, read_questions, truncate, zero_shot
+from secateur.pruning.widths.budget import Budget
 from tests.pruning.export.plans import random_plan, uneven_plan
 from tests.tiny import SENTENCES, tiny_folder
 

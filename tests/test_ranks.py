@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pruning.plan import PruningPlan
+from secateur.pruning.plan import Plan
 from tests.ranks import finish, start, trained
 from tests.runs import NOISE, call, content, learn_masks, make_inputs, on_text, with_callbacks
 
@@ -25,11 +25,11 @@ CLIPPED = ("--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0
 PACKED = {"four": ("FourBit", "ddp"), "eight": ("EightBit", "zero2")}
 STRATEGIES = {
     "ddp": "auto",
-    "zero1": "{class_path: modules.Zero, init_args: {stage: 1}}",
-    "zero2": "{class_path: modules.Zero, init_args: {stage: 2, offload_optimizer: true}}",
-    "zero3": "{class_path: modules.Zero, init_args: {stage: 3}}",
-    "offloaded": "{class_path: modules.Zero, init_args: {offload_parameters: true}}",
-    "fsdp": "{class_path: modules.ShardedDDP}",
+    "zero1": "{class_path: Zero, init_args: {stage: 1}}",
+    "zero2": "{class_path: Zero, init_args: {stage: 2, offload_optimizer: true}}",
+    "zero3": "{class_path: Zero, init_args: {stage: 3}}",
+    "offloaded": "{class_path: Zero, init_args: {offload_parameters: true}}",
+    "fsdp": "{class_path: ShardedDDP}",
 }
 
 
@@ -72,7 +72,7 @@ def recovery(folder: Path, name: str, strategy: str | None, *settings: str) -> l
     """Training of a model's own weights, on two ranks, or on one with the batches of two."""
     run = [
         "fit",
-        "--model=modules.CausalLM",
+        "--model=CausalLM",
         f"--model.base={folder / 'wide' / 'base'}",
         "--model.loss.distillation=1",
         "--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4}}",
@@ -94,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = call(on_one(folder, "one", "--trainer.val_check_interval=3"))
     torch.save(trained(one.model), folder / "one.0.pt")
     alone = {"one_clipped": CLIPPED} | {
-        f"one_{name}": (f"--model.quantisation=modules.loading.{kind}",)
+        f"one_{name}": (f"--model.quantisation=secateur.modules.loading.{kind}",)
         for name, (kind, _) in PACKED.items()
     }
     for name, settings in alone.items():
@@ -117,7 +117,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("zero2", "zero3"):
         all_runs[f"clipped_{stage}"] = on_two(folder, f"clipped_{stage}", stage, *CLIPPED)
     for name, (kind, strategy) in PACKED.items():
-        packed = f"--model.quantisation=modules.loading.{kind}"
+        packed = f"--model.quantisation=secateur.modules.loading.{kind}"
         all_runs[name] = on_two(folder, name, strategy, packed)
     # Heads that DeepSpeed would not keep whole by itself, and a checkpoint before which nothing has
     # gathered them: from the third step on it expects parameters in an order that it has noted.
@@ -132,8 +132,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         "sparse",
         "ddp",
-        "--trainer.callbacks+=callbacks.PruneWeights",
-        "--trainer.callbacks.pattern=pruning.weights.pattern.NM",
+        "--trainer.callbacks+=PruneWeights",
+        "--trainer.callbacks.pattern=NM",
         *("--trainer.callbacks.pattern.n=2", "--trainer.callbacks.pattern.m=4"),
         *("--trainer.callbacks.calibration_windows=8", "--trainer.callbacks.held_back_windows=4"),
     )
@@ -269,7 +269,7 @@ def test_a_checkpoint_does_not_tell_how_many_ranks_wrote_it(runs: Path, name: st
 
 
 def test_a_divided_model_is_exported_and_proven(runs: Path) -> None:
-    plan, one = PruningPlan.load(runs / "zero3" / "plan"), state(runs, "one")
+    plan, one = Plan.load(runs / "zero3" / "plan"), state(runs, "one")
     assert plan.provenance["step"] == STEPS
     assert plan.gains is not None
     assert sum(map(len, plan.gains.values())) == one["gains"].numel()

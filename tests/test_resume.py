@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from benchmarks.kill_resume import PHASES, measure
-from modules import MaskLearning
-from pruning.checkpoints import read_figures
+from secateur.modules import MaskLearning
+from secateur.pruning.files.checkpoints import read_figures
 from tests.runs import (
     NOISE,
     call,
@@ -174,7 +174,7 @@ def test_steps_go_on_in_other_batches(batch_size: int, batches: int, tmp_path: P
     make_inputs(tmp_path)
     run = [
         "fit",
-        "--model=modules.CausalLM",
+        "--model=CausalLM",
         f"--model.base={tmp_path / 'base'}",
         *on_text(tmp_path, tmp_path / "run"),
         *with_callbacks(["SaveCheckpoint"], every_n_steps=1),

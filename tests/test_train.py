@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import callbacks
-import modules
-import pruning.surgery
-from modules.loading import load_model
-from pruning import baselines, budget, gates, hypernetwork, schedules
-from pruning.measure.report import count
-from pruning.plan import PruningPlan
+import secateur.callbacks
+import secateur.modules
+import secateur.pruning.surgery
+from secateur.modules.loading import load_model
+from secateur.pruning import baselines, budget, gates, hypernetwork, schedules
+from secateur.pruning.measure.report import count
+from secateur.pruning.plan import Plan
 from tests.runs import (
     NOISE,
     call,
@@ -88,12 +88,12 @@ def test_the_exported_model_is_exactly_on_budget_by_an_independent_count(
     # A unit of the finest site costs at most 3 projections of 37 columns, 2 FLOPs a weight.
     one_unit = 2 * 3 * 37 / dense.block_flops_per_token
     assert 0.5 - one_unit < kept <= 0.5
-    assert PruningPlan.load(fitted / "plan").provenance["kept"] == pytest.approx(kept)
+    assert Plan.load(fitted / "plan").provenance["kept"] == pytest.approx(kept)
 
 
 def test_the_card_has_budget_quality_command_versions_and_fingerprint(fitted: Path) -> None:
     card = (fitted / "model" / "README.md").read_text(encoding="utf-8")
-    plan = PruningPlan.load(fitted / "plan")
+    plan = Plan.load(fitted / "plan")
     report = json.loads((fitted / "report.json").read_text(encoding="utf-8"))
     quality = report["models"]["pruned"]["perplexity"]["validation"]["value"]
     for fact in ("block flops", f"{quality:.3f}", plan.base, f"- torch: {torch.__version__}"):
@@ -118,7 +118,7 @@ def test_validate_and_test_measure_the_plan_of_the_last_checkpoint(
     line = call(
         [
             name,
-            "--model=modules.MaskLearning",
+            "--model=MaskLearning",
             f"--model.base={inputs / 'base'}",
             *on_text(inputs, fitted),
             *with_callbacks(["AnnealSparsity"]),
@@ -138,7 +138,7 @@ def test_predict_writes_the_loss_of_every_window(
     call(
         [
             "predict",
-            "--model=modules.MaskLearning",
+            "--model=MaskLearning",
             f"--model.base={inputs / 'base'}",
             *on_text(inputs, tmp_path),
             *with_callbacks(["AnnealSparsity"]),
@@ -160,7 +160,7 @@ def test_print_config_shows_every_setting_and_runs_nothing(
     with pytest.raises(SystemExit) as stop:
         call([*learn_masks(inputs, tmp_path / "run"), "--print_config"])
     assert stop.value.code == 0
-    assert "class_path: modules.MaskLearning" in capsys.readouterr().out
+    assert "class_path: secateur.modules.MaskLearning" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -223,7 +223,7 @@ def test_optimisers_are_those_of_the_modules(capsys: pytest.CaptureFixture[str])
 
 
 def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
-    arguments = ["--model=modules.MaskLearning", f"--model.base={inputs / 'base'}"]
+    arguments = ["--model=MaskLearning", f"--model.base={inputs / 'base'}"]
     refuses(
         ["predict", *arguments, *on_text(inputs, tmp_path), "--return_predictions=false"],
         "`return_predictions` must be true",
@@ -242,7 +242,7 @@ def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
         ("--trainer.max_steps=-1", "`trainer.max_steps` must be set"),
         (
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-            "has ModelCheckpoint, .* Take callbacks.SaveCheckpoint: .*`keep_best`",
+            "has ModelCheckpoint, .* Take secateur.callbacks.SaveCheckpoint: .*`keep_best`",
         ),
         ("--ckpt_path=best", "`ckpt_path` is best, but .*/run/checkpoints notes none"),
         ("--data.train=/no/such/text.json", "`train`: there is no file /no/such/text.json"),
@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_export_can_be_repeated(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruning.surgery, "save_file", fill_the_disk)
+        patch.setattr(secateur.pruning.export.rewrite, "save_file", fill_the_disk)
         with pytest.raises(OSError, match="No space left") as failure:
             call(learn_masks(inputs, tmp_path))
     assert "repeat the export without training" in failure.value.__notes__[0]
@@ -402,7 +402,7 @@ def test_last_without_checkpoints_starts_a_fit_says_so_and_starts_nothing_else(
     assert line.trainer.global_step == 1
     assert not list(tmp_path.rglob("*.ckpt"))
     empty = tmp_path / "empty"
-    arguments = ["--model=modules.MaskLearning", f"--model.base={inputs / 'base'}"]
+    arguments = ["--model=MaskLearning", f"--model.base={inputs / 'base'}"]
     refuses(
         ["validate", *arguments, *on_text(inputs, empty), "--ckpt_path=last"], "holds none; fit"
     )
@@ -434,7 +434,7 @@ def test_another_base_model_is_refused(inputs: Path, started: Path, tmp_path: Pa
 def test_another_configuration_is_refused(
     setting: str, message: str, inputs: Path, started: Path
 ) -> None:
-    made_by = {"sampler": "pruning.gates.GateSampler", "optimizer": "torch.optim.AdamW"}
+    made_by = {"sampler": "GateSampler", "optimizer": "torch.optim.AdamW"}
     first = [f"--model.{name}={c}" for name, c in made_by.items() if f"model.{name}" in setting]
     # From step 6: a run that is complete goes straight to its export.
     path = f"--ckpt_path={started / 'step=6.ckpt'}"
@@ -484,7 +484,7 @@ def test_training_from_scratch_is_quiet_and_leaves_a_stock_model(tmp_path: Path)
     done = run(
         [
             "fit",
-            "--model=modules.CausalLM",
+            "--model=CausalLM",
             f"--model.architecture={json.dumps(architecture)}",
             "--model.warmup_steps=1",
             *on_text(tmp_path, tmp_path / "run"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.masks import WeightMasks
 from tests.runs import NOISE, call, content, make_inputs, on_text, with_callbacks
 from tests.test_resume import finish, kill, prepare
 
@@ -27,7 +27,7 @@ VARIANTS = {
     "gradually, low rank": [
         "--model.lora.rank=2",
         "--model.lora.dropout=0.5",
-        "--trainer.callbacks.pattern=pruning.weights.pattern.Unstructured",
+        "--trainer.callbacks.pattern=Unstructured",
         "--trainer.callbacks.pattern.sparsity=0.5",
         "--trainer.callbacks.gradually.every_n_steps=2",
         "--trainer.callbacks.gradually.over=0.6",
@@ -40,13 +40,13 @@ def prune(
 ) -> list[str]:
     return [
         subcommand,
-        "--model=modules.CausalLM",
+        "--model=CausalLM",
         f"--model.base={folder / 'base'}",
         "--model.warmup_steps=2",
         *on_text(folder, root),
         f"--trainer.max_steps={max_steps}",
         "--trainer.val_check_interval=3",
-        "--trainer.callbacks+=callbacks.PruneWeights",
+        "--trainer.callbacks+=PruneWeights",
         *VARIANTS[variant],
         "--trainer.callbacks.calibration_windows=8",
         "--trainer.callbacks.held_back_windows=4",

@@ -97,7 +97,7 @@ _BASES: Mapping[str, dict[str, Any]] = {
 _MHA, _TIED = {"num_key_value_heads": 6}, {"tie_word_embeddings": True}
 
 # Family to variants to fields of its configuration: everything that its models differ in. A family
-# of `pruning.families` that has no row here fails the contract.
+# of `secateur.pruning.families` that has no row here fails the contract.
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {
         "grouped": {},

@@ -1,14 +1,14 @@
 """Depth pruning: score blocks, choose which to remove, remove them from models and checkpoints."""
 
-from pruning.depth.cache import Cached
-from pruning.depth.compensation import Compensation, remove_compensated
-from pruning.depth.perplexity import Perplexity
-from pruning.depth.removal import bypassed, remove_blocks, shortened_config
-from pruning.depth.scores import BlockScore, BlockScores, Magnitude, ReverseOrder
-from pruning.depth.search import Greedy, OneShot, Search, Selection
-from pruning.depth.similarity import AngularDistance, BlockInfluence
-from pruning.depth.surgery import prune_blocks
-from pruning.depth.target import (
+from secateur.pruning.depth.cache import Cached
+from secateur.pruning.depth.compensation import Compensation, remove_compensated
+from secateur.pruning.depth.perplexity_score import Perplexity
+from secateur.pruning.depth.removal import bypassed, remove_blocks, shortened_config
+from secateur.pruning.depth.rewrite_blocks import prune_blocks
+from secateur.pruning.depth.scores import BlockMagnitude, BlockScore, BlockScores, ReverseOrder
+from secateur.pruning.depth.search import BlockChoice, Greedy, OneShot, Search
+from secateur.pruning.depth.similarity import AngularDistance, BlockInfluence
+from secateur.pruning.depth.target import (
     BlockFraction,
     Blocks,
     FlopsFraction,
@@ -18,13 +18,15 @@ from pruning.depth.target import (
     UnitCount,
     fractions,
 )
-from pruning.depth.taylor import Taylor, peak_bytes
-from pruning.depth.units import HalfBlocks, Unit, Units, WholeBlocks
+from secateur.pruning.depth.taylor import Taylor, peak_bytes
+from secateur.pruning.depth.units import HalfBlocks, Unit, Units, WholeBlocks
 
 __all__ = [
     "AngularDistance",
+    "BlockChoice",
     "BlockFraction",
     "BlockInfluence",
+    "BlockMagnitude",
     "BlockScore",
     "BlockScores",
     "Blocks",
@@ -34,13 +36,11 @@ __all__ = [
     "Fractions",
     "Greedy",
     "HalfBlocks",
-    "Magnitude",
     "OneShot",
     "ParameterFraction",
     "Perplexity",
     "ReverseOrder",
     "Search",
-    "Selection",
     "Target",
     "Taylor",
     "Unit",

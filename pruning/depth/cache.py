@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.depth.scores import BlockScore, BlockScores
-from pruning.depth.units import Unit
-from pruning.fingerprint import data_fingerprint, live_fingerprint
+from secateur.pruning.depth.scores import BlockScore, BlockScores
+from secateur.pruning.depth.units import Unit
+from secateur.pruning.files.fingerprint import data_fingerprint, live_fingerprint
 
 _log = logging.getLogger(__name__)
 _FORMAT = "secateur-block-scores-1"

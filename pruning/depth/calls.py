@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.depth.units import first_input
-from pruning.families import blocks_of, family_of
+from secateur.pruning.depth.units import first_input
+from secateur.pruning.families import blocks_of, family_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""

@@ -28,10 +28,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.depth.removal import bypassed, checked_blocks, remove_blocks
-from pruning.depth.similarity import watch
-from pruning.families import blocks_of, family_of
-from pruning.measure.perplexity import perplexity
+from secateur.pruning.depth.removal import bypassed, checked_blocks, remove_blocks
+from secateur.pruning.depth.similarity import watch
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.measure.perplexity import perplexity
 
 _TINY = 1e-12  # a channel that is always zero has no size to compare with
 

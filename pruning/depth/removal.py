@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.depth.units import HalfBlocks, Unit
-from pruning.families import family_of
+from secateur.pruning.depth.units import HalfBlocks, Unit
+from secateur.pruning.families import family_of
 
 PROVENANCE = "secateur"
 """Field of the configuration that says which blocks of which model are left."""

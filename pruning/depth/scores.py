@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.depth.removal import checked_units
-from pruning.depth.units import Unit, WholeBlocks
-from pruning.families import family_of
+from secateur.pruning.depth.removal import checked_units
+from secateur.pruning.depth.units import Unit, WholeBlocks
+from secateur.pruning.families import family_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class BlockScore(ABC):
         if any(unit.part != "block" for unit in units):
             raise ValueError(
                 f"`{type(self).__name__}` scores whole blocks only; for halves choose Perplexity, "
-                "Taylor or Magnitude."
+                "Taylor or BlockMagnitude."
             )
 
 
@@ -128,7 +128,7 @@ class TextScore(BlockScore):
 
 
 @dataclass(frozen=True)
-class Magnitude(BlockScore):
+class BlockMagnitude(BlockScore):
     """Sum of the absolute weights, norms included and biases not (arXiv 2402.02834, eq. 2).
 
     Needs no text and is free; the weakest score there is (it may well name the first block).

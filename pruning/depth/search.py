@@ -19,18 +19,18 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning.depth.removal import PROVENANCE, bypassed
-from pruning.depth.scores import BlockScore, BlockScores
-from pruning.depth.target import Fractions, Target, fractions
-from pruning.depth.units import Unit, Units, WholeBlocks
-from pruning.measure.perplexity import perplexity
+from secateur.pruning.depth.removal import PROVENANCE, bypassed
+from secateur.pruning.depth.scores import BlockScore, BlockScores
+from secateur.pruning.depth.target import Fractions, Target, fractions
+from secateur.pruning.depth.units import Unit, Units, WholeBlocks
+from secateur.pruning.measure.perplexity import perplexity
 
 _log = logging.getLogger(__name__)
 _FEW_BLOCKS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class BlockChoice:
     """What a search chose to remove.
 
     Args:
@@ -48,7 +48,7 @@ class Selection:
     fractions: Fractions
     perplexity: float | None
     messages: tuple[str, ...] = ()
-    better: Selection | None = None
+    better: BlockChoice | None = None
 
     @property
     def blocks(self) -> list[int]:
@@ -91,7 +91,7 @@ class Search(ABC):
 
     def __call__(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
-    ) -> Selection:
+    ) -> BlockChoice:
         """Score a model and choose; the model stays as it is.
 
         Args:
@@ -111,7 +111,7 @@ class Search(ABC):
     @abstractmethod
     def _search(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
-    ) -> Selection:
+    ) -> BlockChoice:
         """What to remove."""
 
     def candidates(
@@ -183,13 +183,13 @@ class OneShot(Search):
 
     def _search(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
-    ) -> Selection:
+    ) -> BlockChoice:
         units = self.units.of(model)
         self.check(model.config, units, target)
         scores = self.score(model, windows_NT, units)
         return measured(model, windows_NT, self.choose(scores, model.config, target))
 
-    def choose(self, scores: BlockScores, config: PreTrainedConfig, target: Target) -> Selection:
+    def choose(self, scores: BlockScores, config: PreTrainedConfig, target: Target) -> BlockChoice:
         """Choose by scores that are there already; needs neither model nor text.
 
         Args:
@@ -208,7 +208,9 @@ class OneShot(Search):
             sizes = target.sizes(config, order)
             needed = next(n for n in range(1, len(order) + 1) if target.reached(sizes[:n]))
             removed = order[:needed]
-        return Selection(tuple(removed), scores, fractions(config, removed), None, tuple(messages))
+        return BlockChoice(
+            tuple(removed), scores, fractions(config, removed), None, tuple(messages)
+        )
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Greedy(Search):
 
     def _search(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
-    ) -> Selection:
+    ) -> BlockChoice:
         config = model.config
         units = self.units.of(model)
         candidates, messages = self.check(config, units, target)
@@ -243,16 +245,18 @@ class Greedy(Search):
                 break
             with bypassed(model, removed):
                 scores = self.score(model, windows_NT, self.units.of(model))
-        chosen = Selection(tuple(removed), dense, fractions(config, removed), None, tuple(messages))
+        chosen = BlockChoice(
+            tuple(removed), dense, fractions(config, removed), None, tuple(messages)
+        )
         return self._compared(model, windows_NT, measured(model, windows_NT, chosen), target)
 
     def _compared(
         self,
         model: PreTrainedModel,
         windows_NT: Int[Tensor, "N T"] | None,
-        chosen: Selection,
+        chosen: BlockChoice,
         target: Target,
-    ) -> Selection:
+    ) -> BlockChoice:
         """The selection, with the better one of one-shot search where that is better."""
         single = OneShot(self.score, self.protect_first, self.protect_last, self.units)
         plain = replace(chosen.scores, runs=None)
@@ -294,8 +298,8 @@ def names(units: Sequence[Unit]) -> str:
 
 
 def measured(
-    model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, chosen: Selection
-) -> Selection:
+    model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, chosen: BlockChoice
+) -> BlockChoice:
     """A selection with its perplexity, if there is text."""
     if windows_NT is None or len(windows_NT) == 0:
         return chosen

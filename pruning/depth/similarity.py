@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.depth.scores import BlockScores, TextScore
-from pruning.depth.units import Unit, first_input
-from pruning.families import blocks_of, family_of
+from secateur.pruning.depth.scores import BlockScores, TextScore
+from secateur.pruning.depth.units import Unit, first_input
+from secateur.pruning.families import blocks_of, family_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from pruning.depth.units import Unit
-from pruning.families import family_of, skeleton
-from pruning.measure.report import count
+from secateur.pruning.depth.units import Unit
+from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.measure.report import count
 
 CONTEXT_TOKENS = 2048
 

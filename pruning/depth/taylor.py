@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pruning.depth.calls import Call, recorded, with_input
-from pruning.depth.scores import BlockScores, TextScore, weights
-from pruning.depth.units import Unit, first_input
-from pruning.families import blocks_of, family_of
-from pruning.measure.perplexity import window_nll
+from secateur.pruning.depth.calls import Call, recorded, with_input
+from secateur.pruning.depth.scores import BlockScores, TextScore, weights
+from secateur.pruning.depth.units import Unit, first_input
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.measure.perplexity import window_nll
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.families import Family, family_of
+from secateur.pruning.families import Family, family_of
 
 
 @dataclass(frozen=True, order=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pruning.plan import PruningPlan
+from secateur.pruning.plan import Plan
 
 Table = Sequence[Sequence[str]]
 
@@ -45,7 +45,7 @@ class ModelCard:
     date: str | None = None
     tags: Sequence[str] = ()
 
-    def render(self, plan: PruningPlan) -> str:
+    def render(self, plan: Plan) -> str:
         """The text of README.md, YAML header included.
 
         Raises:
@@ -71,7 +71,7 @@ class ModelCard:
         base: str,
         summary: str,
         provenance: Mapping[str, Any],
-        plan: PruningPlan | None = None,
+        plan: Plan | None = None,
     ) -> str:
         """The text of README.md of a model whose own weights were trained or pruned.
 
@@ -131,11 +131,11 @@ class ModelCard:
         return "\n".join(lines)
 
 
-def _widths(plan: PruningPlan) -> str:
+def _widths(plan: Plan) -> str:
     return f"```\n{plan.describe()}\n```"
 
 
-def _gone(plan: PruningPlan) -> str:
+def _gone(plan: Plan) -> str:
     """A sentence on the parts that go as a whole, nothing where none does."""
     keep, blocks = plan.kept_blocks(), range(len(plan.widths_by_block()))
     gone = {

@@ -168,7 +168,7 @@ class SelectiveLayerNormGather(nn.Module):
         return torch.addcmul(self.bias, _gather(normed_BTD, self.index), self.weight)
 
 
-class Selection(nn.Module):
+class SelectedEntries(nn.Module):
     """Gives out the selected entries of a vector.
 
     Args:
@@ -433,8 +433,8 @@ class ParallelBlock(NarrowBlock):
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         size, widths = config.hidden_size, config.block_widths[layer_idx]
-        self.attn_in = Selection(widths.get("attn_in", size), size)
-        self.mlp_in = Selection(widths.get("mlp_in", size), size)
+        self.attn_in = SelectedEntries(widths.get("attn_in", size), size)
+        self.mlp_in = SelectedEntries(widths.get("mlp_in", size), size)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         normed_BTD, stream_BTD = self.input_layernorm(hidden_states), hidden_states

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pruning.export.verify import (
+from secateur.pruning.export.verify import (
     ROUNDINGS,
     ExportError,
     Said,
@@ -28,8 +28,8 @@ from pruning.export.verify import (
     _largest_difference,
     compare_recorded,
 )
-from pruning.masking import GateHooks
-from pruning.plan import PruningPlan
+from secateur.pruning.plan import Plan
+from secateur.pruning.widths.gate_hooks import GateHooks
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def streamed(
 
 def verify_streamed(
     base_folder: str | Path,
-    plan: PruningPlan,
+    plan: Plan,
     folder: str | Path,
     windows_BT: Int[Tensor, "B T"],
     device: torch.device,
@@ -83,7 +83,7 @@ def verify_streamed(
         windows_BT: Token ids, at least 2 per window.
         device: Where both compute.
         tolerance: Largest difference of two logits, above 0. With gains that were folded into
-            weights of a narrow type, it is that of `pruning.export.verify.verify_export`.
+            weights of a narrow type, it is that of `secateur.pruning.export.verify.verify_export`.
 
     Returns:
         The largest absolute difference of two logits.
@@ -124,7 +124,7 @@ def verify_recorded(
     made of.
 
     Args:
-        said: What `pruning.export.verify.record` has of the model.
+        said: What `secateur.pruning.export.verify.record` has of the model.
         num_parameters: Its parameters.
         dtype: The type that it computed in.
         folder: The saved model.

@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from pruning.costs import Parameters
-from pruning.depth import HalfBlocks, remove_blocks
-from pruning.families import skeleton
-from pruning.masking import GateHooks
-from pruning.plan import PruningPlan
+from secateur.pruning.costs import Parameters
+from secateur.pruning.depth import HalfBlocks, remove_blocks
+from secateur.pruning.families import skeleton
+from secateur.pruning.plan import Plan
+from secateur.pruning.widths.gate_hooks import GateHooks
 
 FLOAT32_PARAMETERS = 2_000_000_000  # two float32 copies of this size take 16 GB
 DECODED_TOKENS = 8
@@ -42,7 +42,7 @@ class ExportError(ValueError):
 
 def verify_export(
     model: PreTrainedModel,
-    plan: PruningPlan,
+    plan: Plan,
     folder: str | Path,
     windows_BT: Int[Tensor, "B T"],
     tolerance: float = 1e-4,
@@ -258,7 +258,7 @@ def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return exported
 
 
-def _check_parameters(model: PreTrainedModel, plan: PruningPlan, exported: PreTrainedModel) -> None:
+def _check_parameters(model: PreTrainedModel, plan: Plan, exported: PreTrainedModel) -> None:
     table = Parameters(whole_model=True).table(skeleton(model.config), plan.family)
     promised = int(table(torch.tensor(plan.widths, dtype=torch.float64)))
     if (found := exported.num_parameters()) != promised:
@@ -268,7 +268,7 @@ def _check_parameters(model: PreTrainedModel, plan: PruningPlan, exported: PreTr
 
 
 @contextmanager
-def _gated(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
+def _gated(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """The dense model with the gates of the plan, in evaluation mode, and all put back after."""
     training = model.training
     hooks = GateHooks(model.eval(), plan.family)

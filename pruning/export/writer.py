@@ -10,16 +10,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pruning.export.model_card import ModelCard
-from pruning.export.verify import verify_export
-from pruning.model_folder import refuse_base, replaced_folder
-from pruning.plan import PruningPlan
-from pruning.surgery import write_pruned
+from secateur.pruning.export.model_card import ModelCard
+from secateur.pruning.export.rewrite import write_pruned
+from secateur.pruning.export.verify import verify_export
+from secateur.pruning.files.model_folder import refuse_base, replaced_folder
+from secateur.pruning.plan import Plan
 
 
 def export_model(
     base_folder: str | Path,
-    plan: PruningPlan,
+    plan: Plan,
     folder: str | Path,
     describe: Callable[[Path], ModelCard],
     model: PreTrainedModel | None = None,
@@ -31,7 +31,7 @@ def export_model(
     an earlier pruned model in its place stays.
 
     Args:
-        base_folder: Folder of the base model, see `pruning.surgery.prune_checkpoint`.
+        base_folder: Folder of the base model, see `prune_checkpoint`.
         plan: What stays.
         folder: Where the smaller model goes.
         describe: Makes the model card; called with the verified folder, so that it can measure.

@@ -1,7 +1,7 @@
 """Model folders side by side, from the command line: quality, zero-shot tasks, size, speed.
 
 The first folder is the dense model that the fractions refer to; all are asked on the same windows
-and questions. As a command: `python -m pruning.measure.compare --help`.
+and questions. As a command: `python -m secateur compare --help`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.measure.perplexity import cut_windows
-from pruning.measure.report import Report, measure
-from pruning.measure.zero_shot import read_questions
+from secateur.pruning.measure.perplexity import cut_windows
+from secateur.pruning.measure.report import Report, measure
+from secateur.pruning.measure.zero_shot import read_questions
 
 _HELP = """\
 Measure models side by side; the first one is the dense model.
@@ -28,7 +28,7 @@ context `ctx`, the texts `endings` and the place `label` of the right one, from 
 a model folder is run (trust_remote_code): give folders that you trust.
 
 example:
-  python -m pruning.measure.compare dense=path/to/base pruned=runs/disp/model \\
+  python -m secateur compare dense=path/to/base pruned=runs/disp/model \\
       --text wikitext=test.txt --task hellaswag=hellaswag.jsonl --speed
 """
 
@@ -49,7 +49,7 @@ def compare_folders(
     Args:
         folders: Name to model folder, the dense model first.
         texts: Name to UTF-8 text file, 1 or more.
-        tasks: Name to file of questions, see `pruning.measure.zero_shot.read_questions`.
+        tasks: Name to file of questions, see `secateur.pruning.measure.zero_shot.read_questions`.
         window_tokens: Tokens of a window, 2 or more, at most the positions of the models.
         num_windows: Use the first so many windows of a text, 1 or more; None uses all.
         dtype: "auto" keeps that of the files, else a torch name such as "bfloat16".
@@ -99,7 +99,7 @@ def _named(text: str) -> tuple[str, Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pruning.measure.compare",
+        prog="python -m secateur compare",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

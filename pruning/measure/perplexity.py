@@ -23,7 +23,7 @@ _CHUNK = 1024  # predictions whose logits are in fp32 at once: 128 MiB at a voca
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class MeasuredPerplexity:
     """How well a model predicts a text.
 
     Args:
@@ -65,7 +65,9 @@ def cut_windows(ids: Sequence[int] | Int[Tensor, " I"], window_tokens: int) -> I
 
 
 @torch.inference_mode()
-def perplexity(model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8) -> Perplexity:
+def perplexity(
+    model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8
+) -> MeasuredPerplexity:
     """Measure a model; it is put in evaluation mode for the time.
 
     Args:
@@ -95,7 +97,7 @@ def perplexity(model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8) 
     return of_windows(nll_N, window_tokens)
 
 
-def of_windows(nll_N: Float[Tensor, " N"], window_tokens: int) -> Perplexity:
+def of_windows(nll_N: Float[Tensor, " N"], window_tokens: int) -> MeasuredPerplexity:
     """Perplexity from the mean negative log-likelihood of each window, see `window_nll`.
 
     Args:
@@ -106,7 +108,7 @@ def of_windows(nll_N: Float[Tensor, " N"], window_tokens: int) -> Perplexity:
     mean = float(nll_N.mean())  # all windows are of one length: the mean over predictions as well
     error = float(nll_N.std()) / math.sqrt(count) if count > 1 else None
     value = float(nll_N.mean().exp())
-    return Perplexity(value, mean, error, count * (window_tokens - 1))
+    return MeasuredPerplexity(value, mean, error, count * (window_tokens - 1))
 
 
 def window_nll(model: Any, input_BT: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:

@@ -1,7 +1,7 @@
 """Several models side by side: quality, size and speed, for people, for Markdown, for programs.
 
 Sizes are counted on the loaded modules and know nothing of cost tables or plans, so that they check
-what `pruning.costs` promised.
+what `secateur.pruning.costs` promised.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jaxtyping import Int
 from rich.table import Table
 from torch import Tensor, nn
 
-from pruning.measure.perplexity import Perplexity, perplexity
-from pruning.measure.speed import Speed, measure_speed
-from pruning.measure.zero_shot import Question, ZeroShot, zero_shot
-from pruning.model_folder import weight_files
+from secateur.pruning.files.model_folder import weight_files
+from secateur.pruning.measure.perplexity import MeasuredPerplexity, perplexity
+from secateur.pruning.measure.speed import Speed, measure_speed
+from secateur.pruning.measure.zero_shot import Question, ZeroShot, zero_shot
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Row:
     """
 
     name: str
-    perplexity: Mapping[str, Perplexity]
+    perplexity: Mapping[str, MeasuredPerplexity]
     counts: Counts
     speed: Speed | None = None
     file_bytes: int | None = None

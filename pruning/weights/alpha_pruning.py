@@ -30,8 +30,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pruning.weights.parts import Allocation
-from pruning.weights.pattern import Pattern, Unstructured
+from secateur.pruning.weights.parts import Allocation
+from secateur.pruning.weights.pattern import Pattern, Unstructured
 
 _LEAST_EIGENVALUE = 1e-5  # smaller ones are rounding
 _HIGHEST = 0.99  # a block keeps something

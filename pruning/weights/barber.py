@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruning.weights.parts import BlockTask, Linear, Matrix, Refinement, weight_of
-from pruning.weights.pattern import Group, Pattern
-from pruning.weights.statistics import Statistic
+from secateur.pruning.weights.parts import BlockTask, Matrix, PrunableLinear, Refinement, weight_of
+from secateur.pruning.weights.pattern import Group, Pattern
+from secateur.pruning.weights.statistics import Statistic
 
 
 def exchange(
@@ -77,7 +77,7 @@ class Barber(Refinement):
         if not 0 < self.share <= 0.5:
             raise ValueError(f"`share` must be in (0, 0.5], got {self.share}.")
 
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         return None
 
     def refine(self, task: BlockTask) -> list[Bool[Tensor, "O I"]]:

@@ -12,16 +12,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from pruning.weights.collect import collect
-from pruning.weights.parts import BlockCall, BlockTask, Linear, Matrix, PrunedBlock, weight_of
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource, CalibrationStates, NoStates
+from secateur.pruning.weights.collect import collect
+from secateur.pruning.weights.parts import (
+    BlockCall,
+    BlockTask,
+    Matrix,
+    PrunableLinear,
+    PrunedBlock,
+    weight_of,
+)
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import BlockSource, CalibrationStates, NoStates
 
 
 @torch.no_grad()
 def prune_block(
     block: nn.Module,
-    linears: Sequence[Linear],
+    linears: Sequence[PrunableLinear],
     recipe: WeightRecipe,
     sparsity: float,
     calls: Callable[[], Iterator[BlockCall]],

@@ -32,10 +32,10 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruning.weights.parts import Linear, Matrix, Score
-from pruning.weights.pattern import Group, Pattern, PerColumn, PerRow
-from pruning.weights.statistics import SquareSums, Statistic
-from pruning.weights.wanda import wanda_score
+from secateur.pruning.weights.parts import Matrix, PrunableLinear, Score
+from secateur.pruning.weights.pattern import Group, Pattern, PerColumn, PerRow
+from secateur.pruning.weights.statistics import SquareSums, Statistic
+from secateur.pruning.weights.wanda import wanda_score
 
 
 def dass_score(
@@ -74,10 +74,10 @@ class DaSS(Score):
                 "Magnitude."
             )
 
-    def group(self, linear: Linear, pattern: Pattern) -> Group:
+    def group(self, linear: PrunableLinear, pattern: Pattern) -> Group:
         return PerRow() if linear.middle is None else PerColumn()
 
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         if linear.plain_mlp:
             return (
                 "`score` DaSS needs a gated MLP, act(gate(x)) * up(x), and this model has a plain "

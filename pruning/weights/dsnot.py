@@ -33,10 +33,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruning.weights.parts import BlockTask, Linear, Refinement
-from pruning.weights.pattern import NM, Group, Pattern, PerColumn
-from pruning.weights.statistics import SquareSums, Statistic, Sums
-from pruning.weights.wanda import wanda_score
+from secateur.pruning.weights.parts import BlockTask, PrunableLinear, Refinement
+from secateur.pruning.weights.pattern import NM, Group, Pattern, PerColumn
+from secateur.pruning.weights.statistics import SquareSums, Statistic, Sums
+from secateur.pruning.weights.wanda import wanda_score
 
 
 def regrow(
@@ -108,7 +108,7 @@ class DSnoT(Refinement):
         if not self.threshold >= 0:
             raise ValueError(f"`threshold` must be 0 or more, got {self.threshold}.")
 
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         if isinstance(group, PerColumn):
             return (
                 "`refinement` DSnoT exchanges weights of one row, and here the weights of a column "

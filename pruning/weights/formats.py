@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
-from pruning.families import family_of
-from pruning.fingerprint import fingerprint
-from pruning.model_folder import (
+from secateur.pruning.families import family_of
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import (
     COMPANIONS,
     CONFIG,
     INDEX,
@@ -29,9 +29,9 @@ from pruning.model_folder import (
     replaced_folder,
     weight_files,
 )
-from pruning.weights.masks import FILE, WeightMasks
-from pruning.weights.report import fits_2of4
-from pruning.weights.store import BlockStore
+from secateur.pruning.weights.masks import FILE, WeightMasks
+from secateur.pruning.weights.sparsity import fits_2of4
+from secateur.pruning.weights.store import BlockStore
 
 MASKS = "masks"  # beside the weights, where nothing takes them for weights
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pruning.schedules import Cubic, Schedule
+from secateur.pruning.schedules import Cubic, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Gradually:
         every_n_steps: Optimiser steps from one rise to the next, 1 or more; the first comes so
             many steps after the start.
         over: Fraction of the steps after which the sparsity is reached, in (0, 1).
-        curve: How it gets there; `pruning.schedules.Cubic` if not given, as in the paper.
+        curve: How it gets there; `Cubic` if not given, as in the paper.
 
     Raises:
         ValueError: A setting is outside its range.

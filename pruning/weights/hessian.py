@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pruning.weights.parts import Matrix
-from pruning.weights.statistics import Gram, Inputs, Statistic
+from secateur.pruning.weights.parts import Matrix
+from secateur.pruning.weights.statistics import Gram, Inputs, Statistic
 
 _MOST = 1e6  # a finite symmetric matrix is positive definite long before
 

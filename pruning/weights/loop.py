@@ -23,20 +23,20 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from pruning.fingerprint import data_fingerprint
-from pruning.weights.block import prune_block, states_for
-from pruning.weights.guard import Decision, decide
-from pruning.weights.masks import WeightMasks
-from pruning.weights.parts import PrunedBlock
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import (
+from secateur.pruning.files.fingerprint import data_fingerprint
+from secateur.pruning.weights.block import prune_block, states_for
+from secateur.pruning.weights.guard import Decision, decide
+from secateur.pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.parts import PrunedBlock
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import (
     BlockSource,
     CalibrationStates,
     NoStates,
     check_windows,
     evaluation,
 )
-from pruning.weights.store import BlockStore
+from secateur.pruning.weights.store import BlockStore
 
 Progress = Callable[[int, int], None]
 """Called with the blocks that are done and the blocks in all."""

@@ -14,9 +14,9 @@ from typing import ClassVar
 from jaxtyping import Bool
 from torch import Tensor
 
-from pruning.weights.parts import Linear, Matrix, Score
-from pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
-from pruning.weights.statistics import Statistic
+from secateur.pruning.weights.parts import Matrix, PrunableLinear, Score
+from secateur.pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
+from secateur.pruning.weights.statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Magnitude(Score):
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
 
-    def group(self, linear: Linear, pattern: Pattern) -> Group:
+    def group(self, linear: PrunableLinear, pattern: Pattern) -> Group:
         return PerRow() if isinstance(pattern, NM) else PerMatrix()
 
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         return None
 
     def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:

@@ -1,7 +1,7 @@
 """The axes of weight pruning: what an allocation, a score, a refinement and a compensation are.
 
-Each part is one small class. They meet in `pruning.weights.recipe`, and the loop of
-`pruning.weights.loop` calls them, block by block, in this order: the allocation once, before all
+Each part is one small class. They meet in `secateur.pruning.weights.recipe`, and the loop of
+pruning/weights/loop.py calls them, block by block, in this order: the allocation once, before all
 blocks; then per block the score (which makes masks), the refinement (which changes masks) and the
 compensation (which changes the weights that stay).
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from pruning.families import blocks_of, family_of
-from pruning.weights.pattern import Group, Pattern
-from pruning.weights.statistics import Inputs, Statistic
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.weights.pattern import Group, Pattern
+from secateur.pruning.weights.statistics import Inputs, Statistic
 
 
 @dataclass(frozen=True)
-class Linear:
+class PrunableLinear:
     """A linear layer of a block: what is known of it before anything runs.
 
     Args:
@@ -53,7 +53,7 @@ class Linear:
         return f"{self.block}.{self.path}"
 
 
-def linears_of(model: PreTrainedModel) -> list[list[Linear]]:
+def linears_of(model: PreTrainedModel) -> list[list[PrunableLinear]]:
     """The prunable linear layers of a model, live or on the meta device, block by block.
 
     Raises:
@@ -76,7 +76,7 @@ def linears_of(model: PreTrainedModel) -> list[list[Linear]]:
             sites = (projection.input or "", projection.output or "")
             in_mlp = any(site.startswith("mlp") for site in sites)
             own.append(
-                Linear(
+                PrunableLinear(
                     block=number,
                     path=projection.path,
                     shape=(weight.shape[0], weight.shape[1]),
@@ -114,7 +114,7 @@ class Matrix:
         swept: Damping, mask and weights of the sweep that chose the mask, if one did.
     """
 
-    linear: Linear
+    linear: PrunableLinear
     weight_OI: Tensor
     inputs: Inputs
     middle: Inputs | None
@@ -227,11 +227,11 @@ class Score(ABC):
     needs: ClassVar[frozenset[type[Statistic]]]
 
     @abstractmethod
-    def group(self, linear: Linear, pattern: Pattern) -> Group:
+    def group(self, linear: PrunableLinear, pattern: Pattern) -> Group:
         """Which entries compete in this layer where the pattern does not say."""
 
     @abstractmethod
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         """Why a layer cannot be scored like that, and the cure; None if it can."""
 
     @abstractmethod
@@ -249,7 +249,7 @@ class Refinement(ABC):
     needs: ClassVar[frozenset[type[Statistic]]]
 
     @abstractmethod
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         """Why a layer cannot be refined, and the cure; None if it can."""
 
     @abstractmethod

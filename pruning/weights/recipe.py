@@ -11,18 +11,18 @@ from dataclasses import dataclass, field, fields
 from jaxtyping import Int
 from torch import Tensor
 
-from pruning.weights.parts import (
+from secateur.pruning.weights.layers import AllLinears, LayerSelection
+from secateur.pruning.weights.parts import (
     Allocation,
     Compensation,
-    Linear,
+    PrunableLinear,
     Refinement,
     Score,
     Uniform,
 )
-from pruning.weights.pattern import Group, Pattern
-from pruning.weights.selection import AllLinears, Selection
-from pruning.weights.statistics import Statistic
-from pruning.weights.wanda import Wanda
+from secateur.pruning.weights.pattern import Group, Pattern
+from secateur.pruning.weights.statistics import Statistic
+from secateur.pruning.weights.wanda import Wanda
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class WeightRecipe:
     allocation: Allocation = field(default_factory=Uniform)
     refinement: Refinement | None = None
     compensation: Compensation | None = None
-    matrices: Selection = field(default_factory=AllLinears)
+    matrices: LayerSelection = field(default_factory=AllLinears)
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -57,15 +57,15 @@ class WeightRecipe:
         """Whether no part looks at calibration windows."""
         return not self.needs and self.refinement is None
 
-    def group(self, linear: Linear) -> Group:
+    def group(self, linear: PrunableLinear) -> Group:
         """Which entries of a layer compete."""
         return self.pattern.group or self.score.group(linear, self.pattern)
 
-    def pruned(self, linears: Sequence[Linear]) -> list[Linear]:
+    def pruned(self, linears: Sequence[PrunableLinear]) -> list[PrunableLinear]:
         """Those of the layers that are pruned."""
         return [linear for linear in linears if self.matrices.takes(linear)]
 
-    def check(self, blocks: Sequence[Sequence[Linear]]) -> None:
+    def check(self, blocks: Sequence[Sequence[PrunableLinear]]) -> None:
         """Refuse what cannot work, before any work.
 
         Args:

@@ -24,11 +24,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from pruning.families import blocks_of, family_of, skeleton
-from pruning.fingerprint import fingerprint, live_fingerprint
-from pruning.measure.perplexity import Perplexity, perplexity
-from pruning.model_folder import weight_files
-from pruning.weights.parts import BlockCall, Linear, linears_of
+from secateur.pruning.families import blocks_of, family_of, skeleton
+from secateur.pruning.files.fingerprint import fingerprint, live_fingerprint
+from secateur.pruning.files.model_folder import weight_files
+from secateur.pruning.measure.perplexity import MeasuredPerplexity, perplexity
+from secateur.pruning.weights.parts import BlockCall, PrunableLinear, linears_of
 
 
 class BlockSource(ABC):
@@ -42,7 +42,7 @@ class BlockSource(ABC):
 
     model: PreTrainedModel
     device: torch.device
-    linears: list[list[Linear]]
+    linears: list[list[PrunableLinear]]
     keeps_changes: bool
     """Whether what is changed in a block stays changed when it is asked for again."""
 
@@ -215,7 +215,7 @@ class CalibrationStates:
         for batch, call in enumerate(self.calls(index)):
             self.hidden[batch] = call.run(block)
 
-    def perplexity(self) -> Perplexity:
+    def perplexity(self) -> MeasuredPerplexity:
         """Perplexity of the windows, from what came out of the last block."""
         last = len(self.source.blocks) - 1
         outputs = iter(self.hidden)

@@ -36,10 +36,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruning.weights.hessian import Damped, factor_of
-from pruning.weights.parts import Compensation, Linear, Matrix, Score
-from pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
-from pruning.weights.statistics import Gram
+from secateur.pruning.weights.hessian import Damped, factor_of
+from secateur.pruning.weights.parts import Compensation, Matrix, PrunableLinear, Score
+from secateur.pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
+from secateur.pruning.weights.statistics import Gram
 
 _COLUMNS = 128  # columns of a block, as in the paper
 
@@ -98,10 +98,10 @@ class ObsSaliency(Damped, Score):
         ValueError: `damping` is not above 0, or not finite.
     """
 
-    def group(self, linear: Linear, pattern: Pattern) -> Group:
+    def group(self, linear: PrunableLinear, pattern: Pattern) -> Group:
         return PerRow() if isinstance(pattern, NM) else PerMatrix()
 
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         return None
 
     def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:

@@ -22,9 +22,9 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruning.weights.parts import Linear, Matrix, Score
-from pruning.weights.pattern import Group, Pattern, PerColumn, PerRow
-from pruning.weights.statistics import SquareSums, Statistic
+from secateur.pruning.weights.parts import Matrix, PrunableLinear, Score
+from secateur.pruning.weights.pattern import Group, Pattern, PerColumn, PerRow
+from secateur.pruning.weights.statistics import SquareSums, Statistic
 
 
 def wanda_score(
@@ -45,10 +45,10 @@ class Wanda(Score):
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({SquareSums})
 
-    def group(self, linear: Linear, pattern: Pattern) -> Group:
+    def group(self, linear: PrunableLinear, pattern: Pattern) -> Group:
         return PerRow()
 
-    def refuse(self, linear: Linear, pattern: Pattern, group: Group) -> str | None:
+    def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         if isinstance(group, PerColumn):
             return (
                 "`score` Wanda with `group` PerColumn compares weights that read the same input, "

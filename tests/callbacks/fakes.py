@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from pruning.budget import Budget
-from pruning.costs import Parameters
-from pruning.families import family_of
-from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import find_sites
+from secateur.pruning.costs import Parameters
+from secateur.pruning.families import family_of
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.budget import Budget
 from tests.tiny import tiny_llama
 
 
@@ -39,7 +39,7 @@ class Masks(LightningModule):
     def keep_probability(self) -> Tensor:
         return self.probability_N
 
-    def plan(self) -> PruningPlan:
+    def plan(self) -> Plan:
         scores_N = torch.linspace(0, 1, len(self.probability_N))
         kept = self.budget.finalise(scores_N, self.sites, self.table)
         return plan_from_indices(self.dense, "0" * 64, kept, {"kept": 0.5})

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule
 
-from callbacks import AnnealSparsity
-from pruning.schedules import Cosine, Cubic, Linear
+from secateur.callbacks import AnnealSparsity
+from secateur.pruning.schedules import Cosine, Cubic, Linear
 from tests.callbacks.fakes import Masks, fake_trainer
 
 

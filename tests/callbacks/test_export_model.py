@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import LightningModule
 
-from callbacks import ExportModel
-from pruning.model_folder import refuse_foreign
+from secateur.callbacks import ExportModel
+from secateur.pruning.files.model_folder import refuse_foreign
 from tests.callbacks.fakes import fake_trainer
 
 

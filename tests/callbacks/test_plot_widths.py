@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import LightningModule
 from matplotlib.image import imread
 
-from callbacks import PlotWidths
+from secateur.callbacks import PlotWidths
 from tests.callbacks.fakes import Masks, fake_trainer
 
 

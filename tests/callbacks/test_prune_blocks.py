@@ -14,19 +14,18 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from callbacks import PruneBlocks
-from callbacks.prune_blocks import AtOnce, OneByOne, units_to_remove
-from modules.causal_lm import CausalLM
-from modules.lora import LoRA
-from modules.zero import Zero
-from pruning.depth import (
+from secateur.callbacks import PruneBlocks
+from secateur.callbacks.prune_blocks import AtOnce, OneByOne, units_to_remove
+from secateur.modules.causal_lm import CausalLM
+from secateur.modules.strategies.zero import Zero
+from secateur.pruning.depth import (
     BlockFraction,
     BlockInfluence,
+    BlockMagnitude,
     Blocks,
     BlockScores,
     Greedy,
     HalfBlocks,
-    Magnitude,
     OneShot,
     ParameterFraction,
     ReverseOrder,
@@ -34,9 +33,10 @@ from pruning.depth import (
     UnitCount,
     bypassed,
 )
-from pruning.depth.perplexity import Perplexity
-from pruning.measure.perplexity import perplexity
-from pruning.protocols import calibration_windows
+from secateur.pruning.depth.perplexity_score import Perplexity
+from secateur.pruning.lora import LoRA
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.protocols import calibration_windows
 from tests import fits
 from tests.runs import NOISE, make_inputs
 
@@ -104,7 +104,7 @@ def test_one_by_one_scores_the_model_as_it_is_then(inputs: Path, tmp_path: Path)
             super()._remove(trainer, module, count)
 
     callback = Watched(
-        Blocks(2), OneShot(Magnitude()), OneByOne(3, first_step=1), calibration_windows=8
+        Blocks(2), OneShot(BlockMagnitude()), OneByOne(3, first_step=1), calibration_windows=8
     )
     module, _ = fit(inputs, tmp_path, callback)
     assert [(removal["step"], removal["units"]) for removal in callback.history] == seen
@@ -139,10 +139,10 @@ def test_scoring_leaves_the_model_and_its_updates_as_they_were(
 @pytest.mark.parametrize(
     ("target", "search", "count"),
     [
-        (Blocks(2), OneShot(Magnitude()), 2),
-        (BlockFraction(0.5), OneShot(Magnitude()), 3),  # of 5: at least
-        (Blocks(4), OneShot(Magnitude()), 4),
-        (ParameterFraction(0.1), OneShot(Magnitude()), 1),
+        (Blocks(2), OneShot(BlockMagnitude()), 2),
+        (BlockFraction(0.5), OneShot(BlockMagnitude()), 3),  # of 5: at least
+        (Blocks(4), OneShot(BlockMagnitude()), 4),
+        (ParameterFraction(0.1), OneShot(BlockMagnitude()), 1),
     ],
 )
 def test_targets_are_counted_on_the_base_model(
@@ -158,7 +158,7 @@ def test_targets_are_counted_on_the_base_model(
         ({"calibration_windows": 0}, "`calibration_windows` must be 1 or more, got 0"),
         ({"calibration_seed": -1}, "`calibration_seed` must be 0 or more"),
         (
-            {"search": OneShot(Magnitude(), units=HalfBlocks()), "compensate": True},
+            {"search": OneShot(BlockMagnitude(), units=HalfBlocks()), "compensate": True},
             "`compensate` is for whole blocks, and `search.units` is HalfBlocks",
         ),
     ],
@@ -178,19 +178,19 @@ def test_schedules_that_cannot_be_are_refused(every: int, first: int) -> None:
     ("callback", "message"),
     [
         (
-            PruneBlocks(Blocks(5), OneShot(Magnitude())),
+            PruneBlocks(Blocks(5), OneShot(BlockMagnitude())),
             "Blocks.count=5. cannot be reached: of 5 blocks, 4 removable units make up 4. Lower",
         ),
         (
-            PruneBlocks(Blocks(4), OneShot(Magnitude(), protect_first=1, protect_last=1)),
+            PruneBlocks(Blocks(4), OneShot(BlockMagnitude(), protect_first=1, protect_last=1)),
             "of 5 blocks, 3 removable units make up 3. Lower the target or protect fewer",
         ),
         (
-            PruneBlocks(Blocks(3), OneShot(Magnitude()), OneByOne(4)),
+            PruneBlocks(Blocks(3), OneShot(BlockMagnitude()), OneByOne(4)),
             "the last of 3 units before step 8, and training has 8 steps",
         ),
         (
-            PruneBlocks(Blocks(1), OneShot(Magnitude()), calibration_windows=10_000),
+            PruneBlocks(Blocks(1), OneShot(BlockMagnitude()), calibration_windows=10_000),
             "`calibration_windows` is 10000 and the training data has",
         ),
     ],
@@ -261,7 +261,7 @@ def _never(*_: Any) -> Any:
 def test_what_was_only_shortened_is_cut_from_the_files_of_the_base(
     inputs: Path, tmp_path: Path
 ) -> None:
-    callback = PruneBlocks(Blocks(1), OneShot(Magnitude()), calibration_windows=4)
+    callback = PruneBlocks(Blocks(1), OneShot(BlockMagnitude()), calibration_windows=4)
     module, _ = fit(inputs, tmp_path, callback, max_steps=0, dtype="bfloat16")
     module.export(tmp_path / "model", "the command")
     base, ours = (load_file(f / "model.safetensors") for f in (inputs / "base", tmp_path / "model"))
@@ -301,7 +301,7 @@ def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
     again.export(tmp_path / "model", "the command")  # equal to the live model, or an error
 
 
-class Falling(Magnitude):
+class Falling(BlockMagnitude):
     """Scores fall from half to half, so that the last ones go first."""
 
     def _score(self, model: Any, windows_NT: Any, units: tuple[Unit, ...]) -> BlockScores:

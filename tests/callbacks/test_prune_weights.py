@@ -15,27 +15,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from callbacks import PruneBlocks, PruneWeights
-from callbacks.prune_blocks import OneByOne
-from modules.causal_lm import CausalLM
-from modules.lora import LoRA
-from modules.zero import Zero
-from pruning.depth import Blocks, Magnitude, OneShot
-from pruning.measure.perplexity import perplexity
-from pruning.weights import guard, loop
-from pruning.weights.alpha_pruning import AlphaPruning
-from pruning.weights.dass import DaSS
-from pruning.weights.gradually import Gradually
-from pruning.weights.least_squares import LeastSquares
-from pruning.weights.loop import prune_weights
-from pruning.weights.masks import WeightMasks
-from pruning.weights.parts import PrunedBlock, Uniform
-from pruning.weights.pattern import NM, Unstructured
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.selection import MlpOnly
-from pruning.weights.source import LiveBlocks
-from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
-from pruning.weights.store import BlockStore
+from secateur.callbacks import PruneBlocks, PruneWeights
+from secateur.callbacks.prune_blocks import OneByOne
+from secateur.modules.causal_lm import CausalLM
+from secateur.modules.strategies.zero import Zero
+from secateur.pruning.depth import Blocks, Magnitude, OneShot
+from secateur.pruning.lora import LoRA
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.weights import guard, loop
+from secateur.pruning.weights.alpha_pruning import AlphaPruning
+from secateur.pruning.weights.dass import DaSS
+from secateur.pruning.weights.gradually import Gradually
+from secateur.pruning.weights.layers import MlpOnly
+from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.parts import PrunedBlock, Uniform
+from secateur.pruning.weights.pattern import NM, Unstructured
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import LiveBlocks
+from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from secateur.pruning.weights.store import BlockStore
 from tests import fits
 from tests.runs import NOISE, content, make_inputs
 

@@ -18,10 +18,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
-from callbacks import SaveCheckpoint
-from callbacks._preemption import SIGNALS, Preempted, requeue
-from callbacks.save_checkpoint import WholeFiles
-from pruning.checkpoints import best_checkpoint, latest_checkpoint, read_figures
+from secateur.callbacks import SaveCheckpoint
+from secateur.callbacks._preemption import SIGNALS, Preempted, requeue
+from secateur.callbacks.save_checkpoint import WholeFiles
+from secateur.pruning.files.checkpoints import best_checkpoint, latest_checkpoint, read_figures
 from tests.callbacks.fakes import fake_trainer
 
 
@@ -334,7 +334,7 @@ def test_no_rank_goes_before_rank_0_is_through(
         events.append("requeued")
         return ""
 
-    monkeypatch.setattr("callbacks.save_checkpoint.requeue", slowly)
+    monkeypatch.setattr("secateur.callbacks.save_checkpoint.requeue", slowly)
     other = threading.Thread(target=stop, args=(1,))
     other.start()
     stop(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
-from callbacks import TrackBudget
+from secateur.callbacks import TrackBudget
 from tests.callbacks.fakes import Masks, fake_trainer
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from callbacks.watch_ranks import WatchRanks, _Watch
+from secateur.callbacks.watch_ranks import WatchRanks, _Watch
 
 
 def watch(rank: int, store: HashStore, patience: float = 10.0) -> _Watch:
@@ -33,7 +33,7 @@ def test_a_silent_rank_is_named_with_its_process() -> None:
 def test_last_words_are_handed_on_and_a_farewell_is_no_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("callbacks.watch_ranks.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("secateur.callbacks.watch_ranks.time.sleep", lambda seconds: None)
     store, heard = HashStore(), {1: (b"", time.monotonic())}
     here, there = watch(0, store), watch(1, store)
     there.say("no space left")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pruning.checkpoints import FOLDER
-from pruning.plan import PruningPlan
+from secateur.pruning.files.checkpoints import FOLDER
+from secateur.pruning.plan import Plan
 from tests.cluster.cluster import Cluster
 from tests.runs import content, learn_masks, make_inputs
 
@@ -64,7 +64,7 @@ class Training:
             "--export=ALL,MASTER_ADDR=127.0.0.1",
             REPOSITORY / "slurm" / "train.sbatch",
             *arguments,
-            *("--trainer.logger=false", "--trainer.strategy=modules.Zero"),
+            *("--trainer.logger=false", "--trainer.strategy=Zero"),
             "--trainer.strategy.stage=3",
         )
 
@@ -176,7 +176,7 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_with_other_ranks(run: Train
     run.end()
     first, second = run.resumed_from()
     assert 4 * EVERY <= first < second < STEPS
-    assert PruningPlan.load(run.root / "plan").provenance["step"] == STEPS
+    assert Plan.load(run.root / "plan").provenance["step"] == STEPS
 
 
 def test_a_run_that_fails_by_itself_is_not_requeued(run: Training) -> None:

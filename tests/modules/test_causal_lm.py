@@ -11,15 +11,15 @@ from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from modules.causal_lm import CausalLM
-from modules.lora import LoRA
-from modules.losses import LossWeights
-from modules.text_data import TextData
-from modules.zero import Zero
-from pruning.depth import Unit
-from pruning.families import family_of
-from pruning.fingerprint import fingerprint
-from pruning.measure.perplexity import perplexity
+from secateur.modules.causal_lm import CausalLM
+from secateur.modules.data.text_data import TextData
+from secateur.modules.strategies.zero import Zero
+from secateur.pruning.depth import Unit
+from secateur.pruning.families import family_of
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.lora import LoRA
+from secateur.pruning.losses import LossWeights
+from secateur.pruning.measure.perplexity import perplexity
 from tests.runs import NOISE, make_inputs
 from tests.tiny import tiny_folder, tiny_llama, tiny_tokenizer
 

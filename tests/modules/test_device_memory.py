@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from modules import ShardedDDP, Zero, device_memory
-from modules.device_memory import check_memory, divided, memory_of
-from pruning.measure.memory import Run
+from secateur.modules import ShardedDDP, Zero, device_memory
+from secateur.modules.device_memory import check_memory, divided, memory_of
+from secateur.pruning.widths.memory import Run
 from tests.runs import NOISE, call, learn_masks, make_inputs
 from tests.tiny import tiny_config
 
@@ -109,7 +109,7 @@ def test_a_run_whose_weights_do_not_fit_stops_before_they_are_read(
     make_inputs(tmp_path)
     monkeypatch.setattr(device_memory, "memory_of", lambda device, ranks: 1000)
     monkeypatch.setattr(
-        "modules.mask_learning.MaskLearning.configure_model",
+        "MaskLearning.configure_model",
         lambda self: pytest.fail("the model was read"),
     )
     with pytest.raises(ValueError, match=r"This run needs about .*No setting of one such device"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.loading import check_base, load_config, load_model, load_tokenizer, resolve
+from secateur.modules.loading import check_base, load_config, load_model, load_tokenizer, resolve
 from tests.tiny import tiny_folder, tiny_llama
 
 

@@ -9,17 +9,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from modules.loading import load_model
-from modules.losses import LossWeights
-from modules.mask_learning import MaskLearning
-from modules.text_data import TextData
-from pruning.budget import Budget, log_ratio_penalty
-from pruning.costs import Parameters
-from pruning.gates import GateSampler, StraightThrough
-from pruning.hypernetwork import FreeLogits
-from pruning.masking import GateHooks
-from pruning.measure.perplexity import perplexity
-from pruning.sites import split
+from secateur.modules.data.text_data import TextData
+from secateur.modules.loading import load_model
+from secateur.modules.mask_learning import MaskLearning
+from secateur.pruning.costs import Parameters
+from secateur.pruning.losses import LossWeights
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.sites import split
+from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.widths.gate_hooks import GateHooks
+from secateur.pruning.widths.gates import GateSampler, StraightThrough
+from secateur.pruning.widths.hypernetwork import FreeLogits
 from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import LlamaConfig
 
-from modules import ShardedDDP, Zero, loading
-from modules.device_memory import optimizer_bytes
-from modules.loading import (
+from secateur.modules import ShardedDDP, Zero, loading
+from secateur.modules.device_memory import optimizer_bytes
+from secateur.modules.loading import (
     EightBit,
     FourBit,
     Quantisation,
@@ -23,12 +23,12 @@ from modules.loading import (
     load_quantised,
     refuse_quantised,
 )
-from pruning.costs import Flops, Parameters
-from pruning.families import skeleton
-from pruning.fingerprint import fingerprint
-from pruning.masking import GateHooks
-from pruning.measure.memory import Run, footprint
-from pruning.plan import PruningPlan
+from secateur.pruning.costs import Flops, Parameters
+from secateur.pruning.families import skeleton
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.plan import Plan
+from secateur.pruning.widths.gate_hooks import GateHooks
+from secateur.pruning.widths.memory import Run, footprint
 from tests.runs import NOISE, call, content, learn_masks, make_inputs
 from tests.tiny import tiny_folder
 
@@ -141,7 +141,7 @@ def test_a_packed_layer_keeps_nothing_of_what_goes_in(packed: Any) -> None:
 def on_four_bits(inputs: Path, root: Path, *more: str) -> list[str]:
     return [
         *learn_masks(inputs, root),
-        "--model.quantisation=modules.loading.FourBit",
+        "--model.quantisation=FourBit",
         "--model.gradient_checkpointing=true",
         "--model.optimizer=bitsandbytes.optim.AdamW8bit",
         "--model.optimizer.lr=1e-2",
@@ -157,7 +157,7 @@ def test_a_run_exports_the_original_weights_and_resumes_bitwise(
     states = line.trainer.optimizers[0].state.values()
     assert any(state["state1"].dtype == torch.uint8 for state in states)
 
-    plan = PruningPlan.load(root / "plan")
+    plan = Plan.load(root / "plan")
     assert plan.base == fingerprint(inputs / "base")
     assert plan.provenance["learned_on"] == "FourBit()"
     ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -168,7 +168,7 @@ def test_a_run_exports_the_original_weights_and_resumes_bitwise(
     checkpoint = root / "checkpoints" / "step=6.ckpt"
     call(on_four_bits(inputs, again, f"--ckpt_path={checkpoint}"))
     assert content(again / "plan") == content(root / "plan")
-    eight = "--model.quantisation=modules.loading.EightBit"
+    eight = "--model.quantisation=EightBit"
     with pytest.raises(ValueError, match=r"`quantisation` was 'FourBit\(\)' and is now 'EightBit"):
         call(on_four_bits(inputs, tmp_path / "other", f"--ckpt_path={checkpoint}", eight))
 

@@ -7,10 +7,10 @@ import pytest
 from torch import nn
 from transformers import GPT2Config, PreTrainedConfig
 
-from pruning import families
-from pruning.export import modeling_secateur
-from pruning.families import FAMILIES, blocks_of, family_of, skeleton
-from pruning.sites import find_sites
+from secateur.pruning import families
+from secateur.pruning.export import modeling_secateur
+from secateur.pruning.families import FAMILIES, blocks_of, family_of, skeleton
+from secateur.pruning.sites import find_sites
 from tests.tiny import VARIANTS, tiny_config, tiny_llama_config
 
 CASES = [

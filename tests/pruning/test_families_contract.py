@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from pruning.costs import Flops, Parameters
-from pruning.families import FAMILIES, skeleton
-from pruning.masking import GateHooks
-from pruning.measure.report import count
-from pruning.plan import PruningPlan
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.costs import Flops, Parameters
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.families import FAMILIES, skeleton
+from secateur.pruning.measure.report import count
+from secateur.pruning.plan import Plan
+from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.stranger import run_as_stranger
 from tests.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_family_folder, tiny_model
@@ -36,7 +36,7 @@ class Pair:
     """A dense model, a plan of it, and the model that the plan leaves."""
 
     dense: PreTrainedModel
-    plan: PruningPlan
+    plan: Plan
     folder: Path
 
     def small(self, **kwargs: Any) -> PreTrainedModel:

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from pruning.costs import Cost, Flops, Parameters
-from pruning.export.verify import ExportError, verify_export
-from pruning.families import FAMILIES, skeleton
-from pruning.fingerprint import fingerprint
-from pruning.masking import GateHooks
-from pruning.measure.report import count
-from pruning.model_folder import WEIGHTS
-from pruning.plan import PruningPlan, plan_without
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.costs import Cost, Flops, Parameters
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.verify import ExportError, verify_export
+from secateur.pruning.families import FAMILIES, skeleton
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import WEIGHTS
+from secateur.pruning.measure.report import count
+from secateur.pruning.plan import Plan, plan_without
+from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
 from tests.pruning.test_surgery import tensors_of
 from tests.tiny import VOCABULARY, tiny_family_folder, tiny_folder, tiny_llama, tiny_model
@@ -129,7 +129,7 @@ def test_plans_of_parts_are_kept_and_checked(tmp_path: Path) -> None:
     model = tiny_llama()
     plan = plan_without(model, "x", [(1, "attn")], {})
     plan.save(tmp_path)
-    again = PruningPlan.load(tmp_path)
+    again = Plan.load(tmp_path)
     assert again.widths == plan.widths
     assert [again.keeps(block, "attn") for block in range(3)] == [True, False, True]
     assert (again.kept_blocks(), again.stock_mlp_width()) == ([0, 1, 2], None)
@@ -138,7 +138,7 @@ def test_plans_of_parts_are_kept_and_checked(tmp_path: Path) -> None:
     place = [site.key for site in plan.sites].index("1.attn_in")
     kept[place] = torch.arange(2)
     with pytest.raises(ValueError, match=r"1\.attn_in keeps entries of a part that goes"):
-        PruningPlan("llama", "x", plan.sites, tuple(kept))
+        Plan("llama", "x", plan.sites, tuple(kept))
     with pytest.raises(ValueError, match="keeps no attention"):
         plan_without(model, "x", [(block, "attn") for block in range(3)], {})
     with pytest.raises(ValueError, match=r"`removed` names \[\(3, 'attn'\)\]"):

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from pruning.families import FAMILIES, family_of
-from pruning.plan import DESCRIPTION, TENSORS, PruningPlan, full_plan, plan_from_indices
-from pruning.sites import Site, find_sites, gain_sizes
+from secateur.pruning.families import FAMILIES, family_of
+from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan, full_plan, plan_from_indices
+from secateur.pruning.sites import Site, find_sites, gain_sizes
 from tests.tiny import tiny_llama, tiny_llama_config
 
 SITES = (Site(0, "a", 4), Site(0, "b", 3), Site(1, "a", 4), Site(1, "b", 3))
 KEPT = ([0, 2], [1], [0, 1, 2, 3], [0, 2])
 
 
-def _plan(**changes: Any) -> PruningPlan:
+def _plan(**changes: Any) -> Plan:
     settings: dict[str, Any] = {
         "model_type": "llama",
         "base": "0" * 64,
@@ -27,7 +27,7 @@ def _plan(**changes: Any) -> PruningPlan:
         "kept": tuple(torch.tensor(index) for index in KEPT),
         "provenance": {"seed": 3, "command": "fit"},
     }
-    return PruningPlan(**settings | changes)
+    return Plan(**settings | changes)
 
 
 def test_widths_indices_and_gates() -> None:
@@ -42,14 +42,14 @@ def test_widths_indices_and_gates() -> None:
 
 def test_gains_survive_the_disk(tmp_path: Path) -> None:
     gains = {"0.mlp.up_proj.input": torch.linspace(0.5, 1.5, 4)}
-    loaded = PruningPlan.load(_saved(tmp_path / "some", _plan(gains=gains)))
+    loaded = Plan.load(_saved(tmp_path / "some", _plan(gains=gains)))
     assert loaded.gains is not None
     assert loaded.gains.keys() == gains.keys()
     assert torch.equal(loaded.gains["0.mlp.up_proj.input"], gains["0.mlp.up_proj.input"])
-    assert PruningPlan.load(_saved(tmp_path / "none", _plan())).gains is None
+    assert Plan.load(_saved(tmp_path / "none", _plan())).gains is None
 
 
-def _saved(folder: Path, plan: PruningPlan) -> Path:
+def _saved(folder: Path, plan: Plan) -> Path:
     plan.save(folder)
     return folder
 
@@ -84,7 +84,7 @@ def test_description_is_a_table() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     plan = _plan()
     plan.save(tmp_path / "new" / "folder")
-    loaded = PruningPlan.load(tmp_path / "new" / "folder")
+    loaded = Plan.load(tmp_path / "new" / "folder")
     assert (loaded.model_type, loaded.base, loaded.sites) == (plan.model_type, plan.base, SITES)
     assert loaded.provenance == plan.provenance
     assert all(torch.equal(a, b) for a, b in zip(loaded.kept, plan.kept, strict=True))
@@ -94,7 +94,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_equal_plans_are_equal_files(tmp_path: Path) -> None:
     _plan().save(tmp_path / "1")
     _plan(provenance={"command": "fit", "seed": 3}).save(tmp_path / "2")
-    PruningPlan.load(tmp_path / "1").save(tmp_path / "3")
+    Plan.load(tmp_path / "1").save(tmp_path / "3")
     for name in (TENSORS, DESCRIPTION):
         first = (tmp_path / "1" / name).read_bytes()
         assert first == (tmp_path / "2" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
@@ -128,7 +128,7 @@ def test_a_plan_fits_its_own_model_only() -> None:
     with pytest.raises(ValueError, match="'gpt2' is not a known family"):
         plan.verify(GPT2Config())
     with pytest.raises(ValueError, match=r"made for a 'mistral' model .* prune a 'llama' model"):
-        PruningPlan("mistral", "x", plan.sites, plan.kept).verify(tiny_llama_config())
+        Plan("mistral", "x", plan.sites, plan.kept).verify(tiny_llama_config())
 
 
 def test_plans_of_a_live_model() -> None:
@@ -178,7 +178,7 @@ def test_damaged_plans_are_refused(
     _plan().save(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        PruningPlan.load(tmp_path)
+        Plan.load(tmp_path)
 
 
 def test_which_plans_leave_a_stock_model() -> None:
@@ -186,7 +186,7 @@ def test_which_plans_leave_a_stock_model() -> None:
     whole, two, one = torch.arange(3), torch.tensor([0, 2]), torch.tensor([1])
 
     def width(*kept: torch.Tensor) -> int | None:
-        return PruningPlan("llama", "x", sites, kept).stock_mlp_width()
+        return Plan("llama", "x", sites, kept).stock_mlp_width()
 
     assert width(whole, whole, whole, whole) == 3
     assert width(whole, two, whole, torch.tensor([0, 1])) == 2

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from pruning.families import FAMILIES, skeleton
-from pruning.sites import Site, find_sites, split
+from secateur.pruning.families import FAMILIES, skeleton
+from secateur.pruning.sites import Site, find_sites, split
 from tests.tiny import tiny_llama_config
 
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.depth import (
+from secateur.pruning.depth import (
     AngularDistance,
+    BlockMagnitude,
     Blocks,
     BlockScores,
     Cached,
     Greedy,
-    Magnitude,
     OneShot,
     Perplexity,
     remove_blocks,
 )
-from pruning.depth.cache import load_scores
-from pruning.fingerprint import live_fingerprint
+from secateur.pruning.depth.cache import load_scores
+from secateur.pruning.files.fingerprint import live_fingerprint
 from tests.tiny import VOCABULARY, tiny_llama
 
 
@@ -35,9 +35,11 @@ def same(a: BlockScores, b: BlockScores) -> bool:
     )
 
 
-@pytest.mark.parametrize("score", [Perplexity(), AngularDistance(), Magnitude()])
+@pytest.mark.parametrize("score", [Perplexity(), AngularDistance(), BlockMagnitude()])
 def test_what_is_read_is_what_was_computed(
-    score: Perplexity | AngularDistance | Magnitude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    score: Perplexity | AngularDistance | BlockMagnitude,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, windows_NT = tiny_llama(), tokens(3, 8)
     cached = Cached(score, tmp_path / "scores")
@@ -73,7 +75,7 @@ def test_every_dependence_is_in_the_key(tmp_path: Path) -> None:
     Cached(Perplexity(), tmp_path)(model, windows_NT)
     assert results() == 5
     for text in (windows_NT, windows_NT[:2], None):  # what is not read is no dependence
-        Cached(Magnitude(), tmp_path)(model, text)
+        Cached(BlockMagnitude(), tmp_path)(model, text)
     assert results() == 6
 
 

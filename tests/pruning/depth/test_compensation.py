@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pruning.depth import bypassed, remove_blocks, remove_compensated
-from pruning.depth.compensation import fold_factors, stream_factors
-from pruning.families import blocks_of, family_of
-from pruning.measure.perplexity import perplexity
+from secateur.pruning.depth import bypassed, remove_blocks, remove_compensated
+from secateur.pruning.depth.compensation import fold_factors, stream_factors
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.measure.perplexity import perplexity
 from tests.tiny import VARIANTS, VOCABULARY, tiny_llama, tiny_model
 
 FAMILIES = [name for name in VARIANTS if not name.startswith("gemma")]

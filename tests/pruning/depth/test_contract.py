@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pruning.depth import Unit, bypassed, fractions, prune_blocks, remove_blocks
-from pruning.families import blocks_of, family_of
-from pruning.measure.report import count
+from secateur.pruning.depth import Unit, bypassed, fractions, prune_blocks, remove_blocks
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.measure.report import count
 from tests.stranger import run_as_stranger
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from pruning.depth import BlockInfluence, Perplexity, Taylor
+from secateur.pruning.depth import BlockInfluence, Perplexity, Taylor
 
 PERPLEXITY = [8893.2, 114.18, 105.93, 104.58, 101.68, 106.29, 103.18, 127.60]
 TAYLOR = [10.542, 5.415, 5.730, 6.096, 6.316, 7.108, 7.664, 7.641]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pruning.depth import (
+from secateur.pruning.depth import (
     HalfBlocks,
     Unit,
     WholeBlocks,
@@ -20,12 +20,12 @@ from tests.tiny import tiny_config, tiny_llama, tiny_llama_config, tiny_model
 
 def test_two_removals_remember_the_blocks_of_the_first_model() -> None:
     model = tiny_llama(num_hidden_layers=6)
-    remove_blocks(model, [4, 1], {"score": "Magnitude()"})
+    remove_blocks(model, [4, 1], {"score": "BlockMagnitude()"})
     remove_blocks(model, [0])
     assert model.config.secateur == {
         "num_blocks": 6,
         "kept_blocks": [2, 3, 5],
-        "removals": [{"blocks": [1, 4], "score": "Magnitude()"}, {"blocks": [0]}],
+        "removals": [{"blocks": [1, 4], "score": "BlockMagnitude()"}, {"blocks": [0]}],
     }
 
 

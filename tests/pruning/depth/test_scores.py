@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.depth import (
+from secateur.pruning.depth import (
     AngularDistance,
     BlockInfluence,
+    BlockMagnitude,
     BlockScore,
     HalfBlocks,
-    Magnitude,
     Perplexity,
     ReverseOrder,
     Taylor,
@@ -21,13 +21,14 @@ from pruning.depth import (
     bypassed,
     peak_bytes,
 )
-from pruning.depth.similarity import cosine
-from pruning.families import blocks_of, family_of
+from secateur.pruning.depth.similarity import cosine
+from secateur.pruning.families import blocks_of, family_of
 from tests.pruning.depth.memory import LiveBytes
 from tests.tiny import VOCABULARY, tiny_llama, tiny_model
 
 SCORES = (
-    Perplexity(2), Taylor(2), Magnitude(), BlockInfluence(2), AngularDistance(2), ReverseOrder()
+    Perplexity(2), Taylor(2), BlockMagnitude(), BlockInfluence(2),
+    AngularDistance(2), ReverseOrder(),
 )  # fmt: skip
 FAMILIES = ("llama", "gemma3_text", "opt", "phi")
 
@@ -152,7 +153,7 @@ def test_magnitude_counts_norms_and_no_biases() -> None:
     )
     norms = block.input_layernorm.weight.detach().sum()
     norms = norms + block.post_attention_layernorm.weight.detach().sum()
-    found = Magnitude()(model)
+    found = BlockMagnitude()(model)
     assert float(found.values[1]) == pytest.approx(float(linears + norms), rel=1e-5)
 
 
@@ -175,7 +176,7 @@ def test_the_batch_size_and_what_is_bypassed_already(score: BlockScore) -> None:
     with bypassed(model, [1, 2]):
         shorter = score(model, windows_NT, left)
     assert shorter.units == tuple(left)
-    if not isinstance(score, Magnitude | ReverseOrder):  # these see the block alone
+    if not isinstance(score, BlockMagnitude | ReverseOrder):  # these see the block alone
         assert not torch.allclose(shorter.values, both.values[[0, 3]], rtol=1e-3)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 

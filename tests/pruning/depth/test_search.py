@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from pruning.depth import (
+from secateur.pruning.depth import (
     AngularDistance,
+    BlockChoice,
     BlockFraction,
     Blocks,
     BlockScore,
@@ -23,7 +24,6 @@ from pruning.depth import (
     Perplexity,
     ReverseOrder,
     Search,
-    Selection,
     Target,
     Unit,
     UnitCount,
@@ -32,8 +32,8 @@ from pruning.depth import (
     fractions,
     remove_blocks,
 )
-from pruning.depth.search import ranking
-from pruning.measure.perplexity import perplexity
+from secateur.pruning.depth.search import ranking
+from secateur.pruning.measure.perplexity import perplexity
 from tests.tiny import VOCABULARY, tiny_llama, tiny_llama_config
 
 
@@ -252,7 +252,7 @@ def test_halves_make_whole_blocks() -> None:
     assert len(chosen.removed) == 4
     assert chosen.fractions.blocks == pytest.approx(2 / 3)
     assert 2 * len(chosen.blocks) + len(chosen.halves) == 4
-    by_hand = Selection(
+    by_hand = BlockChoice(
         (Unit(2, "mlp"), Unit(1, "attn"), Unit(2, "attn")), chosen.scores, chosen.fractions, None
     )
     assert (by_hand.blocks, by_hand.halves) == ([2], [Unit(1, "attn")])

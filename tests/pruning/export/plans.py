@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from pruning.budget import Budget
-from pruning.costs import Parameters
-from pruning.families import family_of, skeleton
-from pruning.fingerprint import fingerprint
-from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import find_sites, gain_sizes
+from secateur.pruning.costs import Parameters
+from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.sites import find_sites, gain_sizes
+from secateur.pruning.widths.budget import Budget
 
 
 def uneven_plan(
@@ -21,7 +21,7 @@ def uneven_plan(
     seed: int = 0,
     with_gains: bool = True,
     removed: Collection[tuple[int, str]] | None = None,
-) -> PruningPlan:
+) -> Plan:
     """Sites of block 0 keep one entry, of block 1 all, of block 2 odd numbers, of block 3 eights.
 
     Which entries stay, and with which gains, is drawn at random. With `removed`, blocks and parts,
@@ -52,12 +52,12 @@ def uneven_plan(
     )
 
 
-def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> PruningPlan:
+def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> Plan:
     """What `Budget(uniform=True)` makes of random scores."""
     return random_plan(folder, Budget(keep, Parameters(), uniform=True), seed)
 
 
-def random_plan(folder: Path, budget: Budget, seed: int = 0) -> PruningPlan:
+def random_plan(folder: Path, budget: Budget, seed: int = 0) -> Plan:
     """What a budget makes of random scores."""
     model = skeleton(AutoConfig.from_pretrained(folder))
     sites = find_sites(model, family_of(model.config))

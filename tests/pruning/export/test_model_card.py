@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard as HubCard
 
-from pruning.export.model_card import ModelCard
-from pruning.plan import plan_without
+from secateur.pruning.export.model_card import ModelCard
+from secateur.pruning.plan import plan_without
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import tiny_folder, tiny_llama
 

@@ -16,15 +16,15 @@ from transformers import (
     StaticCache,
 )
 
-from pruning.costs import Parameters
-from pruning.export.modeling_secateur import (
+from secateur.pruning.costs import Parameters
+from secateur.pruning.export.modeling_secateur import (
     SecateurLlamaConfig,
     SecateurLlamaForCausalLM,
     SelectiveRMSNormGather,
 )
-from pruning.masking import GateHooks
-from pruning.plan import PruningPlan
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.plan import Plan
+from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama
 
@@ -46,7 +46,7 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
+def masked(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     hooks = GateHooks(model)
     with hooks.applied(plan.gates(), plan.gains):
         yield model
@@ -58,7 +58,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PruningPlan, Path]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
     """A plan of the tiny Llama and the folder exported by it; nothing may write there."""
     path = tmp_path_factory.mktemp("pair")
     plan = uneven_plan(tiny_folder(path / "base"), with_gains=False)  # gradients are compared
@@ -91,7 +91,7 @@ def test_masked_equals_exported(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_cached_decode_equals_the_masked_model(
-    pair: tuple[PruningPlan, Path], attention: str, kind: str
+    pair: tuple[Plan, Path], attention: str, kind: str
 ) -> None:
     plan, folder = pair
     dense, small = tiny_llama(), load(folder, attn_implementation=attention)
@@ -109,7 +109,7 @@ def test_cached_decode_equals_the_masked_model(
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing(pair: tuple[PruningPlan, Path]) -> None:
+def test_left_padding_changes_nothing(pair: tuple[Plan, Path]) -> None:
     small = load(pair[1])
     windows_BT = tokens(2, 9)
     mask_BT = torch.ones(2, 12, dtype=torch.long)
@@ -166,7 +166,7 @@ def test_the_norm_is_exact_to_the_last_entry() -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradients_equal_the_masked_model_with_and_without_checkpointing(
-    pair: tuple[PruningPlan, Path],
+    pair: tuple[Plan, Path],
 ) -> None:
     plan, folder = pair
     windows_BT = tokens(2, 12)
@@ -195,7 +195,7 @@ def test_gradients_equal_the_masked_model_with_and_without_checkpointing(
 
 
 @torch.no_grad()
-def test_nobody_elses_tensor_is_overwritten(pair: tuple[PruningPlan, Path]) -> None:
+def test_nobody_elses_tensor_is_overwritten(pair: tuple[Plan, Path]) -> None:
     plan, folder = pair
     dense, small = tiny_llama(), load(folder)
     windows_BT = tokens(2, 10)
@@ -219,15 +219,13 @@ def test_nobody_elses_tensor_is_overwritten(pair: tuple[PruningPlan, Path]) -> N
 
 
 @torch.no_grad()
-def test_attention_weights_can_be_recorded(pair: tuple[PruningPlan, Path]) -> None:
+def test_attention_weights_can_be_recorded(pair: tuple[Plan, Path]) -> None:
     small = load(pair[1], attn_implementation="eager")
     weights = small(tokens(2, 5), output_attentions=True).attentions
     assert [w.shape for w in weights] == [(2, 6, 5, 5)] * 3
 
 
-def test_save_and_reload_keeps_code_and_weights(
-    pair: tuple[PruningPlan, Path], tmp_path: Path
-) -> None:
+def test_save_and_reload_keeps_code_and_weights(pair: tuple[Plan, Path], tmp_path: Path) -> None:
     _, folder = pair
     small = load(folder)
     with torch.no_grad():
@@ -247,7 +245,7 @@ def test_save_and_reload_keeps_code_and_weights(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_trains_merges_and_reloads(pair: tuple[PruningPlan, Path], tmp_path: Path) -> None:
+def test_lora_trains_merges_and_reloads(pair: tuple[Plan, Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     names = ["q_proj", "o_proj", "up_proj", "down_proj"]
@@ -270,7 +268,7 @@ def test_lora_trains_merges_and_reloads(pair: tuple[PruningPlan, Path], tmp_path
     torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-4, rtol=0)
 
 
-def test_autocast_trains_in_bf16(pair: tuple[PruningPlan, Path]) -> None:
+def test_autocast_trains_in_bf16(pair: tuple[Plan, Path]) -> None:
     small, windows_BT = load(pair[1]), tokens(2, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = small(windows_BT, labels=windows_BT).loss

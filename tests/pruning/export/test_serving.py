@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from pruning.families import FAMILIES
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.families import FAMILIES
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VOCABULARY, tiny_family_folder
 

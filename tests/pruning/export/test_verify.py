@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pruning.export import verify
-from pruning.export.verify import ExportError, verify_export
-from pruning.masking import GateHooks
-from pruning.model_folder import CONFIG, WEIGHTS
-from pruning.plan import PruningPlan
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export import verify
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.verify import ExportError, verify_export
+from secateur.pruning.files.model_folder import CONFIG, WEIGHTS
+from secateur.pruning.plan import Plan
+from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama
 
 WINDOWS_BT = torch.randint(VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
-def exported(path: Path, with_gains: bool = True, **overrides: Any) -> tuple[PruningPlan, Path]:
+def exported(path: Path, with_gains: bool = True, **overrides: Any) -> tuple[Plan, Path]:
     base = tiny_folder(path / "base", **overrides)
     plan = uneven_plan(base, with_gains=with_gains)
     prune_checkpoint(base, plan, path / "small")
@@ -104,7 +104,7 @@ def test_another_number_of_parameters_is_found(tmp_path: Path) -> None:
     kept = [
         i[:-1] if s.key == "2.mlp_mid" else i for s, i in zip(plan.sites, plan.kept, strict=True)
     ]
-    smaller = PruningPlan("llama", plan.base, plan.sites, tuple(kept))
+    smaller = Plan("llama", plan.base, plan.sites, tuple(kept))
     with pytest.raises(ExportError, match=r"has \d+ parameters and the plan promises \d+"):
         verify_export(tiny_llama(), smaller, folder, WINDOWS_BT)
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pruning import surgery
-from pruning.budget import Budget
-from pruning.costs import Flops
-from pruning.export.model_card import ModelCard
-from pruning.export.verify import ExportError
-from pruning.export.writer import export_model
-from pruning.families import family_of, skeleton
-from pruning.fingerprint import fingerprint
-from pruning.plan import PruningPlan, plan_from_indices
-from pruning.sites import find_sites
+from secateur.pruning import surgery
+from secateur.pruning.costs import Flops
+from secateur.pruning.export.model_card import ModelCard
+from secateur.pruning.export.verify import ExportError
+from secateur.pruning.export.writer import export_model
+from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.budget import Budget
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import tiny_folder, tiny_llama
 
@@ -29,7 +29,7 @@ def test_the_folder_is_complete_and_loads(tmp_path: Path) -> None:
     plan = uneven_plan(base)
     assert export_model(base, plan, tmp_path / "small", lambda folder: CARD) < 1e-4
     assert (tmp_path / "small" / "README.md").read_text() == CARD.render(plan)
-    assert PruningPlan.load(tmp_path / "small").widths == plan.widths
+    assert Plan.load(tmp_path / "small").widths == plan.widths
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
     given = tokenizer("Cut above a bud", return_tensors="pt", return_token_type_ids=False)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.measure.compare import main
-from pruning.measure.perplexity import cut_windows, perplexity
-from pruning.surgery import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.measure.compare import main
+from secateur.pruning.measure.perplexity import cut_windows, perplexity
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import SENTENCES, tiny_folder
 

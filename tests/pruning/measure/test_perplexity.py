@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.text import Perplexity as TorchMetricsPerplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.measure.perplexity import cut_windows, perplexity
+from secateur.pruning.measure.perplexity import cut_windows, perplexity
 from tests.tiny import VOCABULARY, tiny_llama
 
 
@@ -57,7 +57,7 @@ def test_agrees_with_the_loss_of_transformers_and_with_torchmetrics() -> None:
 def test_batches_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows_NT = tiny_llama(), windows()
     expected = perplexity(model, windows_NT)
-    monkeypatch.setattr("pruning.measure.perplexity._CHUNK", 3)
+    monkeypatch.setattr("secateur.pruning.measure.perplexity._CHUNK", 3)
     result = perplexity(model, windows_NT, batch_size=1)
     assert result.mean_nll == pytest.approx(expected.mean_nll, rel=1e-6)
     assert result.standard_error == pytest.approx(expected.standard_error, rel=1e-5)

@@ -11,12 +11,12 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruning.costs import Flops, Parameters
-from pruning.families import skeleton
-from pruning.measure.perplexity import Perplexity
-from pruning.measure.report import Counts, Report, Row, count, file_bytes, measure
-from pruning.measure.speed import Speed
-from pruning.measure.zero_shot import Ending, Question
+from secateur.pruning.costs import Flops, Parameters
+from secateur.pruning.families import skeleton
+from secateur.pruning.measure.perplexity import MeasuredPerplexity
+from secateur.pruning.measure.report import Counts, Report, Row, count, file_bytes, measure
+from secateur.pruning.measure.speed import Speed
+from secateur.pruning.measure.zero_shot import Ending, Question
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama, tiny_llama_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def test_what_cannot_be_counted_is_told() -> None:
 
 
 def row(name: str, nll: float, counts: Counts, **more: Any) -> Row:
-    return Row(name, {"stories": Perplexity(nll, nll, None, 10)}, counts, **more)
+    return Row(name, {"stories": MeasuredPerplexity(nll, nll, None, 10)}, counts, **more)
 
 
 def report() -> Report:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from pruning.measure.speed import Speed, measure_speed
+from secateur.pruning.measure.speed import Speed, measure_speed
 from tests.tiny import tiny_llama
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning.measure.zero_shot import (
+from secateur.pruning.measure.zero_shot import (
     Ending,
     Question,
     encode_question,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.weights.parts import Linear, Matrix
-from pruning.weights.pattern import Group, Pattern, PerRow
-from pruning.weights.statistics import Gram, Inputs, SquareSums, Statistic, Sums
+from secateur.pruning.weights.parts import Matrix, PrunableLinear
+from secateur.pruning.weights.pattern import Group, Pattern, PerRow
+from secateur.pruning.weights.statistics import Gram, Inputs, SquareSums, Statistic, Sums
 
-LINEAR = Linear(
+LINEAR = PrunableLinear(
     block=0, path="mlp.up_proj", shape=(6, 8), in_mlp=True, middle=None, plain_mlp=False
 )
 

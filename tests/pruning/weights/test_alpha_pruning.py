@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruning.weights.alpha_pruning import AlphaPruning, spread_sparsity, tail_exponent
-from pruning.weights.pattern import NM, Unstructured
+from secateur.pruning.weights.alpha_pruning import AlphaPruning, spread_sparsity, tail_exponent
+from secateur.pruning.weights.pattern import NM, Unstructured
 from tests.pruning.weights.matrices import noise
 
 # Exponents of the blocks of LLaMA 7B, and the published sparsities at 0.7 with spread 0.2.

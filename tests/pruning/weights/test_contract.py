@@ -15,20 +15,28 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import pruning.weights
-from pruning.weights.alpha_pruning import AlphaPruning
-from pruning.weights.barber import Barber
-from pruning.weights.dass import DaSS
-from pruning.weights.dsnot import DSnoT
-from pruning.weights.formats import write_pruned_checkpoint
-from pruning.weights.gradually import Gradually
-from pruning.weights.guard import decide
-from pruning.weights.least_squares import LeastSquares
-from pruning.weights.loop import prune_weights
-from pruning.weights.magnitude import Magnitude
-from pruning.weights.masks import WeightMasks
-from pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform, linears_of
-from pruning.weights.pattern import (
+import secateur.pruning.weights
+from secateur.pruning.weights.alpha_pruning import AlphaPruning
+from secateur.pruning.weights.barber import Barber
+from secateur.pruning.weights.dass import DaSS
+from secateur.pruning.weights.dsnot import DSnoT
+from secateur.pruning.weights.formats import write_pruned_checkpoint
+from secateur.pruning.weights.gradually import Gradually
+from secateur.pruning.weights.guard import decide
+from secateur.pruning.weights.layers import AllLinears, AttentionOnly, LayerSelection, MlpOnly
+from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.magnitude import Magnitude
+from secateur.pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.parts import (
+    Allocation,
+    Compensation,
+    Refinement,
+    Score,
+    Uniform,
+    linears_of,
+)
+from secateur.pruning.weights.pattern import (
     NM,
     Group,
     Pattern,
@@ -37,12 +45,11 @@ from pruning.weights.pattern import (
     PerRow,
     Unstructured,
 )
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.selection import AllLinears, AttentionOnly, MlpOnly, Selection
-from pruning.weights.source import LiveBlocks, StreamedBlocks
-from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
-from pruning.weights.store import BlockStore
-from pruning.weights.wanda import Wanda
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import LiveBlocks, StreamedBlocks
+from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from secateur.pruning.weights.store import BlockStore
+from secateur.pruning.weights.wanda import Wanda
 from tests.tiny import tiny_llama
 
 HALF = Unstructured(0.5)
@@ -70,11 +77,14 @@ ROWS: dict[type, WeightRecipe] = {
 
 
 def parts() -> Iterator[type]:
-    for module in pkgutil.iter_modules(pruning.weights.__path__):
-        names = vars(importlib.import_module(f"pruning.weights.{module.name}"))
+    for module in pkgutil.iter_modules(secateur.pruning.weights.__path__):
+        names = vars(importlib.import_module(f"secateur.pruning.weights.{module.name}"))
         for value in names.values():
-            if isinstance(value, type) and value.__module__ == f"pruning.weights.{module.name}":
-                axes = (Allocation, Score, Refinement, Compensation, Pattern, Group, Selection)
+            if (
+                isinstance(value, type)
+                and value.__module__ == f"secateur.pruning.weights.{module.name}"
+            ):
+                axes = (Allocation, Score, Refinement, Compensation, Pattern, Group, LayerSelection)
                 if value is Gradually or (issubclass(value, axes) and value not in axes):
                     yield value
 

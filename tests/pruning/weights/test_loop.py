@@ -11,27 +11,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pruning.families import FAMILIES
-from pruning.measure.perplexity import perplexity
-from pruning.weights.alpha_pruning import AlphaPruning
-from pruning.weights.barber import Barber
-from pruning.weights.dass import DaSS
-from pruning.weights.dsnot import DSnoT
-from pruning.weights.formats import to_semi_structured, write_pruned_checkpoint
-from pruning.weights.guard import decide
-from pruning.weights.least_squares import LeastSquares
-from pruning.weights.loop import prune_weights
-from pruning.weights.magnitude import Magnitude
-from pruning.weights.masks import WeightMasks
-from pruning.weights.parts import Allocation, Refinement
-from pruning.weights.pattern import NM, Pattern, PerColumn, PerRow, Unstructured
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.report import plot_sparsity, sparsity_report
-from pruning.weights.selection import AttentionOnly, MlpOnly
-from pruning.weights.source import CalibrationStates, LiveBlocks, StreamedBlocks, check_windows
-from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
-from pruning.weights.store import BlockStore
-from pruning.weights.wanda import Wanda
+from secateur.pruning.families import FAMILIES
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.weights.alpha_pruning import AlphaPruning
+from secateur.pruning.weights.barber import Barber
+from secateur.pruning.weights.dass import DaSS
+from secateur.pruning.weights.dsnot import DSnoT
+from secateur.pruning.weights.formats import to_semi_structured, write_pruned_checkpoint
+from secateur.pruning.weights.guard import decide
+from secateur.pruning.weights.layers import AttentionOnly, MlpOnly
+from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.magnitude import Magnitude
+from secateur.pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.parts import Allocation, Refinement
+from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerRow, Unstructured
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import (
+    CalibrationStates,
+    LiveBlocks,
+    StreamedBlocks,
+    check_windows,
+)
+from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
+from secateur.pruning.weights.sparsity import plot_sparsity, sparsity_report
+from secateur.pruning.weights.store import BlockStore
+from secateur.pruning.weights.wanda import Wanda
 from tests.tiny import tiny_family_folder, tiny_folder, tiny_llama, tiny_model
 
 HALF = Unstructured(0.5)

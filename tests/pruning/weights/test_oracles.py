@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.measure.perplexity import cut_windows, perplexity
-from pruning.weights.dass import DaSS
-from pruning.weights.hessian import inverse_factors
-from pruning.weights.loop import prune_weights
-from pruning.weights.magnitude import Magnitude
-from pruning.weights.pattern import NM, PerMatrix, PerRow, Unstructured
-from pruning.weights.recipe import WeightRecipe
-from pruning.weights.selection import MlpOnly
-from pruning.weights.source import LiveBlocks
-from pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep, sweep
-from pruning.weights.statistics import Gram
-from pruning.weights.wanda import wanda_score
+from secateur.pruning.measure.perplexity import cut_windows, perplexity
+from secateur.pruning.weights.dass import DaSS
+from secateur.pruning.weights.hessian import inverse_factors
+from secateur.pruning.weights.layers import MlpOnly
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.magnitude import Magnitude
+from secateur.pruning.weights.pattern import NM, PerMatrix, PerRow, Unstructured
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.source import LiveBlocks
+from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep, sweep
+from secateur.pruning.weights.statistics import Gram
+from secateur.pruning.weights.wanda import wanda_score
 from tests.pruning.weights.matrices import matrix_of
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruning.weights.pattern import (
+from secateur.pruning.weights.pattern import (
     NM,
     Group,
     Pattern,

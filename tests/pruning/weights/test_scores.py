@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruning.weights.dass import DaSS, dass_score
-from pruning.weights.magnitude import Magnitude
-from pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
-from pruning.weights.wanda import Wanda, wanda_score
+from secateur.pruning.weights.dass import DaSS, dass_score
+from secateur.pruning.weights.magnitude import Magnitude
+from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
+from secateur.pruning.weights.wanda import Wanda, wanda_score
 from tests.pruning.weights.matrices import inputs_of, matrix_of, noise
 
 

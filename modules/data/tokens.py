@@ -1,0 +1,132 @@
+"""From documents to token arrays on disk, made once and memory-mapped ever after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from secateur.modules.data.sources import Source
+
+TRAIN, HELD_OUT = "train.npy", "held_out.npy"
+_FORMAT = "secateur-tokens-1"
+_DOCUMENTS_AT_ONCE = 256  # enough for the threads of a fast tokenizer, little memory
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides how a tokenizer encodes, hex, 64 digits."""
+    content = hashlib.sha256(repr(_ends(tokenizer)).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            # The configuration file tells where a tokenizer was loaded from, too.
+            if path.is_file() and path.name != "tokenizer_config.json":
+                content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()
+
+
+def cache_key(
+    sources: Sequence[Source], tokenizer: str, text_field: str, held_out: float | None
+) -> str:
+    """Name of the cache entry, hex, 64 digits: another content or setting gives another name.
+
+    Args:
+        sources: The documents.
+        tokenizer: Fingerprint of the tokenizer.
+        text_field: Field that holds the text.
+        held_out: Share of the documents that goes into an array of its own, in (0, 1), or None.
+    """
+    facts = [_FORMAT, tokenizer, text_field, held_out, [source.digest() for source in sources]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def tokenise(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: float | None,
+    entry: Path,
+) -> None:
+    """Write the tokens of all documents, in order, unless the cache has them already.
+
+    The entry is a folder of one-dimensional .npy arrays: `train.npy`, and `held_out.npy` with every
+    1 / held_out-th document. It appears whole or not at all, also when several processes make it.
+
+    Args:
+        sources: The documents.
+        tokenizer: Encodes them with its usual special tokens.
+        held_out: Share of the documents to hold out, in (0, 1), or None.
+        entry: Folder to make.
+    """
+    if entry.is_dir():
+        return
+    rank_zero_info(f"Tokenising {len(sources)} files or data sets into {entry} ...")
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4")
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=entry.parent) as scratch:
+        made = Path(scratch) / "entry"
+        made.mkdir()
+        with (made / TRAIN).open("wb") as train, (made / HELD_OUT).open("wb") as aside:
+            arrays = [_GrowingArray(train, dtype), _GrowingArray(aside, dtype)]
+            for number, ids in enumerate(_encoded(sources, tokenizer)):
+                share = held_out or 0.0
+                arrays[int((number + 1) * share) > int(number * share)].append(ids)
+            for array in arrays:
+                array.finish()
+        try:
+            made.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process was faster, with the same content
+                raise
+
+
+class _GrowingArray:
+    """A one-dimensional .npy file whose length is not known when it is begun."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
+        self.file, self.dtype, self.length = file, dtype, 0
+        self._write_header()
+
+    def append(self, ids: list[int]) -> None:
+        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self.length += len(ids)
+
+    def finish(self) -> None:
+        """Write the length, for which numpy leaves room in the header."""
+        self.file.seek(0)
+        self._write_header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _write_header(self) -> None:
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def _encoded(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of every document that has text, with what marks its ends."""
+    starts, ends = _ends(tokenizer)
+    closing = [tokenizer.eos_token_id] if not (starts or ends) else []
+    if closing == [None]:
+        rank_zero_info("The tokenizer has neither BOS nor EOS: documents follow without a mark.")
+        closing = []
+    documents = (text for source in sources for text in source.documents() if text)
+    while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+        # verbose=False: a document may be longer than the model's window, it is cut later.
+        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+            yield ids + closing
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer itself puts BOS in front of a text, and EOS behind it."""
+    ids = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return bos is not None and ids[0] == bos, eos is not None and ids[-1] == eos

@@ -1,0 +1,37 @@
+"""What an optimiser and a strategy have to know when blocks are removed while they train."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
+
+
+def check_undivided(strategy: Strategy) -> None:
+    """Blocks can be removed only where every rank holds all of them.
+
+    Raises:
+        ValueError: The strategy divides or copies the weights.
+    """
+    # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ValueError(
+            f"Blocks cannot be removed under `trainer.strategy` {type(strategy).__name__}, "
+            "which divides weights or optimiser among the ranks. Prune on one device or ddp with "
+            "`--trainer.max_steps 0`, then train the exported model under the strategy, with "
+            "`teacher` for distillation from the dense one."
+        )
+
+
+def let_go(strategy: Strategy, module: LightningModule) -> None:
+    """Make optimiser and DDP forget parameters that the module does not have any more."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for optimizer in strategy.optimizers:
+        (group,) = optimizer.param_groups
+        group["params"] = trained
+        for parameter in optimizer.state.keys() - set(trained):
+            del optimizer.state[parameter]
+    if isinstance(strategy.model, DistributedDataParallel):  # it waits for every gradient
+        assert isinstance(strategy, DDPStrategy)
+        strategy.model = module
+        strategy.configure_ddp()

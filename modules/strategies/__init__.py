@@ -1,0 +1,1 @@
+"""Strategies that divide a model among ranks."""

@@ -1,0 +1,144 @@
+"""DDP for what trains, FSDP2 for the frozen model: a large frozen model without DeepSpeed.
+
+Source: "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (arXiv 2304.11277), in
+its second form, `torch.distributed.fsdp.fully_shard`. Each block of the frozen model is gathered
+when it computes and let go after; what trains, which is small, is whole on every rank and kept
+equal by DDP, so that checkpoints are those of DDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from secateur.modules.loading import load_config
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.files.shares import dtype_of, read_shares
+
+
+class ShardedDDP(DDPStrategy):
+    """DDP whose frozen model lies in shares on the ranks, by FSDP2; on GPUs and CPU ranks.
+
+    Blocks are gathered one by one, without reading ahead: `Zero` hides more of the
+    transfers behind the computation. Tied embeddings stay whole on every rank.
+
+    Args:
+        timeout_seconds: Time after which a rank gives up on the others in a collective operation,
+            above 0.
+
+    Raises:
+        ValueError: `timeout_seconds` is not above 0.
+    """
+
+    divides_models = True
+    live_parameters = None  # a block at a time
+
+    def __init__(self, timeout_seconds: float = 1800.0) -> None:
+        if timeout_seconds <= 0:
+            raise ValueError(f"`timeout_seconds` must be above 0, got {timeout_seconds}.")
+        super().__init__(timeout=timedelta(seconds=timeout_seconds))
+
+    def connect(self, model: LightningModule) -> None:
+        """Take a module on.
+
+        Raises:
+            ValueError: It trains the model itself.
+        """
+        if not getattr(model, "frozen", False):
+            raise ValueError(
+                f"`strategy` ShardedDDP divides a frozen model, and {type(model).__name__} trains "
+                "its own; use Zero or DDP."
+            )
+        super().connect(model)
+
+    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
+        """This rank's share of a causal language model, frozen.
+
+        Args:
+            folder: Model folder.
+            dtype: "auto" or the name of a torch type.
+
+        Raises:
+            ValueError: The folder cannot be read as a causal language model.
+        """
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+        wanted = dtype_of(folder, dtype)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(load_config(folder), dtype=wanted)
+        assert isinstance(model, PreTrainedModel)
+        model.requires_grad_(False)
+        model.tie_weights()
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        for part in _parts(model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        _allocate(model, self.root_device)
+        read_shares(model, folder, _share)
+        return model
+
+    def fetching(self, model: nn.Module) -> nn.Module:
+        """Models that were read gather their blocks themselves."""
+        return model
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """What trains is whole anyway."""
+        return nullcontext()
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        return super()._setup_model(model)
+
+    def teardown(self) -> None:
+        """Leave the model where it is: what comes after training, an export, uses it."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.model = self.lightning_module
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def _parts(model: PreTrainedModel) -> list[nn.Module]:
+    """What is gathered at once: every block, and the embeddings and the head if they are apart."""
+    parts = blocks_of(model, family_of(model.config))
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings.weight is not head.weight:
+        parts += [embeddings, head]
+    return parts
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for what this rank holds; buffers have theirs already."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[parameter] = nn.Parameter(empty, requires_grad=False)
+            setattr(module, name, made[parameter])
+
+
+def _share(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Where this rank keeps its share of a parameter, and the entry that it begins with."""
+    data = parameter.detach()
+    if not isinstance(data, DTensor):
+        return data.view(-1), 0
+    mesh: DeviceMesh = data.device_mesh
+    rows = -(-data.shape[0] // mesh.size())
+    row = data.shape[1:].numel()
+    return data.to_local().view(-1), rows * mesh.get_local_rank() * row

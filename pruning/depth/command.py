@@ -1,0 +1,79 @@
+"""The command `python -m secateur depth`: remove blocks from a checkpoint, streamed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from secateur.pruning.depth.rewrite_blocks import prune_blocks
+
+_HELP = """\
+Remove blocks from a checkpoint without loading it.
+
+The files of BASE are copied in small pieces, whatever the size of the model: no GPU, and a few MB
+of memory. Tensors of removed blocks are left out, later blocks are renumbered, types and ties are
+kept, and OUT is a stock model of its family, with tokenizer, config.json and blocks.json, which
+says what was removed from what. OUT appears when it is complete.
+
+Blocks count from 0; a range has both of its ends. Which blocks to remove, scores tell:
+docs/depth.md.
+
+examples:
+  python -m secateur depth path/to/Llama-2-7b-hf path/to/smaller --remove 21-29
+  python -m secateur depth path/to/Llama-2-7b-hf path/to/smaller --keep 0-20 30 31
+"""
+
+
+def blocks(text: str) -> list[int]:
+    """Block indices of one word: `7`, or `21-29` with both ends.
+
+    Raises:
+        ArgumentTypeError: It is neither.
+    """
+    first, _, last = text.partition("-")
+    try:
+        found = range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = range(0)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no block; give 7, or 21-29 for a range.")
+    return list(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `python -m secateur depth BASE OUT --remove BLOCKS`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur depth",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("base", metavar="BASE", type=Path, help="folder of the base model: config, safetensors")
+    add("out", metavar="OUT", type=Path, help="new folder, or a shortened model to replace")
+    which = parser.add_mutually_exclusive_group(required=True)
+    for name, help_ in (("--remove", "blocks that go"), ("--keep", "blocks that stay")):
+        which.add_argument(
+            name, metavar="BLOCK", type=blocks, nargs="+", action="extend", help=help_
+        )
+    args = parser.parse_args(arguments)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns) as bar:
+            task = bar.add_task(str(args.out), total=None)
+            prune_blocks(
+                args.base,
+                args.out,
+                remove=args.remove and list(chain(*args.remove)),
+                keep=args.keep and list(chain(*args.keep)),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Remove blocks from a checkpoint without loading it: copy bytes, rewrite names and offsets.
+
+A safetensors file is a JSON header of names, types, shapes and offsets, and the bytes they mean.
+Tensors of removed blocks are left out, those of later blocks get their new number, everything else
+is copied as it is, whatever its type. Files become shorter, and those with nothing left disappear.
+The result is a stock model of its family. Equal inputs give equal folders, byte for byte.
+
+Memory: one header and `_CHUNK` bytes, whatever the size of the model. Time: that of copying what
+stays, and of reading everything once for the fingerprint of the base model.
+
+As a command: `python -m secateur depth --help`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from secateur.pruning.depth.removal import (
+    PROVENANCE,
+    checked_blocks,
+    refuse_quantised,
+    shortened_fields,
+)
+from secateur.pruning.families import Family, family_of
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    copy_companions,
+    in_block,
+    refuse_base,
+    refuse_missing,
+    replaced_folder,
+    weight_files,
+    write_json,
+)
+
+RECORD = "blocks.json"
+"""What was removed from which model, beside the weights; marks the folder as ours."""
+_CHUNK = 1 << 24
+
+
+def prune_blocks(
+    base_folder: str | Path,
+    folder: str | Path,
+    *,
+    remove: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the model that is left of a checkpoint without some of its blocks.
+
+    The folder appears when everything is written; on any failure nothing of it remains. An earlier
+    model in its place that this function wrote is replaced then and not before.
+
+    Args:
+        base_folder: Model folder with config.json and safetensors, in one file or several.
+        folder: Where the smaller model goes.
+        remove: Indices of the blocks to remove, in any order; or give `keep`.
+        keep: Indices of the blocks that stay, in any order; or give `remove`.
+        provenance: What to record beside the blocks, such as score and data; JSON values.
+        progress: Called with the bytes written so far and the bytes in all, per tensor.
+
+    Raises:
+        ValueError: Blocks are out of range or repeated, none would stay, both or neither of the
+            lists are given, the base model is damaged, quantised or of an unknown family, its
+            configuration has a rule that follows the index of a block, or something else lies at
+            `folder`.
+        OSError: Reading or writing failed, as when the disk is full.
+    """
+    base_folder, folder = Path(base_folder), Path(folder)
+    refuse_base(folder, base_folder)
+    if not (base_folder / CONFIG).is_file():
+        raise ValueError(
+            f"{base_folder} is not a model folder: it holds no {CONFIG}. For a model of the hub "
+            "give the folder that `hf download` puts it in."
+        )
+    config = AutoConfig.from_pretrained(base_folder)
+    refuse_quantised(config)
+    family = family_of(config)
+    staying = _staying(config.num_hidden_layers, remove, keep)
+    base = fingerprint(base_folder)
+    fields = shortened_fields(config, staying, {"base": base} | dict(provenance or {}))
+    with replaced_folder(folder, is_shortened_model) as partial:
+        _copy_weights(base_folder, partial, family, staying, progress)
+        raw = json.loads((base_folder / CONFIG).read_text(encoding="utf-8"))
+        write_json(partial / CONFIG, raw | fields)
+        write_json(partial / RECORD, fields[PROVENANCE])
+        copy_companions(base_folder, partial)
+
+
+def is_shortened_model(folder: Path) -> bool:
+    """Whether a folder is a model that `prune_blocks` wrote."""
+    return (folder / RECORD).is_file() and (folder / CONFIG).is_file()
+
+
+def _staying(
+    num_blocks: int, remove: Iterable[int] | None, keep: Iterable[int] | None
+) -> list[int]:
+    """Indices of the blocks that stay, in order.
+
+    Raises:
+        ValueError: The lists are not one list of existing blocks, once each.
+    """
+    if (remove is None) == (keep is None):
+        raise ValueError("Give either `remove` or `keep`, the blocks to remove or those that stay.")
+    if keep is not None:
+        staying = sorted(checked_blocks(keep, num_blocks))
+    else:
+        gone = checked_blocks(remove or [], num_blocks)
+        staying = [block for block in range(num_blocks) if block not in gone]
+    if len(staying) == num_blocks:
+        raise ValueError(f"All {num_blocks} blocks would stay; name one that goes.")
+    return staying
+
+
+def _copy_weights(
+    base_folder: Path,
+    folder: Path,
+    family: Family,
+    staying: list[int],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    files: list[tuple[Path, int, dict[str, Any]]] = []
+    names: set[str] = set()
+    for path in weight_files(base_folder):
+        header, start = _read_header(path)
+        names |= header.keys()
+        kept = {_renamed(name, family, staying): entry for name, entry in header.items()}
+        if own := {name: entry for name, entry in kept.items() if name is not None}:
+            files.append((path, start, own))
+    refuse_missing(base_folder, names, family)
+    total = sum(_size(entry) for _, _, own in files for entry in own.values())
+    done, weight_map = 0, {}
+    for number, (path, start, own) in enumerate(files, start=1):
+        name = WEIGHTS
+        if len(files) > 1:
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        with path.open("rb") as source, (folder / name).open("wb") as copy:
+            copy.write(_new_header(own))
+            for tensor, entry in own.items():
+                source.seek(start + entry["data_offsets"][0])
+                left = _size(entry)
+                while left:
+                    if not (chunk := source.read(min(left, _CHUNK))):
+                        raise OSError(f"{path} became shorter while it was read.")
+                    left -= copy.write(chunk)
+                weight_map[tensor] = name
+                done += _size(entry)
+                if progress is not None:
+                    progress(done, total)
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _renamed(name: str, family: Family, staying: list[int]) -> str | None:
+    """New name of a tensor; None if its block does not stay."""
+    block, relative = in_block(family, name)
+    if block < 0:
+        return name
+    return f"{family.blocks}.{staying.index(block)}.{relative}" if block in staying else None
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Entries of the tensors of a safetensors file, by offset, and where their bytes start.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"{path} is damaged: its header does not end in it. Fetch it again.")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}. Fetch it again.") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{path} is damaged: it has {size} bytes and its header speaks of {8 + length + end}. "
+            "Fetch it again."
+        )
+    # In the order of their bytes: larger types come first, so that all stay aligned.
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + length
+
+
+def _new_header(entries: Mapping[str, Any]) -> bytes:
+    """Header of a file that has the bytes of the entries one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, entry in entries.items():
+        header[name] = entry | {"data_offsets": [offset, offset + _size(entry)]}
+        offset += _size(entry)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the bytes of the tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _size(entry: Mapping[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return int(end - start)

@@ -1,0 +1,56 @@
+"""What widths that hardware likes cost in quality and bring in speed.
+
+Multiples of 8 to 128 suit matrix hardware, and a plan that has to keep them keeps entries that it
+would not have chosen freely. Both plans are exported, loaded and measured side by side, without
+gains: these are learned for the aligned masks only, and would decide the comparison.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.measure.report import Report, measure
+from secateur.pruning.plan import Plan
+
+
+def compare_alignment(
+    dense: PreTrainedModel,
+    base_folder: str | Path,
+    aligned: Plan,
+    free: Plan,
+    windows_NT: Int[Tensor, "N T"],
+    speed: Mapping[str, int] | None = None,
+) -> Report:
+    """Dense, freely chosen and aligned widths of one budget side by side.
+
+    Args:
+        dense: The base model, with no gates applied.
+        base_folder: Its folder.
+        aligned: The plan with a width multiple.
+        free: The plan of the same budget and scores without one.
+        windows_NT: Token windows to measure perplexity on.
+        speed: Settings of `measure_speed` other than its models; None does not measure it.
+
+    Raises:
+        ValueError: A plan does not fit the base model.
+    """
+    models: dict[str, Any] = {"dense": dense}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders: dict[str, str | Path] = {"dense": base_folder}
+        for name, plan in (("free widths", free), ("aligned widths", aligned)):
+            folders[name] = Path(scratch) / name
+            prune_checkpoint(base_folder, replace(plan, gains=None), folders[name])
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folders[name], trust_remote_code=True, dtype=dense.dtype
+            )
+            models[name] = model.to(dense.device)
+        return measure(models, {"validation": windows_NT}, folders, speed=speed)

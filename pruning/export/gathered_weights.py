@@ -1,0 +1,134 @@
+"""Save a model that lies in shares on the ranks: tensor by tensor, none of them holding it whole.
+
+Every tensor is gathered on its own, with the low-rank update that it carries; rank 0 writes it and
+all let it go. The files are those that `save_pretrained` would write of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.pruning.files.model_folder import INDEX, SHARD_BYTES, write_json
+from secateur.pruning.files.shares import numel_of
+from secateur.pruning.lora import adapted, added_up
+
+Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""With some parameters whole on every rank."""
+
+
+def write_gathered(
+    model: PreTrainedModel,
+    folder: Path | None,
+    dtype: torch.dtype,
+    whole: Whole,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write weights and configuration of a live model; every rank has to call it.
+
+    Memory: one file of weights on the rank that writes, one tensor on the others.
+
+    Args:
+        model: The model; low-rank updates are added up.
+        folder: Where they go, empty; None on a rank that writes nothing.
+        dtype: Type of the weights in the files.
+        whole: Gathers parameters.
+        max_shard_bytes: Largest file of weights, in bytes, 1 or more; a tensor that is larger has a
+            file of its own.
+
+    Raises:
+        SafetensorError: Writing failed, as when the disk is full.
+        OSError: The same, or the files do not hold what was written.
+    """
+    weights = _gathered(model, whole)
+    try:
+        if folder is not None:
+            _write_weights(model, weights, folder, dtype, max_shard_bytes)
+            _write_config(model, folder, dtype)
+    finally:
+        for _ in weights:  # the others gather to the end, whatever becomes of the writing
+            pass
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a live model without its low-rank updates, wherever they are."""
+    saved = (value for value, _ in _saved(model).values())
+    return sum(numel_of(value) for value in saved if isinstance(value, nn.Parameter))
+
+
+def _saved(model: PreTrainedModel) -> dict[str, tuple[Tensor, Any]]:
+    """What is saved, by its name in a plain model: tied tensors once; each with the layer whose
+    update it carries, or None.
+    """
+    layers = adapted(model).values()
+    updated = {layer.get_base_layer().weight: layer for layer in layers}
+    bases = {p for layer in layers for p in layer.get_base_layer().parameters()}
+    seen = {p for layer in layers for p in layer.parameters()} - bases  # the updates themselves
+    saved: dict[str, tuple[Tensor, Any]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value not in seen:
+            saved[name.replace(".base_layer.", ".")] = value, updated.get(value)
+            seen.add(value)
+    return saved
+
+
+def _gathered(model: PreTrainedModel, whole: Whole) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors, each until the next one is asked for."""
+    for name, (value, layer) in _saved(model).items():
+        parts = [value] if layer is None else [*layer.parameters()]
+        with whole([part for part in parts if isinstance(part, nn.Parameter)]):
+            weight = value.data if layer is None else added_up(layer)
+            assert weight.numel() == numel_of(value), name
+            yield name, weight
+
+
+def _write_weights(
+    model: PreTrainedModel,
+    weights: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    shapes = {
+        name: torch.empty(getattr(value, "ds_shape", value.shape), dtype=dtype, device="meta")
+        for name, (value, _) in _saved(model).items()
+    }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
+    unwritten: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, weight in weights:
+        file = split.tensor_to_filename[name]
+        unwritten[file][name] = weight.to("cpu", dtype, copy=True)
+        if len(unwritten[file]) == len(split.filename_to_tensors[file]):
+            _save(unwritten.pop(file), folder / file)
+    if split.is_sharded:
+        metadata = {"total_parameters": num_parameters(model), **split.metadata}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": split.tensor_to_filename})
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    with safe_open(path, framework="pt") as file:  # logits of narrow types do not tell much
+        for name, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(name), tensor):
+                raise OSError(
+                    f"{path} does not give back {name!r} as it was written: the weight has become "
+                    "NaN, or the disk is damaged."
+                )
+
+
+def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -1,0 +1,393 @@
+"""Cut a checkpoint down to a plan without loading the model: tensors are streamed and sliced.
+
+What comes out is a model folder: safetensors, configuration, tokenizer, the plan, and, where widths
+differ from block to block, the modelling file that loads it. A plan that narrows all MLPs alike,
+removes whole blocks and does nothing else leaves a stock model of the family. Equal inputs give
+equal folders, byte for byte.
+
+Memory: one shard of the output; the input is mapped, not loaded. The base model is hashed while it
+is cut.
+
+As a command: `python -m secateur surgery --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from secateur.pruning.families import FAMILIES, PARTS, Family
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import (
+    CONFIG,
+    INDEX,
+    MODELLING_FILE,
+    SHARD_BYTES,
+    WEIGHTS,
+    copy_companions,
+    in_block,
+    refuse_base,
+    refuse_missing,
+    replaced_folder,
+    weight_files,
+    write_json,
+)
+from secateur.pruning.plan import Plan
+
+
+def prune_checkpoint(
+    base_folder: str | Path,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the smaller model that a plan leaves of a checkpoint.
+
+    The folder appears when everything is written; on any failure nothing of it remains. An earlier
+    pruned model in its place is replaced then and not before.
+
+    Args:
+        base_folder: Model folder with config.json and safetensors, in one file or several.
+        plan: What stays; made for exactly this base model.
+        folder: Where the smaller model goes.
+        max_shard_bytes: Largest file of weights, in bytes, 1 or more; a tensor that is larger has
+            a file of its own.
+        progress: Called with the bytes written so far and the bytes in all, per tensor.
+
+    Raises:
+        ValueError: The plan does not fit the base model, the base model is damaged or quantised,
+            or something else lies at `folder`.
+        OSError: Reading or writing failed, as when the disk is full.
+    """
+    refuse_base(folder, base_folder)
+    with replaced_folder(folder) as partial:
+        write_pruned(base_folder, plan, partial, max_shard_bytes, progress)
+
+
+def write_pruned(
+    base_folder: str | Path,
+    plan: Plan,
+    folder: Path,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the smaller model straight into an empty folder; see `prune_checkpoint`.
+
+    Raises:
+        ValueError: As for `prune_checkpoint`.
+    """
+    base_folder = Path(base_folder)
+    if max_shard_bytes < 1:
+        raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes}.")
+    if not (base_folder / CONFIG).is_file():
+        raise ValueError(
+            f"{base_folder} is not a model folder: it holds no {CONFIG}. For a model of the hub "
+            "give the folder that `hf download` puts it in."
+        )
+    with _hashed(base_folder, plan.base):
+        plan.verify(AutoConfig.from_pretrained(base_folder))
+        cuts = _find_cuts(base_folder, plan)
+        _write_weights(cuts, folder, max_shard_bytes, progress)
+    write_json(folder / CONFIG, exported_config(base_folder, plan))
+    copy_companions(base_folder, folder)
+    if plan.stock_mlp_width() is None:
+        shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+    plan.save(folder)
+
+
+@contextmanager
+def _hashed(base_folder: Path, expected: str) -> Iterator[None]:
+    """Take the fingerprint of the base model beside the work of a `with` block.
+
+    Raises:
+        ValueError: It is not the expected one, whatever else went wrong because of that.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(fingerprint, base_folder)
+        try:
+            yield
+        finally:
+            if found.result() != expected:
+                raise ValueError(
+                    f"The plan was made for the base model with fingerprint {expected[:16]}..., "
+                    f"and {base_folder} has {found.result()[:16]}...; give the base model that the "
+                    "plan was made for."
+                )
+
+
+def exported_config(base_folder: str | Path, plan: Plan) -> dict[str, Any]:
+    """The configuration of the smaller model: that of the base model and its new widths.
+
+    They are one field of a stock model where the plan leaves one, else `block_widths`, one entry
+    per block that stays: a part that goes has width 0.
+    """
+    config: dict[str, Any] = json.loads((Path(base_folder) / CONFIG).read_text(encoding="utf-8"))
+    family = FAMILIES[plan.model_type]
+    config.pop("auto_map", None)  # code of the base model's own, which was not used either
+    by_block, keep = plan.widths_by_block(), plan.kept_blocks()
+    if len(keep) < len(by_block):
+        from secateur.pruning.depth.removal import shortened_fields  # which imports this module
+
+        method = {"method": plan.provenance.get("method", "a plan")}
+        config |= shortened_fields(AutoConfig.from_pretrained(base_folder), keep, method)
+    if (width := plan.stock_mlp_width()) is not None:
+        return config | {family.mlp_width: width}
+    return config | own_code(plan)
+
+
+def own_code(plan: Plan) -> dict[str, Any]:
+    """Entries of the configuration of a model that has its modelling file beside it."""
+    prefix, module = FAMILIES[plan.model_type].exported_as, MODELLING_FILE.stem
+    by_block = plan.widths_by_block()
+    return {
+        "model_type": f"secateur_{plan.model_type}",
+        "architectures": [f"{prefix}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{prefix}Config",
+            "AutoModel": f"{module}.{prefix}Model",
+            "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
+        },
+        "block_widths": [_shown(by_block[block]) for block in plan.kept_blocks()],
+    }
+
+
+def _shown(widths: dict[str, int]) -> dict[str, int]:
+    """Widths of a block as `block_widths` has them: 0 for a part that is gone, none inside it."""
+    inside = {name: width for name, width in widths.items() if width and name not in PARTS}
+    return {part: 0 for part in PARTS if widths.get(part) == 0} | inside
+
+
+def index_buffers(family: Family) -> dict[str, str]:
+    """Name of every index buffer of an exported block, relative to it, to the site that it holds.
+
+    A site whose gate is at the output of a norm is selected by that norm; a site of the residual
+    stream otherwise by a selection or an addition that has its name. A site between two projections
+    needs no index.
+    """
+    norms = {norm.path for norm in family.norms}
+    written = {projection.output for projection in family.projections}
+    read = {projection.input for projection in family.projections}
+    return {
+        f"{point.path if point.path in norms else site}.index": site
+        for site, point in family.gates.items()
+        if site not in written & read
+    }
+
+
+_CUTTABLE = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tensor of the smaller model, before it is read.
+
+    Args:
+        name: Name of the tensor.
+        file: File that holds the whole tensor; None for an index buffer.
+        indices: What stays along each axis, None for everything; for a buffer, its content.
+        num_bytes: Size of what stays.
+        gains: What the whole tensor is multiplied by, along each of its first axes.
+        source: Name of the whole tensor in its file.
+    """
+
+    name: str
+    file: Path | None
+    indices: tuple[Tensor | None, ...]
+    num_bytes: int
+    gains: tuple[Tensor, ...] = ()
+    source: str = ""
+
+    def make(self) -> Tensor:
+        if self.file is None:
+            (content_W,) = self.indices
+            assert content_W is not None
+            return content_W.clone()
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.source)
+        dtype, gains = tensor.dtype, list(self.gains)
+        for axis, index_W in enumerate(self.indices):
+            if index_W is not None:
+                tensor = tensor.index_select(axis, index_W)
+                if gains:
+                    gains[axis] = gains[axis][index_W]
+        for axis, gain_F in enumerate(gains):  # rounded once, at the end
+            shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+            tensor = tensor.float() * gain_F.view(shape)
+        return tensor.to(dtype)
+
+
+def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
+    """All tensors of the smaller model: those of the base model, then the index buffers."""
+    family = FAMILIES[plan.model_type]
+    sizes = {(site.block, site.name): site.size for site in plan.sites}
+    kept = {
+        (site.block, site.name): index_W if len(index_W) < site.size else None
+        for site, index_W in zip(plan.sites, plan.kept, strict=True)
+    }
+    gains = plan.gains or {}
+    places = {block: place for place, block in enumerate(plan.kept_blocks())}
+    cuts, names = [], set()
+    for path in weight_files(base_folder):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                names.add(name)
+                block, relative = in_block(family, name)
+                if block >= 0 and not _stays(family, plan, block, relative):
+                    continue
+                header = file.get_slice(name)
+                shape = header.get_shape()
+                sites, dtype = family.axes(relative), header.get_dtype()
+                if any(sites) and dtype not in _CUTTABLE:
+                    raise ValueError(
+                        f"{path} has {name!r} in {dtype}; is it quantised? Its scales would not be "
+                        "cut with it. Prune the original checkpoint."
+                    )
+                indices, entries = [], prod(shape)
+                for axis, site in enumerate(sites):
+                    index_W = None if site is None else kept[block, site]
+                    if site is not None and shape[axis : axis + 1] != [sizes[block, site]]:
+                        raise ValueError(
+                            f"{path} has {name!r} of shape {shape}, which does not fit site "
+                            f"{block}.{site} of {sizes[block, site]} entries; is it quantised? "
+                            "Prune the original checkpoint."
+                        )
+                    if index_W is not None:
+                        entries = entries // shape[axis] * len(index_W)
+                    indices.append(index_W)
+                num_bytes = entries * _bytes_of(dtype)
+                axes = family.gain_axes(relative) if gains else ()
+                folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
+                written = name if block < 0 else f"{family.blocks}.{places[block]}.{relative}"
+                cuts.append(_Cut(written, path, tuple(indices), num_bytes, folded, name))
+    refuse_missing(base_folder, names, family)
+    for block, place in places.items():
+        for buffer, site in index_buffers(family).items():
+            index_W = kept[block, site]
+            if index_W is not None and len(index_W) > 0:
+                name = f"{family.blocks}.{place}.{buffer}"
+                cuts.append(_Cut(name, None, (index_W,), 8 * len(index_W)))
+    return cuts
+
+
+def _stays(family: Family, plan: Plan, block: int, relative: str) -> bool:
+    """Whether a tensor of a block is part of the smaller model, whole or cut."""
+    part = family.part_of_tensor(relative)
+    return any(plan.keeps(block, name) for name in ([part] if part else PARTS))
+
+
+def _write_weights(
+    cuts: Sequence[_Cut],
+    folder: Path,
+    max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    shards: list[list[_Cut]] = [[]]
+    filled = 0
+    for cut in cuts:
+        if shards[-1] and filled + cut.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(cut)
+        filled += cut.num_bytes
+    total = sum(cut.num_bytes for cut in cuts)
+    done = iter(accumulate(cut.num_bytes for cut in cuts))
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        with ThreadPoolExecutor() as pool:
+            for cut, tensor in zip(shard, pool.map(_Cut.make, shard), strict=True):
+                tensors[cut.name], weight_map[cut.name] = tensor, name
+                if progress is not None:
+                    progress(next(done), total)
+        # One key only: with more, their order in the file is random.
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / INDEX, content)
+
+
+def _bytes_of(dtype: str) -> int:
+    """Bytes per entry of a safetensors type such as `BF16`, `F32`, `F8_E4M3` or `BOOL`."""
+    return 1 if dtype == "BOOL" else int("".join(filter(str.isdigit, dtype.split("_")[0]))) // 8
+
+
+_HELP = """\
+Cut a checkpoint down to a plan, without loading the model.
+
+BASE is streamed: memory is that of one output shard, whatever the size of the model. OUT gets
+weights in the type of BASE, config.json, tokenizer, the plan, and the modelling file if the widths
+differ between blocks (load with `trust_remote_code=True`); a uniform plan leaves a stock model.
+OUT appears when it is complete. The plan must have been made for exactly BASE, which is checked by
+a hash of its files. Whether OUT computes what the masked model computes is proven at the end of a
+training run, which loads both; here nothing is run.
+
+example:
+  python -m secateur surgery path/to/Llama-2-7b-hf runs/disp/plan path/to/smaller
+"""
+
+
+def _bytes(text: str) -> int:
+    try:
+        return int(float(text))
+    except (OverflowError, ValueError):
+        message = f"must be a number of bytes such as 2e9, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `python -m secateur surgery BASE PLAN OUT`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur surgery",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("base", metavar="BASE", type=Path, help="folder of the base model: config, safetensors")
+    add("plan", metavar="PLAN", type=Path, help="folder of the plan: plan.json, plan.safetensors")
+    add("out", metavar="OUT", type=Path, help="new folder, or a pruned model to replace")
+    add(
+        "--max-shard-bytes",
+        type=_bytes,
+        default=SHARD_BYTES,
+        metavar="BYTES",
+        help="largest file of weights, such as 2e9 (default: 5e9)",
+    )
+    args = parser.parse_args(arguments)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        plan = Plan.load(args.plan)
+        with Progress(*columns) as bar:
+            task = bar.add_task(str(args.out), total=None)
+            prune_checkpoint(
+                args.base,
+                plan,
+                args.out,
+                max_shard_bytes=args.max_shard_bytes,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

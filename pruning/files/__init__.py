@@ -1,0 +1,1 @@
+"""Folders and files: model folders, checkpoints, fingerprints, shards."""

@@ -1,0 +1,68 @@
+"""Content hashes that tell models and data apart, whatever they are called or wherever they lie.
+
+Legend: N = windows, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import xxhash
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.pruning.files.model_folder import CONFIG, weight_files
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hash of a model folder: its config.json and the files of its weights, hex, 64 digits.
+
+    It tells models apart that differ by accident, faster than a disk reads; against somebody who
+    makes two models of one fingerprint on purpose it is no protection.
+
+    Raises:
+        ValueError: The folder holds no config.json or no safetensors weights.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a model folder: it holds no {CONFIG}.")
+    files = [folder / CONFIG, *weight_files(folder)]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_hash_file, files))
+    lines = (f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def live_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model in memory: names, types, shapes and bytes of its tensors, and what it is.
+
+    On another device than the CPU one tensor at a time is copied.
+    """
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in ("_name_or_path", "dtype", "transformers_version")
+    }
+    found = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(flat.numpy())
+    return found.hexdigest()
+
+
+def data_fingerprint(windows_NT: Int[Tensor, "N T"]) -> str:
+    """Hash of windows of token ids, in order."""
+    found = hashlib.sha256(f"{tuple(windows_NT.shape)}".encode())
+    found.update(windows_NT.cpu().long().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,183 @@
+"""Model folders on disk: what they hold, and how one is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from secateur.pruning.families import FAMILIES, Family, skeleton
+from secateur.pruning.plan import Plan
+
+MODELLING_FILE = Path(__file__).parents[1] / "export" / "modeling_secateur.py"
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHARD_BYTES = 5_000_000_000
+"""Largest file of weights, unless a tensor is larger."""
+
+# What a model folder holds beside weights and configuration, its licence included.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def is_pruned_model(folder: Path) -> bool:
+    """Whether a folder is a pruned model of ours, left by a plan."""
+    try:
+        plan = Plan.load(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # A run folder may hold a plan as well, beside logs and checkpoints, and so may a base model:
+    # these are not ours.
+    if (width := plan.stock_mlp_width()) is None:
+        return (folder / MODELLING_FILE.name).is_file()
+    family = FAMILIES.get(plan.model_type)
+    return family is not None and config.get(family.mlp_width) == width
+
+
+def refuse_foreign(folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model) -> None:
+    """Refuse to write over what somebody else has put there.
+
+    Args:
+        folder: Where something is to be written.
+        is_ours: Tells whether an existing folder may be replaced.
+
+    Raises:
+        ValueError: `folder` exists, is not empty and is not ours.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not is_ours(folder):
+        raise ValueError(
+            f"`folder` {folder} exists and is not what Secateur writes there; it is left as it is. "
+            "Choose another folder or remove it yourself."
+        )
+
+
+def refuse_base(folder: str | Path, base_folder: str | Path) -> None:
+    """Refuse to write over the model that is pruned.
+
+    Raises:
+        ValueError: The two are one folder.
+    """
+    if Path(folder).resolve() == Path(base_folder).resolve():
+        raise ValueError(
+            f"`folder` {folder} is the base model itself; choose another folder "
+            "(`--trainer.default_root_dir` in a run)."
+        )
+
+
+@contextmanager
+def replaced_folder(
+    folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model
+) -> Iterator[Path]:
+    """A folder to write into, which takes its place at `folder` when the block ends without error.
+
+    On an error it is removed and `folder` is as it was. What a killed run left is removed first.
+
+    Args:
+        folder: Where something is to be written.
+        is_ours: Tells whether an existing folder may be replaced.
+
+    Raises:
+        ValueError: `folder` exists, is not empty and is not ours.
+    """
+    folder = Path(folder).absolute()
+    refuse_foreign(folder, is_ours)
+    partial = folder.with_name(f".{folder.name}.secateur-partial")
+    replaced = folder.with_name(f".{folder.name}.secateur-replaced")
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)  # a run was killed between the two renames below
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        refuse_foreign(folder, is_ours)
+        # POSIX cannot swap two folders: the old one steps aside, and comes back on failure.
+        _remove(replaced)
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+        _remove(replaced)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those of the index if there is one, which loading uses."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} is not a model folder: it holds neither {WEIGHTS} nor {INDEX}. Weights in "
+            "another format (`pytorch_model.bin`) become these by `save_pretrained`."
+        )
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = sorted(set(index["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names.")
+    return [folder / name for name in names]
+
+
+def in_block(family: Family, name: str) -> tuple[int, str]:
+    """Block of a tensor, and its name relative to it; -1 and the whole name outside of blocks."""
+    prefix = f"{family.blocks}."
+    if not name.startswith(prefix):
+        return -1, name
+    block, _, relative = name.removeprefix(prefix).partition(".")
+    return int(block), relative
+
+
+def refuse_missing(base_folder: Path, names: Set[str], family: Family) -> None:
+    """Every prunable tensor must be there under its own name, or it would be left out silently."""
+    model = skeleton(AutoConfig.from_pretrained(base_folder))
+    wanted = [name for name in model.state_dict() if any(family.axes(in_block(family, name)[1]))]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(
+            f"{base_folder} lacks {len(missing)} tensors of a {family.model_type!r} causal "
+            f"language model, {missing[0]!r} first. Save it as a causal language model."
+        )
+
+
+def copy_companions(base_folder: Path, folder: Path, patterns: Sequence[str] = COMPANIONS) -> None:
+    """Copy what a model folder holds beside weights and configuration into another one."""
+    for pattern in patterns:
+        for path in sorted(base_folder.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object so that equal contents give equal files."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

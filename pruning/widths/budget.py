@@ -1,0 +1,306 @@
+"""The penalty that pulls the cost of masks to a target, and the exact final selection.
+
+Sources: DISP-LLM (arXiv 2410.11988), section 3.3 (eq. 7: the log-ratio penalty). The exact
+selection is ours: the paper draws a random mask at the end and meets the budget only roughly.
+
+Legend: S = sites, N = all gates, C = chunks of gates.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from secateur.pruning.costs import Cost, CostTable, Flops
+from secateur.pruning.families import Family, family_of
+from secateur.pruning.sites import Site
+
+
+def log_ratio_penalty(
+    fraction: Float[Tensor, ""], target: float, strength: float
+) -> Float[Tensor, ""]:
+    """Eq. 7 of DISP-LLM, strength * |ln(fraction / target)|: pulls from both sides.
+
+    Args:
+        fraction: Soft cost over dense cost.
+        target: Fraction to reach, in (0, 1].
+        strength: The paper's lambda; 6 in the paper, 16 in its released scripts.
+
+    Example: a quarter above the target, strength 6: 6 ln(1.25) = 1.339.
+    """
+    return strength * (fraction / target).log().abs()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the model stays, and in which shapes.
+
+    Args:
+        keep: Fraction of the dense cost that stays, in (0, 1].
+        cost: What is counted: `Flops` or `Parameters`, of the block projections or the whole model.
+        min_width: Fewest entries that a site keeps, 1 or more.
+        width_multiple: Every width is a multiple of this, 1 or more (8, 64 and 128 suit matrix
+            hardware); a site whose size is not a multiple may also stay whole.
+        uniform: Narrow the MLPs only, all to the same width, so that the result is a stock model of
+            its family, without code of its own. Which neurons stay still differs per block.
+        parts: Let attentions and MLPs go as a whole, too, by one gate each. What such a part leaves
+            unspent, the widths of the others get.
+
+    Raises:
+        ValueError: A setting is outside its range, or `uniform` and `parts` are both set.
+    """
+
+    keep: float = 0.5
+    cost: Cost = field(default_factory=Flops)
+    min_width: int = 1
+    width_multiple: int = 1
+    uniform: bool = False
+    parts: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"`keep` must be in (0, 1], got {self.keep}.")
+        if self.uniform and self.parts:
+            raise ValueError(
+                "`uniform` and `parts` cannot both be true: a block without attention or MLP is "
+                "no stock block. Remove blocks first, then learn uniform widths of the rest."
+            )
+        for name in ("min_width", "width_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+
+    def family(self, config: PreTrainedConfig) -> Family:
+        """The row of the family with the sites that this budget has gates for.
+
+        Raises:
+            ValueError: The family is unknown, or this member of it cannot be pruned.
+        """
+        family = family_of(config)
+        return family.with_parts() if self.parts else family
+
+    def prunes(self, site: Site) -> bool:
+        """Whether the site may lose entries; the gates of the others stay open."""
+        return not self.uniform or site.name == "mlp_mid"
+
+    def check(self, sites: Sequence[Site], table: CostTable) -> None:
+        """Find out before training whether the budget can be met.
+
+        Raises:
+            ValueError: The minimum widths alone cost more than the budget, a site is smaller than
+                the minimum width or the width multiple, or `uniform` meets MLPs of several sizes.
+        """
+        prunable = [site for site in sites if self.prunes(site)]
+        if not prunable or (self.uniform and len({site.size for site in prunable}) > 1):
+            found = ", ".join(f"{site.key} {site.size}" for site in prunable)
+            raise ValueError(
+                "`uniform` needs a site `mlp_mid` of the same size in every block, got "
+                f"{found or 'none'}; set it to false."
+            )
+        smallest = min((s for s in prunable if not s.is_part), key=lambda site: site.size)
+        for name in ("min_width", "width_multiple"):
+            if getattr(self, name) > smallest.size:
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)} is larger than site {smallest.key}, which "
+                    f"has {smallest.size} entries; choose at most {smallest.size}."
+                )
+        floor_S = torch.tensor([float(self._floor(site)) for site in sites])
+        attentions = [place for place, site in enumerate(sites) if site.name == "attn"]
+        floor_S[attentions[:1]] = 1.0  # one stays
+        reachable = float(table.fraction(floor_S))
+        if reachable > self.keep:
+            shape = f"`min_width` {self.min_width} and `width_multiple` {self.width_multiple}"
+            cure = "Raise `keep` or lower the widths."
+            if self.uniform:
+                shape, cure = f"`uniform`, {shape}", f"{cure[:-1]}, or set `uniform` to false."
+            raise ValueError(
+                f"`keep` {self.keep} cannot be reached: with {shape} at least {reachable:.4f} of "
+                f"the cost stays. {cure}"
+            )
+
+    def finalise(
+        self, scores_N: Float[Tensor, " N"], sites: Sequence[Site], table: CostTable
+    ) -> tuple[Tensor, ...]:
+        """Choose what stays: the highest scores, as many as the budget pays for, exactly.
+
+        The entries of every site are ranked and cut into chunks of `width_multiple`. All chunks
+        compete in one ranking by their mean score; the longest prefix that the budget pays for
+        stays, and what is left over buys the best chunks that still fit. The result costs at most
+        `keep`, and no further chunk would fit. Deterministic; ties go to the earlier entry.
+
+        With `uniform` every MLP keeps its best entries, as many as the budget pays for in all
+        blocks at once.
+
+        Args:
+            scores_N: Higher means keep; P(keep) or the logits, of any monotone scale.
+            sites: The sites, in order.
+            table: Cost table of the same sites.
+
+        With `parts`, their gates compete in that ranking as chunks of one. Those that are not in
+        the prefix go, and the ranking is repeated among what is left, so that the budget is met by
+        widths. A part comes back, the best first, if all that is left is whole and it fits.
+
+        Returns:
+            Sorted indices (int64) of the kept entries, one vector per site.
+
+        Raises:
+            ValueError: A score is not finite, or the budget cannot be met (see `check`).
+        """
+        self.check(sites, table)
+        if not bool(scores_N.isfinite().all()):
+            raise ValueError("Scores of gates must be finite; training has diverged.")
+        ranked = [
+            vector.argsort(descending=True, stable=True)
+            for vector in scores_N.split([site.size for site in sites])
+        ]
+        limit = self.keep * table.dense * (1 + 1e-12)
+        if self.uniform:
+            widths_S = self._uniform_widths(sites, table, limit)
+        elif any(site.is_part for site in sites):
+            widths_S = self._widths_with_parts(scores_N, sites, table, limit, ranked)
+        else:
+            floor_S = torch.tensor([self._floor(site) for site in sites])
+            top_S = torch.tensor([site.size for site in sites])
+            widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked, floor_S, top_S)
+        return tuple(
+            order[:width].sort().values
+            for order, width in zip(ranked, widths_S.tolist(), strict=True)
+        )
+
+    def _uniform_widths(self, sites: Sequence[Site], table: CostTable, limit: float) -> Tensor:
+        """The widest MLP that all blocks can have within the limit."""
+        floor_S = torch.tensor([self._floor(site) for site in sites])
+        narrow_S = torch.tensor([self.prunes(site) for site in sites])
+        floor, size = next((self._floor(site), site.size) for site in sites if self.prunes(site))
+        # A size that is not a multiple may stay whole, as everywhere.
+        choices = sorted({*range(floor, size + 1, self.width_multiple), size})
+
+        def too_wide(width: int) -> bool:
+            return float(table(floor_S.masked_fill(narrow_S, width))) > limit
+
+        affordable = bisect_left(choices, True, key=too_wide)  # the cost grows with the width
+        return floor_S.masked_fill(narrow_S, choices[affordable - 1])
+
+    def _widths_with_parts(
+        self,
+        scores_N: Tensor,
+        sites: Sequence[Site],
+        table: CostTable,
+        limit: float,
+        ranked: Sequence[Tensor],
+    ) -> Tensor:
+        """Widths of the best chunks of those parts that are among the best themselves."""
+        scores = scores_N.split([site.size for site in sites])
+        floor_S = torch.tensor([self._floor(site) for site in sites])
+        size_S = torch.tensor([site.size for site in sites])
+        gates = {(s.block, s.name): place for place, s in enumerate(sites) if s.is_part}
+        gate_S = torch.tensor([gates[site.block, site.part] for site in sites])
+        best_first = sorted(gates.values(), key=lambda place: -float(scores[place]))
+        floor_S[next(place for place in best_first if sites[place].name == "attn")] = 1
+        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, size_S)
+        count = _longest_prefix(*chunks, floor_S, table, limit)
+        open_S = _widths_of_prefix(*chunks, floor_S, count)[gate_S] == 1
+        floor_S[list(gates.values())] = 1
+        while True:
+            lowest_S, top_S = floor_S * open_S, size_S * open_S
+            widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked, lowest_S, top_S)
+            shut = [place for place in best_first if not open_S[place]]
+            if not shut or bool((widths_S < top_S).any()):
+                return widths_S
+            back_S = gate_S == shut[0]
+            if float(table(torch.where(back_S, floor_S, lowest_S))) > limit:
+                return widths_S
+            open_S = open_S | back_S
+
+    def _ranked_widths(
+        self,
+        scores_N: Tensor,
+        sites: Sequence[Site],
+        table: CostTable,
+        limit: float,
+        ranked: Sequence[Tensor],
+        floor_S: Tensor,
+        top_S: Tensor,
+    ) -> Tensor:
+        """Widths of the best chunks of all sites together, between a floor and a top."""
+        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, top_S)
+        chunk_sites, chunk_sizes = chunks
+        low = _longest_prefix(*chunks, floor_S, table, limit)
+        widths_S = _widths_of_prefix(*chunks, floor_S, low)
+        cost = float(table(widths_S))
+        # A chunk can follow only if all earlier chunks of its site are in: a site that was passed
+        # over once stays closed.
+        closed = torch.zeros(len(sites), dtype=torch.bool)
+        marginal_S = table.marginal(widths_S)
+        for site, size in zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True):
+            if closed[site]:
+                continue
+            if cost + size * float(marginal_S[site]) > limit:
+                closed[site] = True
+                if bool(closed.all()):
+                    break
+                continue
+            widths_S[site] += size
+            cost, marginal_S = float(table(widths_S)), table.marginal(widths_S)
+        return widths_S
+
+    def _floor(self, site: Site) -> int:
+        if site.is_part:
+            return 0
+        if not self.prunes(site):
+            return site.size
+        chunks = -(-self.min_width // self.width_multiple)
+        return min(site.size, chunks * self.width_multiple)
+
+    def _ranked_chunks(
+        self,
+        scores_N: Tensor,
+        sites: Sequence[Site],
+        ranked: Sequence[Tensor],
+        floor_S: Tensor,
+        top_S: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Site and size of every chunk between floor and top, best mean score first."""
+        keys, places, sizes = [], [], []
+        scores = scores_N.double().split([site.size for site in sites])
+        for place, (order, vector) in enumerate(zip(ranked, scores, strict=True)):
+            above = vector[order][int(floor_S[place]) : int(top_S[place])]
+            multiple = 1 if sites[place].is_part else self.width_multiple
+            whole = len(above) - len(above) % multiple
+            key_C = above[:whole].view(-1, multiple).mean(1)
+            size_C = torch.full_like(key_C, multiple, dtype=torch.long)
+            if whole < len(above):  # the site stays whole only with its last, shorter chunk
+                key_C = torch.cat([key_C, above[whole:].mean().unsqueeze(0)])
+                size_C = torch.cat([size_C, torch.tensor([len(above) - whole])])
+            # Rounding must not let a chunk overtake an earlier one of its site.
+            keys.append(key_C.cummin(0).values)
+            sizes.append(size_C)
+            places.append(torch.full_like(size_C, place))
+        best_first = torch.cat(keys).argsort(descending=True, stable=True)
+        return torch.cat(places)[best_first], torch.cat(sizes)[best_first]
+
+
+def _widths_of_prefix(
+    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, count: int
+) -> Tensor:
+    """Widths with the first `count` chunks above the floor."""
+    return floor_S.index_add(0, chunk_sites[:count], chunk_sizes[:count])
+
+
+def _longest_prefix(
+    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, table: CostTable, limit: float
+) -> int:
+    """The number of chunks in the longest prefix that costs at most the limit."""
+    low, high = 0, len(chunk_sites)  # it lies in [low, high]; the cost grows with every chunk
+    while low < high:
+        middle = (low + high + 1) // 2
+        if float(table(_widths_of_prefix(chunk_sites, chunk_sizes, floor_S, middle))) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low

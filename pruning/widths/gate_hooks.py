@@ -1,0 +1,109 @@
+"""Multiply gates and gains into a live model, by hooks: the model itself is not changed.
+
+Masking with the gates of a plan, 0 for what goes and 1 for what stays, and its gains gives the
+function that the exported, smaller model computes. The norms keep their statistics over the full
+width: an entry is normalised first, then selected.
+
+Legend: S = sites, I = entries of a site, F = features on one side of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.pruning.families import Family, GatePoint, blocks_of, family_of
+from secateur.pruning.sites import find_sites
+
+
+class GateHooks:
+    """The gates of a live model, and the gains on both sides of its projections.
+
+    They are open (the dense model) until they are `applied`.
+
+    Args:
+        model: A causal language model of a known family.
+        family: The row of the table whose gates these are, `with_parts` or without; None looks it
+            up.
+
+    Raises:
+        ValueError: The family is unknown, or a module of its row is missing.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family | None = None) -> None:
+        family = family or family_of(model.config)
+        self.sites = find_sites(model, family)
+        self.gates: Sequence[Tensor] | None = None
+        self.gains: Mapping[str, Tensor] | None = None
+        self._handles: list[Any] = []
+        for index, block in enumerate(blocks_of(model, family)):
+            for offset, point in enumerate(family.gates.values()):
+                self._multiply(block, point, self._gate(index * len(family.gates) + offset))
+            for projection in family.projections:
+                for point in (
+                    GatePoint(projection.path, "input"),
+                    GatePoint(projection.path, "output"),
+                ):
+                    name = f"{index}.{point.path}.{point.side}"
+                    self._multiply(block, point, self._gain(name))
+
+    @contextmanager
+    def applied(
+        self, gates: Sequence[Tensor] | None, gains: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
+        """Gates and gains for the duration of a `with` block; None opens them all.
+
+        Args:
+            gates: One vector of shape (I,) per site, in the order of the sites.
+            gains: One vector of shape (F,) per name of `secateur.pruning.sites.gain_sizes`.
+        """
+        before = self.gates, self.gains
+        self.gates, self.gains = gates, gains
+        try:
+            yield
+        finally:
+            self.gates, self.gains = before
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _gate(self, place: int) -> Callable[[], Tensor | None]:
+        return lambda: None if self.gates is None else self.gates[place]
+
+    def _gain(self, name: str) -> Callable[[], Tensor | None]:
+        return lambda: None if self.gains is None else self.gains[name]
+
+    def _multiply(
+        self, block: nn.Module, point: GatePoint, factor: Callable[[], Tensor | None]
+    ) -> None:
+        """Hang a factor, None for nothing, into a module of a block."""
+
+        def on_input(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if (factor_I := factor()) is None:
+                return None
+            if args:
+                return (_times(args[0], factor_I), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": _times(kwargs["hidden_states"], factor_I)}
+
+        def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return output if (factor_I := factor()) is None else _times(output, factor_I)
+
+        module = block.get_submodule(point.path)
+        self._handles.append(
+            module.register_forward_pre_hook(on_input, with_kwargs=True)
+            if point.side == "input"
+            else module.register_forward_hook(on_output)
+        )
+
+
+def _times(x: Tensor, factor_I: Tensor) -> Tensor:
+    return torch.mul(x, factor_I.to(x.device, x.dtype))

@@ -1,0 +1,186 @@
+"""Memory that a training step needs, found by following storages instead of by formulas.
+
+A step is done on fake tensors, which have shapes and storages but no content: it takes no memory,
+no weights and no device, and follows whatever the model does. Every storage is followed from its
+birth to its end.
+
+Legend: B = windows, T = tokens, D = width, C = tokens of a chunk, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from secateur.pruning.widths.gate_hooks import GateHooks
+
+# Fused causal attention without a mask: what training takes for windows without padding. Fake
+# tensors would be given a mask, because nobody can look whether they need one.
+_CAUSAL = "secateur_causal"
+AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages of all tensors that are made while it is on.
+
+    Args:
+        known: Tensors that are not counted, such as the weights.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._follow, result)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._end, key, size)
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that is followed once, however often it is asked for."""
+
+    config: PreTrainedConfig = field(compare=False)
+    text: str
+    dtype: torch.dtype
+    batch_size: int
+    window_tokens: int
+    checkpointing: bool
+
+
+def model_step(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    batch_size: int,
+    window_tokens: int,
+    checkpointing: bool,
+) -> tuple[int, int]:
+    """What `decoder_step` finds for the frozen model of a configuration, from a few blocks.
+
+    Blocks are alike, so that the model is a straight line through its first two and its first four:
+    two, because neighbours may differ in the mask that they share with the blocks of their kind.
+
+    Args:
+        config: Of a causal language model of a known family.
+        dtype: Type of weights and activations.
+        batch_size: Windows, 1 or more.
+        window_tokens: Tokens of a window, 1 or more.
+        checkpointing: Recompute activations in the backward pass.
+    """
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    step = _Step(config, text, dtype, batch_size, window_tokens, checkpointing)
+    two, four = _blocks(step, 2), _blocks(step, 4)
+    more = config.num_hidden_layers - 2
+    kept, peak = (a + more * (b - a) // 2 for a, b in zip(two, four, strict=True))
+    return kept, peak
+
+
+@lru_cache(maxsize=64)
+def _blocks(step: _Step, num_blocks: int) -> tuple[int, int]:
+    """`decoder_step` of the first blocks of a model."""
+    config = copy.deepcopy(step.config)
+    config.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_blocks]
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=step.dtype)
+        model.requires_grad_(False)
+        model.train()
+        return decoder_step(model, step.batch_size, step.window_tokens, step.checkpointing)
+
+
+def decoder_step(
+    model: Any, batch_size: int, window_tokens: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of tensors alive after the forward pass with gates, and most of forward and backward.
+
+    Args:
+        model: A frozen causal language model, real or fake; it is changed.
+        batch_size: Windows, 1 or more.
+        window_tokens: Tokens of a window, 1 or more.
+        checkpointing: Recompute activations in the backward pass.
+    """
+    hooks = GateHooks(model)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_CAUSAL)
+    if checkpointing:
+        # Renamed in transformers 5.23, which deprecates the old name.
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)(
+            {
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), hooks.applied(hooks.gates)),
+            }
+        )
+    device = next(model.parameters()).device
+    gates = [torch.ones(site.size, device=device, requires_grad=True) for site in hooks.sites]
+    input_BT = torch.zeros((batch_size, window_tokens), dtype=torch.long, device=device)
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    with live:
+        with hooks.applied(gates):
+            output = model.get_decoder()(input_ids=input_BT, use_cache=False)
+            hidden_BTD = output.last_hidden_state
+            del output
+        kept = live.now
+        hidden_BTD.backward(torch.ones_like(hidden_BTD))
+    hooks.remove()
+    return kept, live.peak
+
+
+@lru_cache(maxsize=64)
+def loss_peak(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, distillation: bool
+) -> int:
+    """Most bytes alive while the losses of a chunk and their gradients are computed."""
+    with FakeTensorMode():
+        head_VD = torch.empty(vocabulary, width, dtype=dtype)
+        piece_CD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
+        live = LiveBytes([head_VD, piece_CD])
+        with live:
+            log_p_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
+            value = F.nll_loss(log_p_CV, torch.zeros(tokens, dtype=torch.long))
+            if distillation:
+                with torch.no_grad():
+                    target_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
+                value = value + F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True)
+            value.backward()
+        return live.peak

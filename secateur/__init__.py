@@ -1,0 +1,89 @@
+"""Training-aware pruning of large language models.
+
+`import secateur as sc` gives every public name, each imported when it is first used. The names lie
+in `secateur.pruning` (the science), `secateur.modules` (what is trained) and `secateur.callbacks`
+(when things happen); the program is `python -m secateur`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pruning.plan": ("Plan",),
+    "pruning.costs": ("Flops", "Parameters"),
+    "pruning.schedules": ("Cosine", "Cubic", "Linear"),
+    "pruning.losses": ("LossWeights",),
+    "pruning.lora": ("LoRA",),
+    "pruning.widths.budget": ("Budget",),
+    "pruning.widths.gates": (
+        "GateSampler",
+        "Logistic",
+        "ReferenceGumbel",
+        "ReinMax",
+        "Soft",
+        "StraightThrough",
+    ),
+    "pruning.widths.gate_hooks": ("GateHooks",),
+    "pruning.widths.hypernetwork": (
+        "FreeLogits",
+        "GRUHypernetwork",
+        "NoRecurrence",
+        "SharedHeads",
+    ),
+    "pruning.depth": (
+        "AngularDistance",
+        "BlockFraction",
+        "BlockInfluence",
+        "BlockMagnitude",
+        "Blocks",
+        "Greedy",
+        "HalfBlocks",
+        "OneShot",
+        "Perplexity",
+        "Taylor",
+        "WholeBlocks",
+        "prune_blocks",
+        "remove_blocks",
+    ),
+    "pruning.weights.alpha_pruning": ("AlphaPruning",),
+    "pruning.weights.dass": ("DaSS",),
+    "pruning.weights.dsnot": ("DSnoT",),
+    "pruning.weights.least_squares": ("LeastSquares",),
+    "pruning.weights.loop": ("prune_weights",),
+    "pruning.weights.magnitude": ("Magnitude",),
+    "pruning.weights.pattern": ("NM", "Unstructured"),
+    "pruning.weights.recipe": ("WeightRecipe",),
+    "pruning.weights.sparse_gpt": ("ObsSaliency", "SparseGPTSweep"),
+    "pruning.weights.wanda": ("Wanda",),
+    "pruning.export.rewrite": ("prune_checkpoint",),
+    "pruning.measure.report": ("measure",),
+    "pruning.measure.compare": ("compare_folders",),
+    "modules": ("CausalLM", "MaskLearning", "ShardedDDP", "TextData", "Zero"),
+    "callbacks": (
+        "AnnealSparsity",
+        "ExportModel",
+        "PlotWidths",
+        "PruneBlocks",
+        "PruneWeights",
+        "SaveCheckpoint",
+        "TrackBudget",
+        "WatchRanks",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"secateur.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,100 @@
+"""The program: `python -m secateur COMMAND ...`, or `python train.py COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from secateur.quiet import quieten
+
+if TYPE_CHECKING:
+    from secateur.command_line import TrainCLI
+
+_TRAINING = {
+    "fit": "train: learn masks, prune, recover, export",
+    "validate": "perplexity of what a checkpoint would export, on the validation text",
+    "test": "the same on the test text",
+    "predict": "the loss of every window of a text",
+}
+_COMMANDS = {
+    "surgery": ("pruning.export.rewrite", "cut a checkpoint down to a plan, streamed"),
+    "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
+    "compare": ("pruning.measure.compare", "measure model folders side by side"),
+    "memory": ("pruning.widths.memory", "predict the memory of learning masks"),
+}
+
+_HELP = """\
+Secateur makes large language models smaller while they train: it learns which widths, blocks or
+weights a model can do without, recovers what was lost, and exports a model that loads with
+transformers.
+
+usage: python -m secateur COMMAND ...   (or python train.py COMMAND ...)
+
+commands:
+{commands}
+
+examples:
+  python -m secateur fit --config configs/disp.yaml --model.base MODEL --data.train texts.json
+  python -m secateur fit --config configs/disp.yaml ... --ckpt_path last     go on after a stop
+  python -m secateur compare dense=MODEL pruned=runs/disp/model --text held_out.txt
+
+Everything of a run lies below --trainer.default_root_dir (runs/disp in configs/disp.yaml): the
+smaller model in model/, what stays in plan/, the figures in report.md.
+
+options of a run:
+  python -m secateur fit --help                            all settings
+  python -m secateur fit --model.help MaskLearning         of one class; CausalLM is the other
+  python -m secateur fit --data.help TextData              of the data
+  python -m secateur fit --trainer.callbacks.help ExportModel   of a callback
+  python -m secateur fit --config FILE --print_config      what a recipe sets
+  python -m secateur COMMAND --help                        of another command
+"""
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: What follows the name of the program; None takes it from the command line.
+
+    Raises:
+        SystemExit: The command ended, with code 1 after an error and 2 after a mistake in typing.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_page())
+        return
+    if arguments[0] in _COMMANDS:
+        module = importlib.import_module(f"secateur.{_COMMANDS[arguments[0]][0]}")
+        module.main(arguments[1:])
+        return
+    if "fit" in arguments:
+        # Asked to stop while libraries and models load: that waits for SaveCheckpoint, which
+        # unblocks. SIGTERM does so where `srun` sends it; elsewhere a person has thought again.
+        early = {signal.SIGUSR1} | ({signal.SIGTERM} if "SLURM_STEP_ID" in os.environ else set())
+        signal.pthread_sigmask(signal.SIG_BLOCK, early)
+    try:
+        train()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("SECATEUR_DEBUG"):
+            raise
+        notes = [str(error), *getattr(error, "__notes__", ()), "SECATEUR_DEBUG=1 shows where."]
+        raise SystemExit("\n".join(["", "error: " + notes[0], *notes[1:]])) from error
+
+
+def train() -> TrainCLI:
+    """Parse what was typed for Lightning's commands, and run it."""
+    quieten()  # before libraries are imported, which the other commands do without
+    from secateur.command_line import main
+
+    return main()
+
+
+def _page() -> str:
+    summaries = _TRAINING | {name: summary for name, (_, summary) in _COMMANDS.items()}
+    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in summaries.items())
+    return _HELP.format(commands=commands)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import secateur.modules.delivery
+from secateur.modules.loading import load_model
+from secateur.pruning.costs import Parameters
+from secateur.pruning.export.delivery import MARK, deliver, read_stages
+from secateur.pruning.families import family_of
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.budget import Budget
+from tests.runs import content
+from tests.tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "base")
+
+
+def make_plan(base: Path) -> Plan:
+    model = load_model(base)
+    sites = find_sites(model, family_of(model.config))
+    budget = Budget(keep=0.5, cost=Parameters())
+    scores_N = torch.rand(
+        sum(site.size for site in sites), generator=torch.Generator().manual_seed(0)
+    )
+    kept = budget.finalise(scores_N, sites, budget.cost.table(model))
+    return plan_from_indices(
+        model, fingerprint(base), kept, {"counted": "block flops", "kept": 0.5}
+    )
+
+
+def run(base: Path, folder: Path, **changes: Any) -> Any:
+    windows_NT = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {
+        "model": load_model(base),
+        "plan": make_plan(base),
+        "base": str(base),
+        "base_folder": base,
+        "folder": folder,
+        "windows_NT": windows_NT,
+        "command": "python train.py fit",
+    }
+    return deliver(**settings | changes)
+
+
+def test_the_report_beside_the_model_says_what_it_costs_and_how_fast_it_is(
+    base: Path, tmp_path: Path
+) -> None:
+    report = run(base, tmp_path / "model")
+    figures = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    pruned = figures["models"]["pruned"]
+    assert pruned["kept_block_parameters"] == pytest.approx(0.5, abs=0.01)
+    assert pruned["speed"]["decode_seconds"] > 0
+    value = report.rows[1].perplexity["validation"].value
+    assert pruned["perplexity"]["validation"]["value"] == pytest.approx(value)
+    assert "pruned" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    plan = make_plan(base)
+    for folder in ("plan", "model"):
+        loaded = Plan.load(tmp_path / folder)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.kept, plan.kept, strict=True))
+
+
+def test_two_deliveries_of_one_plan_are_equal(base: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        run(base, tmp_path / name / "model")
+    for folder in ("model", "plan"):
+        assert content(tmp_path / "one" / folder) == content(tmp_path / "two" / folder)
+
+
+def test_a_failure_while_measuring_leaves_nothing_and_keeps_the_old(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(base, tmp_path / "model")
+    before = content(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(secateur.pruning.export.delivery, "measure", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run(base, tmp_path / "model")
+    assert content(tmp_path) == before
+
+
+def test_a_model_that_is_not_the_base_is_found_out(base: Path, tmp_path: Path) -> None:
+    other = load_model(base)
+    with torch.no_grad():
+        other.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.5)
+    with pytest.raises(ValueError, match="differs from the masked one.*block 1"):
+        run(base, tmp_path / "model", model=other)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "plan").exists()
+
+
+def test_masks_on_a_model_of_ours_tell_of_the_stage_before(tmp_path: Path) -> None:
+    base, before = tiny_folder(tmp_path / "base"), {"parameters": 9, "flops_per_token": 90}
+    stage = {
+        "base": "the first",
+        "provenance": {"depth": {"kept_blocks": [0, 2]}},
+        "context_tokens": 16,
+        "models": {
+            "dense": before | {"perplexity": {"validation": 5.0}},
+            "pruned": before | {"perplexity": {"validation": 6.5}},
+        },
+    }
+    (base / MARK).write_text(json.dumps({"stages": [stage]}), encoding="utf-8")
+    report = run(base, tmp_path / "model")
+    first, second = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["stages"]
+    assert first == stage
+    assert second["models"]["pruned"]["parameters"] == report.rows[1].counts.parameters
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert card.index("`the first`") < card.index("stage 1: depth") < card.index("stage 2: masks")
+    assert read_stages(tmp_path / "model") == [first, second]  # for a stage after this one
+    (base / MARK).write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="secateur.json is damaged.*export the model again"):
+        read_stages(base)
