@@ -27,7 +27,7 @@ CALLBACKS = ("AnnealSparsity", "TrackBudget", "PlotWidths", "SaveCheckpoint", "E
 def call(arguments: Sequence[str]) -> TrainCLI:
     """Run the command line in this process, as if `arguments` had been typed."""
     with patch.object(sys, "argv", ["train.py", *arguments]):
-        return main()
+        return train()
 
 
 def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:

@@ -94,8 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = call(on_one(folder, "one", "--trainer.val_check_interval=3"))
     torch.save(trained(one.model), folder / "one.0.pt")
     alone = {"one_clipped": CLIPPED} | {
-        f"one_{name}": (f"--model.quantisation=secateur.modules.loading.{kind}",)
-        for name, (kind, _) in PACKED.items()
+        f"one_{name}": (f"--model.quantisation={kind}",) for name, (kind, _) in PACKED.items()
     }
     for name, settings in alone.items():
         run = call(on_one(folder, name, *settings))
@@ -117,7 +116,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("zero2", "zero3"):
         all_runs[f"clipped_{stage}"] = on_two(folder, f"clipped_{stage}", stage, *CLIPPED)
     for name, (kind, strategy) in PACKED.items():
-        packed = f"--model.quantisation=secateur.modules.loading.{kind}"
+        packed = f"--model.quantisation={kind}"
         all_runs[name] = on_two(folder, name, strategy, packed)
     # Heads that DeepSpeed would not keep whole by itself, and a checkpoint before which nothing has
     # gathered them: from the third step on it expects parameters in an order that it has noted.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import secateur.callbacks
 import secateur.modules
-import secateur.pruning.surgery
+import secateur.pruning.export.rewrite
 from secateur.modules.loading import load_model
 from secateur.pruning import baselines, budget, gates, hypernetwork, schedules
 from secateur.pruning.measure.report import count

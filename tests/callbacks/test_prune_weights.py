@@ -19,7 +19,7 @@ from secateur.callbacks import PruneBlocks, PruneWeights
 from secateur.callbacks.prune_blocks import OneByOne
 from secateur.modules.causal_lm import CausalLM
 from secateur.modules.strategies.zero import Zero
-from secateur.pruning.depth import Blocks, Magnitude, OneShot
+from secateur.pruning.depth import BlockMagnitude, Blocks, OneShot
 from secateur.pruning.lora import LoRA
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.weights import guard, loop
@@ -314,11 +314,11 @@ def test_a_weight_that_comes_back_is_an_error(inputs: Path, tmp_path: Path) -> N
 
 def test_blocks_go_before_weights(inputs: Path, tmp_path: Path) -> None:
     late = PruneBlocks(
-        Blocks(1), OneShot(Magnitude()), OneByOne(1, first_step=1), calibration_windows=4
+        Blocks(1), OneShot(BlockMagnitude()), OneByOne(1, first_step=1), calibration_windows=4
     )
     with pytest.raises(ValueError, match="Blocks were removed after weights were pruned"):
         fit(inputs, tmp_path / "late", PruneWeights(NM(2, 4), **SMALL), more=[late])
-    early = PruneBlocks(Blocks(1), OneShot(Magnitude()), calibration_windows=4)
+    early = PruneBlocks(Blocks(1), OneShot(BlockMagnitude()), calibration_windows=4)
     callback = PruneWeights(NM(2, 4), **SMALL)
     module, _ = fit(inputs, tmp_path / "early", early, more=[callback], max_steps=2)
     assert len(callback.masks) == 2 * 7

@@ -291,7 +291,7 @@ def data_of(run: Trainer) -> Any:
 
 def test_a_chain_is_told_from_its_first_model_on(inputs: Path, tmp_path: Path) -> None:
     for name, base in (("first", inputs / "base"), ("second", tmp_path / "first" / "model")):
-        module = CausalLM(base=str(base), teacher=str(inputs / "base"), loss=LossWeights(0, 1))
+        module = CausalLM(base=str(base), teacher=str(inputs / "base"), loss=LossWeights(0.0, 1.0))
         run = trainer(tmp_path, max_steps=1)
         run.fit(module, data(inputs))
         module.remove_units([Unit(0)], {"stage": name})
@@ -310,7 +310,7 @@ def test_a_chain_is_told_from_its_first_model_on(inputs: Path, tmp_path: Path) -
 
 def test_another_vocabulary_cannot_teach(inputs: Path, tmp_path: Path) -> None:
     tiny_folder(tmp_path / "other", vocab_size=400)
-    module = recovery(inputs, teacher=str(tmp_path / "other"), loss=LossWeights(0, 1))
+    module = recovery(inputs, teacher=str(tmp_path / "other"), loss=LossWeights(0.0, 1.0))
     with pytest.raises(ValueError, match="has a vocabulary of 400 and the model one of 320"):
         trainer(tmp_path).fit(module, data(inputs))
 
@@ -336,7 +336,7 @@ def test_a_nan_stops_the_run_before_the_step(inputs: Path, tmp_path: Path) -> No
         ({"base": "/no/such"}, "`base` '/no/such' does not exist"),
         ({"architecture": ARCHITECTURE, "lora": LoRA()}, "`lora` needs a `base`"),
         (
-            {"architecture": ARCHITECTURE, "loss": LossWeights(1, 1)},
+            {"architecture": ARCHITECTURE, "loss": LossWeights(1.0, 1.0)},
             "`loss.distillation` needs a `base`",
         ),
         ({"base": "some/hub", "teacher": "another/hub"}, "`loss.distillation` is 0"),

@@ -25,7 +25,7 @@ from secateur.pruning.measure.report import count
 from secateur.pruning.plan import Plan, plan_without
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
-from tests.pruning.test_surgery import tensors_of
+from tests.pruning.export.test_rewrite import tensors_of
 from tests.tiny import VOCABULARY, tiny_family_folder, tiny_folder, tiny_llama, tiny_model
 
 REMOVED = {

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-from secateur.pruning.depth import prune_blocks, surgery
+from secateur.pruning.depth import prune_blocks, rewrite_blocks
 from secateur.pruning.depth.command import main
 from secateur.pruning.depth.rewrite_blocks import RECORD
 from secateur.pruning.families import skeleton
@@ -101,7 +101,7 @@ def folder_of_80_blocks(base: Path) -> None:
 def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"
     folder_of_80_blocks(base)
-    monkeypatch.setattr(surgery, "_CHUNK", 7)  # so that every tensor takes several chunks
+    monkeypatch.setattr(rewrite_blocks, "_CHUNK", 7)  # so that every tensor takes several chunks
     calls: list[tuple[int, int]] = []
     gone = list(range(60, 76))
     prune_blocks(base, tmp_path / "short", remove=gone, progress=lambda *c: calls.append(c))
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_nothing(
     def full(path: Path, fields: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(surgery, "write_json", full)
+    monkeypatch.setattr(rewrite_blocks, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         prune_blocks(base, tmp_path / "short", remove=[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import secateur.modules.delivery
+import secateur.pruning.export.delivery
 from secateur.modules.loading import load_model
 from secateur.pruning.costs import Parameters
 from secateur.pruning.export.delivery import MARK, deliver, read_stages

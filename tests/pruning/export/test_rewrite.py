@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from secateur.pruning import surgery
+from secateur.pruning.export import rewrite
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import skeleton
 from secateur.pruning.files.fingerprint import fingerprint
@@ -85,7 +85,7 @@ def test_shards_are_read_and_written_and_agree_with_one_file(tmp_path: Path) -> 
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    index = json.loads((tmp_path / "many" / surgery.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / rewrite.INDEX).read_text())
     files = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(files) > 2
     assert index["weight_map"] == {name: f.name for f in files for name in load_file(f)}
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         written.append(path)
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(surgery, "save_file", save_once)
+    monkeypatch.setattr(rewrite, "save_file", save_once)
     for name in ("small", "new"):
         written.clear()
         with pytest.raises(OSError, match="No space left"):
@@ -209,9 +209,9 @@ def test_a_plan_for_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    tensors = load_file(base / surgery.WEIGHTS)
+    tensors = load_file(base / rewrite.WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, base / surgery.WEIGHTS)
+    save_file(tensors, base / rewrite.WEIGHTS)
     plan = uneven_plan(base)
     with pytest.raises(ValueError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj"):
         prune_checkpoint(base, plan, tmp_path / "small")
@@ -219,9 +219,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    tensors = load_file(base / surgery.WEIGHTS)
+    tensors = load_file(base / rewrite.WEIGHTS)
     packed = tensors["model.layers.0.mlp.up_proj.weight"].view(-1, 1)
-    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": packed}, base / surgery.WEIGHTS)
+    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": packed}, base / rewrite.WEIGHTS)
     with pytest.raises(ValueError, match="is it quantised"):
         prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
 
@@ -229,9 +229,9 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_a_checkpoint_of_packed_weights_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    tensors = load_file(base / surgery.WEIGHTS)
+    tensors = load_file(base / rewrite.WEIGHTS)
     name = "model.layers.0.mlp.up_proj.weight"
-    save_file(tensors | {name: tensors[name].to(dtype)}, base / surgery.WEIGHTS)
+    save_file(tensors | {name: tensors[name].to(dtype)}, base / rewrite.WEIGHTS)
     with pytest.raises(ValueError, match="up_proj.weight' in (I8|F8_E4M3); is it quantised"):
         prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
 
@@ -241,7 +241,7 @@ def test_the_command_says_what_a_number_of_bytes_is(
     number: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        surgery.main(["base", "plan", "out", "--max-shard-bytes", number])
+        rewrite.main(["base", "plan", "out", "--max-shard-bytes", number])
     assert f"must be a number of bytes such as 2e9, got '{number}'" in capsys.readouterr().err
 
 
@@ -283,7 +283,7 @@ def test_the_command_does_what_the_function_does(
     base = tiny_folder(tmp_path / "base")
     uneven_plan(base).save(tmp_path / "plan")
     places = [str(tmp_path / name) for name in ("base", "plan", "small")]
-    surgery.main([*places, "--max-shard-bytes", "2e4"])
+    rewrite.main([*places, "--max-shard-bytes", "2e4"])
     assert "small" in capsys.readouterr().out  # the bar
     prune_checkpoint(base, uneven_plan(base), tmp_path / "same", max_shard_bytes=20_000)
     names = sorted(path.name for path in (tmp_path / "same").iterdir())
@@ -299,7 +299,7 @@ def test_the_command_blames_the_wrong_base_whatever_else_follows_from_it(
     other = tiny_folder(tmp_path / "other", intermediate_size=38)  # of other shapes, too
     uneven_plan(base).save(tmp_path / "plan")
     with pytest.raises(SystemExit) as end:
-        surgery.main([str(other), str(tmp_path / "plan"), str(tmp_path / "small")])
+        rewrite.main([str(other), str(tmp_path / "plan"), str(tmp_path / "small")])
     assert end.value.code == 1
     assert "give the base model that the plan was made for" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from secateur.pruning import surgery
 from secateur.pruning.costs import Flops
+from secateur.pruning.export import rewrite
 from secateur.pruning.export.model_card import ModelCard
 from secateur.pruning.export.verify import ExportError
 from secateur.pruning.export.writer import export_model
@@ -64,9 +64,9 @@ def test_an_export_that_is_wrong_leaves_nothing(
                 model=tiny_llama(seed=1),
             )
     # Surgery that forgets to sort out the rows of an axis.
-    buffers = surgery.index_buffers
+    buffers = rewrite.index_buffers
     monkeypatch.setattr(
-        surgery,
+        rewrite,
         "index_buffers",
         lambda family: buffers(family) | {"mlp_out.index": "attn_out"},
     )
