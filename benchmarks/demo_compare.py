@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.data import write_figures
 from secateur.modules import TextData
-from secateur.pruning.export.model_card import ModelCard
-from secateur.pruning.export.writer import export_model
+from secateur.pruning.export.deliver import export
 from secateur.pruning.measure.plots import plot_widths
 from secateur.pruning.measure.report import measure
 from secateur.pruning.plan import Plan, plan_from_indices
@@ -57,8 +55,7 @@ def main() -> None:
         plans[name] = plan_from_indices(models["dense"], learned.base, kept, origin)
     for name, plan in plans.items():
         folders[name] = args.run / "compare" / name.replace(" ", "_")
-        card = ModelCard(title=f"{name} masks", base_model=str(args.dense))
-        export_model(args.dense, plan, folders[name], partial(_same, card), models["dense"])
+        export(args.dense, plan, folders[name], models["dense"])
         plot_widths(plan, args.run / "plots" / f"widths_{folders[name].name}.png")
     for name in ("learned", *plans):
         models[name] = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True)
@@ -90,10 +87,6 @@ def main() -> None:
     write_figures(figures, args.json)
     print(f"Widths per block: {args.run / 'plots' / 'widths.png'}")
     print(f"The smaller model: {folders['learned']}")
-
-
-def _same(card: ModelCard, folder: Path) -> ModelCard:
-    return card
 
 
 if __name__ == "__main__":

@@ -32,16 +32,13 @@ from secateur.modules.removal import check_undivided, let_go
 from secateur.modules.teacher import Teacher, predicting_states
 from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
 from secateur.pruning.depth.compensation import untie
-from secateur.pruning.export.delivery import MARK, Origin, is_trained
-from secateur.pruning.export.remaining import Depth
-from secateur.pruning.export.weights_export import WeightsExport
+from secateur.pruning.depth.remaining import Depth
+from secateur.pruning.export.deliver import check_folder, deliver
+from secateur.pruning.export.ranks import AllRanks, OneRank
+from secateur.pruning.export.sources import FromFiles, FromModel, FromShares, Source
+from secateur.pruning.export.stages import Origin, write_mark
 from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.model_folder import (
-    refuse_base,
-    refuse_foreign,
-    replaced_folder,
-    write_json,
-)
+from secateur.pruning.files.model_folder import replaced_folder
 from secateur.pruning.files.shares import dtype_of
 from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights, head_of, token_losses
@@ -357,37 +354,39 @@ class CausalLM(LanguageModelling):
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
-        if self.base is not None:
-            refuse_base(folder, self.base_folder)
-        refuse_foreign(folder, is_trained)
+        check_folder(folder, None if self.base is None else self.base_folder)
 
     def export(self, folder: Path, command: str) -> None:
-        """Save model and tokenizer, compare and measure the result, see `WeightsExport`.
+        """Save model and tokenizer, compare and measure the result, see `deliver`.
 
         A model that was made from scratch is saved only: it has no dense model to be compared with.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.base is None:
             if self.trainer.is_global_zero:
-                with replaced_folder(folder, is_trained) as partial:
+                with replaced_folder(folder) as partial:
                     self.model.save_pretrained(partial)
                     data.tokenizer.save_pretrained(partial)
-                    mark = {"command": command, "steps": self.global_step, "stages": []}
-                    write_json(partial / MARK, mark)
+                    write_mark(partial, Origin("", partial, "", command, self.global_step), None)
             return
         windows_NT = torch.stack([data.validation_set[n] for n in range(len(data.validation_set))])
-        dtype = dtype_of(self.base_folder, self.export_dtype)
-        left = WeightsExport(self._origin(command), self._depth, data.tokenizer, dtype)
+        dtype, origin = dtype_of(self.base_folder, self.export_dtype), self._origin(command)
+        strategy: Any = self.trainer.strategy
         if self.divided:
-            strategy: Any = self.trainer.strategy
-            left.from_shares(self.model, strategy.whole, folder, windows_NT, strategy.root_device)
+            what: Source = FromShares(self.model, strategy.whole, data.tokenizer, dtype)
+            every = AllRanks(strategy.root_device)
+            deliver(what, origin, folder, windows_NT, every, measured=True)
         elif self.trainer.is_global_zero:
-            dense = self._dense()
+            dense, depth = self._dense(), self._depth
+            plan = depth.plan(self.base_folder, self.base_fingerprint) if depth.removals else None
+            one = OneRank(self.base_folder, strategy.root_device)
             with self.plain() as model:
-                if self._only_shortened():
-                    left.from_files(model, dense, folder, windows_NT)
+                if plan is not None and self._only_shortened():
+                    what = FromFiles(plan, dense)
                 else:
-                    left.from_model(model, dense, folder, windows_NT)
+                    own_form = plan if depth.leaves_halves else None
+                    what = FromModel(model, data.tokenizer, dtype, dense, own_form)
+                deliver(what, origin, folder, windows_NT, one, measured=True)
 
     def _only_shortened(self) -> bool:
         """Whether the base model's files, without some blocks, are what is to be exported."""

@@ -42,11 +42,12 @@ from secateur.modules.loading import (
     refuse_quantised,
     resolve,
 )
-from secateur.pruning.export.delivery import deliver, deliver_alignment, is_plan
-from secateur.pruning.export.sharded_delivery import deliver_together
+from secateur.pruning.export.deliver import check_folder, deliver, report_alignment
+from secateur.pruning.export.ranks import AllRanks, OneRank
+from secateur.pruning.export.sources import FromFiles
+from secateur.pruning.export.stages import Origin
 from secateur.pruning.families import family_of, skeleton
 from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.model_folder import refuse_base, refuse_foreign
 from secateur.pruning.files.shares import dtype_of
 from secateur.pruning.losses import LossWeights, head_of, token_losses
 from secateur.pruning.plan import Plan, plan_from_indices
@@ -342,36 +343,37 @@ class MaskLearning(LanguageModelling):
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
-        refuse_base(folder, self.base_folder)
-        refuse_foreign(folder)
-        refuse_foreign(folder.parent / "plan", is_plan)
+        check_folder(folder, self.base_folder)
 
     def export(self, folder: Path, command: str) -> None:
         """Finalise, cut the base model's files, prove and measure the result; see `deliver`.
 
         With a width multiple, the widths that the same gates would have without it are measured
-        beside them, see `deliver_alignment`; not where ranks divide the model.
+        beside them, see `report_alignment`; not where ranks divide the model.
         """
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
-        what = (self.base, self.base_folder, folder, windows_NT, command)
-        if self.divided:  # every rank does a part
-            deliver_together(self.plan(), *what, self.trainer.strategy.root_device)
+        device, base = self.trainer.strategy.root_device, self.base_folder
+        if not self.divided and not self.trainer.is_global_zero:
             return
-        if not self.trainer.is_global_zero:
+        plan = self.plan()
+        masks = {"masks": dict(plan.provenance)}
+        origin = Origin(self.base, base, plan.base, command, self.global_step, masks)
+        if self.divided:  # every rank does a part
+            deliver(FromFiles(plan), origin, folder, windows_NT, AllRanks(device), measured=True)
             return
         dense = self.model
         if self.quantisation is not None:  # packed weights are neither cut nor compared with
-            dense = load_original(self.base_folder, self.device, copies=2)
-        plan = self.plan()
-        deliver(dense, plan, self.base, self.base_folder, folder, windows_NT, command)
+            dense = load_original(base, self.device, copies=2)
+        one = OneRank(base, device)
+        deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
         if self.budget.width_multiple > 1:
             free = dataclasses.replace(self.budget, width_multiple=1)
             with torch.no_grad():
                 logits_N = self.hypernetwork().float().cpu()
             kept = free.finalise(logits_N, self.sites, self.table)
             unaligned = dataclasses.replace(plan, kept=kept, gains=None)
-            deliver_alignment(dense, plan, unaligned, self.base_folder, folder, windows_NT)
+            report_alignment(dense, plan, unaligned, base, folder, windows_NT)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what trains and the settings that decide the run; the base model is only named."""

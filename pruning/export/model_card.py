@@ -1,119 +1,88 @@
-"""The README.md of a pruned model: where it comes from, what it costs, how to load it."""
+"""The README.md of an exported model: where it comes from, what it costs, how to load it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
+from secateur import __version__
+from secateur.pruning.costs import Cost, Flops, Parameters
+from secateur.pruning.export.stages import Origin, figures, stages_table
+from secateur.pruning.families import skeleton
+from secateur.pruning.measure.report import Report
 from secateur.pruning.plan import Plan
 
 Table = Sequence[Sequence[str]]
 
+_COSTS: tuple[Cost, ...] = (Parameters(), Parameters(True), Flops(), Flops(True))
+_PACKAGES = ("torch", "transformers", "lightning")
+
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card says beside the plan.
+    """What a model card says.
 
-    Equal cards of equal plans are equal texts: no time of day is added.
+    Equal cards are equal texts: no time of day is added.
 
     Args:
         title: Heading, usually the name of the model.
         base_model: Name on the hub, or path, of the model that was pruned.
-        budget: Table of what was asked for and what stays; the first row is the heading.
-        quality: Table of quality of dense and pruned; the first row is the heading.
-        speed: Table of speed and memory of dense and pruned; the first row is the heading.
-        stages: Table of the models from which one after the other was made, where the base model
-            came out of Secateur itself; the first row is the heading.
+        fingerprint: Content hash of the base model.
+        summary: What was done to the base model, in sentences.
+        stock: Whether the model loads without code of its own.
+        tables: Heading of a section to its table, whose first row is the heading; empty tables are
+            left out.
+        widths: The kept widths as text, or None.
+        provenance: How the model was made: JSON values only.
         command: The command that made the model.
         versions: Package to version.
         licence: Identifier of the licence of the base model, such as `apache-2.0`, or None.
-        date: Date as text, or None.
         tags: Tags for the hub, beside `secateur` and `pruned`.
     """
 
     title: str
     base_model: str
-    budget: Table = ()
-    quality: Table = ()
-    speed: Table = ()
-    stages: Table = ()
-    command: str | None = None
+    fingerprint: str
+    summary: str
+    stock: bool = True
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    widths: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     licence: str | None = None
-    date: str | None = None
     tags: Sequence[str] = ()
 
-    def render(self, plan: Plan) -> str:
-        """The text of README.md, YAML header included.
+    def render(self) -> str:
+        """Make the text of README.md, YAML header included.
 
         Raises:
             ValueError: The rows of a table differ in length.
         """
-        width = plan.stock_mlp_width()
-        summary, loading = (
-            (_SUMMARY, _LOADING) if width is None else (_STOCK_SUMMARY, _STOCK_LOADING)
-        )
-        gains = "" if plan.gains is None else ", and each kept entry a learned gain in the weights"
-        summary = summary.format(base_model=self.base_model, width=width, gains=gains) + _gone(plan)
-        origin = {"base model": self.base_model, "fingerprint of the base model": plan.base}
-        return self.page(
-            summary + _VERIFIED,
-            loading,
-            widths=_widths(plan),
-            origin=origin | ({"date": self.date} if self.date else {}),
-            provenance=plan.provenance,
-        )
-
-    def render_weights(
-        self,
-        base: str,
-        summary: str,
-        provenance: Mapping[str, Any],
-        plan: Plan | None = None,
-    ) -> str:
-        """The text of README.md of a model whose own weights were trained or pruned.
-
-        Args:
-            base: Fingerprint of the base model.
-            summary: What was done to the base model, in sentences.
-            provenance: How; JSON values only.
-            plan: What stays of each block, None if the model is stock.
-
-        Raises:
-            ValueError: The rows of a table differ in length.
-        """
-        origin = {"base model": self.base_model, "fingerprint of the base model": base}
-        if plan is None:
-            return self.page(summary, _STOCK_LOADING, None, origin, provenance)
-        return self.page(summary, _LOADING, _widths(plan), origin, provenance)
-
-    def page(
-        self,
-        summary: str,
-        loading: str,
-        widths: str | None,
-        origin: Mapping[str, str],
-        provenance: Mapping[str, Any],
-    ) -> str:
-        """The text of README.md from its parts; see `render` and `render_weights`."""
-        sections = [self._header(), f"# {self.title}", summary, loading]
-        for name, rows in (
-            ("Budget", self.budget),
-            ("Quality", self.quality),
-            ("Speed and memory", self.speed),
-            ("Stages", self.stages),
-        ):
+        loading = _LOADING if self.stock else _OWN_CODE_LOADING
+        sections = [self._header(), f"# {plain(self.title)}", self.summary, loading]
+        for name, rows in self.tables.items():
             if rows:
                 sections += [f"## {name}", _markdown(name, rows)]
-        if widths:
-            sections += ["## Widths", widths]
-        facts = [*origin.items(), *sorted(self.versions.items())]
-        facts += [(name, json.dumps(value)) for name, value in sorted(provenance.items())]
+        if self.widths:
+            sections += ["## Widths", f"```\n{self.widths}\n```"]
+        facts = [
+            ("base model", plain(self.base_model)),
+            ("fingerprint of the base model", self.fingerprint),
+            *sorted(self.versions.items()),
+            *((name, plain(json.dumps(value))) for name, value in sorted(self.provenance.items())),
+        ]
         sections += ["## Origin", "\n".join(f"- {name}: {value}" for name, value in facts)]
         if self.command:
-            sections.append(f"```\n{self.command}\n```")
+            sections.append(f"```\n{plain(self.command)}\n```")
         return "\n\n".join(sections) + "\n"
 
     def _header(self) -> str:
@@ -131,8 +100,80 @@ class ModelCard:
         return "\n".join(lines)
 
 
-def _widths(plan: Plan) -> str:
-    return f"```\n{plan.describe()}\n```"
+def card(
+    origin: Origin, report: Report | None, plan: Plan | None, stages: list[dict[str, Any]]
+) -> str:
+    """Write the model card of an export; without times, so that equal runs give equal cards.
+
+    Args:
+        origin: Where the model came from.
+        report: Base model and new model side by side; None if they were not measured.
+        plan: What stays of each block; None if no width was cut.
+        stages: All stages that led to the model.
+
+    Returns:
+        The text of README.md.
+    """
+    tables = {
+        "Budget": _plan_budget(origin, plan) if plan else _counted_budget(report),
+        "Quality": _quality(report),
+        "Stages": stages_table(stages) if len(stages) > 1 else (),
+    }
+    stock = plan is None or plan.stock_mlp_width() is not None
+    training = {"training": dict(origin.training)} if origin.training else {}
+    versions = {"secateur": __version__} | {name: version(name) for name in _PACKAGES}
+    return ModelCard(
+        title=_title(origin, plan, report),
+        base_model=origin.name,
+        fingerprint=origin.fingerprint,
+        summary=" ".join((_what_was_done(origin), *_what_stays(plan), _VERIFIED)),
+        stock=stock,
+        tables=tables,
+        widths=plan.describe() if plan else None,
+        provenance={**origin.provenance, **training},
+        command=origin.command,
+        versions=versions,
+        tags=tuple(origin.provenance),
+    ).render()
+
+
+def plain(text: str) -> str:
+    """Keep a name from being read as Markdown, HTML or a new line."""
+    return re.sub(r"[`<>\[\]|\x00-\x1f\x7f]", " ", text)
+
+
+def _title(origin: Origin, plan: Plan | None, report: Report | None) -> str:
+    name = Path(origin.base).name
+    if plan is not None and "kept" in plan.provenance:
+        return f"{name}, {plan.provenance['kept']:.1%} of {plan.provenance.get('counted', 'cost')}"
+    if not origin.provenance:
+        return f"{name}, trained further"
+    if report is None:
+        return f"{name}, pruned"
+    dense, made = (row.counts.parameters for row in report.rows)
+    title = f"{name}, {made / dense:.1%} of its parameters"
+    if zeros := origin.provenance.get("weights", {}).get("model_sparsity"):
+        title += f", {zeros:.1%} of them zero"
+    return title
+
+
+def _what_was_done(origin: Origin) -> str:
+    methods = " and ".join(origin.provenance)
+    done = [f"pruned ({methods})"] if methods else []
+    if origin.training or not methods:
+        done.append(f"trained for {origin.steps} steps")
+    return f"`{plain(origin.name)}`, {' and '.join(done)} by Secateur."
+
+
+def _what_stays(plan: Plan | None) -> list[str]:
+    """Sentences on widths, gains, and parts that go as a whole."""
+    if plan is None:
+        return ["This is a stock model of its family."]
+    gains = "" if plan.gains is None else ", and each kept entry a learned gain in the weights"
+    gone = [_gone(plan)] if _gone(plan) else []
+    if (width := plan.stock_mlp_width()) is not None:
+        return [_STOCK_WIDTHS.format(width=width, gains=gains), *gone]
+    return [_OWN_WIDTHS.format(gains=gains), *gone]
 
 
 def _gone(plan: Plan) -> str:
@@ -144,34 +185,70 @@ def _gone(plan: Plan) -> str:
         "the MLP of blocks": [block for block in keep if not plan.keeps(block, "mlp")],
     }
     found = [f"{what} {', '.join(map(str, places))}" for what, places in gone.items() if places]
-    return f"Gone as a whole, counted as in the base model: {'; '.join(found)}. " if found else ""
+    return f"Gone as a whole, counted as in the base model: {'; '.join(found)}." if found else ""
 
 
-_SUMMARY = """\
-`{base_model}`, pruned by Secateur to the widths below. Which entries of the residual stream a block
-reads and writes differs from block to block: `config.json` has the widths, the weights have the
-indices{gains}. """
+def _plan_budget(origin: Origin, plan: Plan) -> Table:
+    widths_S = torch.tensor([float(width) for width in plan.widths])
+    model, rows = skeleton(AutoConfig.from_pretrained(origin.folder)), [_BUDGET]
+    for cost in _COSTS:
+        table = cost.table(model, plan.family)
+        rows.append(_kept(cost.label, float(table.dense), float(table(widths_S))))
+    return rows
 
-_STOCK_SUMMARY = """\
-`{base_model}`, pruned by Secateur to {width} neurons in the MLP of every block; which ones stay
-differs from block to block{gains}. This is a stock model of its family. """
+
+def _counted_budget(report: Report | None) -> Table:
+    if report is None:
+        return ()
+    dense, made = (figures(row, report.context_tokens) for row in report.rows)
+    names = {"parameters": "all parameters", "flops_per_token": "FLOPs per token"}
+    return [
+        _BUDGET,
+        *(_kept(label, float(dense[key]), float(made[key])) for key, label in names.items()),
+    ]
+
+
+_BUDGET = ["counted", "dense", "kept", "fraction"]
+
+
+def _kept(label: str, dense: float, kept: float) -> list[str]:
+    return [label, f"{dense:,.0f}", f"{kept:,.0f}", f"{kept / dense:.4f}"]
+
+
+def _quality(report: Report | None) -> Table:
+    if report is None:
+        return ()
+    dense, made = report.rows
+    return [["text", "dense perplexity", f"{made.name} perplexity"]] + [
+        [text, f"{dense.perplexity[text].value:.3f}", f"{made.perplexity[text].value:.3f}"]
+        for text in dense.perplexity
+    ]
+
+
+_OWN_WIDTHS = """\
+Which entries of the residual stream a block reads and writes differs from block to block:
+`config.json` has the widths, the weights have the indices{gains}."""
+
+_STOCK_WIDTHS = """\
+{width} neurons stay in the MLP of every block; which ones differs from block to block{gains}. This
+is a stock model of its family."""
 
 _VERIFIED = """\
-Before this folder was put in its place, its logits were compared with those of the masked base
-model, on whole windows and in a cached decode."""
+Before this folder was put in its place, its logits were compared with those of the model that it
+was made of, on whole windows and in a cached decode."""
 
-_LOADING = """\
+_OWN_CODE_LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 `trust_remote_code` runs `modeling_secateur.py` from the folder, which needs nothing but torch and
 transformers."""
 
-_STOCK_LOADING = """\
+_LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,7 +258,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def _markdown(name: str, rows: Table) -> str:
-    """A table in Markdown.
+    """Write a table in Markdown.
 
     Raises:
         ValueError: The rows differ in length.

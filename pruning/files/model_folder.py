@@ -12,10 +12,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from secateur.pruning.families import FAMILIES, Family, skeleton
-from secateur.pruning.plan import Plan
+from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 
 MODELLING_FILE = Path(__file__).parents[1] / "export" / "modeling_secateur.py"
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+MARK = "secateur.json"
+"""In a model folder of ours: how the model was made, and which files were written."""
 SHARD_BYTES = 5_000_000_000
 """Largest file of weights, unless a tensor is larger."""
 
@@ -37,11 +39,28 @@ COMPANIONS = (
 )
 
 
-def is_pruned_model(folder: Path) -> bool:
-    """Whether a folder is a pruned model of ours, left by a plan."""
+def is_ours(folder: Path) -> bool:
+    """Tell whether Secateur wrote a model folder, so that it may be replaced."""
+    return (folder / CONFIG).is_file() and ((folder / MARK).is_file() or _written_before(folder))
+
+
+def is_plan(folder: Path) -> bool:
+    """Tell whether a folder holds a plan and nothing else, so that it may be replaced."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {DESCRIPTION, TENSORS}:
+        return False
     try:
-        plan = Plan.load(folder)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        Plan.load(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _written_before(folder: Path) -> bool:
+    """Tell whether a folder is a model of ours from before there was a mark."""
+    if (folder / "blocks.json").is_file():
+        return True
+    try:
+        plan, config = Plan.load(folder), read_json(folder / CONFIG)
     except (OSError, ValueError):
         return False
     # A run folder may hold a plan as well, beside logs and checkpoints, and so may a base model:
@@ -52,24 +71,38 @@ def is_pruned_model(folder: Path) -> bool:
     return family is not None and config.get(family.mlp_width) == width
 
 
-def refuse_foreign(folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model) -> None:
+def refuse_foreign(folder: str | Path, may_go: Callable[[Path], bool] = is_ours) -> None:
     """Refuse to write over what somebody else has put there.
 
     Args:
         folder: Where something is to be written.
-        is_ours: Tells whether an existing folder may be replaced.
+        may_go: Tells whether an existing folder may be replaced.
 
     Raises:
-        ValueError: `folder` exists, is not empty and is not ours.
+        ValueError: `folder` exists, is not empty and is not ours, or holds a file that is not.
     """
     folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not is_ours(folder):
+    if not may_go(folder):
         raise ValueError(
             f"`folder` {folder} exists and is not what Secateur writes there; it is left as it is. "
             "Choose another folder or remove it yourself."
         )
+    if foreign := _not_written_by_us(folder):
+        raise ValueError(
+            f"`folder` {folder} holds {', '.join(foreign)}, which Secateur did not write and would "
+            "remove; move it elsewhere, or choose another folder."
+        )
+
+
+def _not_written_by_us(folder: Path) -> list[str]:
+    """Names in a marked folder that its mark does not list; a mark without a list lists all."""
+    try:
+        written = read_json(folder / MARK)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.name not in written)
 
 
 def refuse_base(folder: str | Path, base_folder: str | Path) -> None:
@@ -86,22 +119,20 @@ def refuse_base(folder: str | Path, base_folder: str | Path) -> None:
 
 
 @contextmanager
-def replaced_folder(
-    folder: str | Path, is_ours: Callable[[Path], bool] = is_pruned_model
-) -> Iterator[Path]:
+def replaced_folder(folder: str | Path, may_go: Callable[[Path], bool] = is_ours) -> Iterator[Path]:
     """A folder to write into, which takes its place at `folder` when the block ends without error.
 
     On an error it is removed and `folder` is as it was. What a killed run left is removed first.
 
     Args:
         folder: Where something is to be written.
-        is_ours: Tells whether an existing folder may be replaced.
+        may_go: Tells whether an existing folder may be replaced.
 
     Raises:
         ValueError: `folder` exists, is not empty and is not ours.
     """
     folder = Path(folder).absolute()
-    refuse_foreign(folder, is_ours)
+    refuse_foreign(folder, may_go)
     partial = folder.with_name(f".{folder.name}.secateur-partial")
     replaced = folder.with_name(f".{folder.name}.secateur-replaced")
     if replaced.exists() and not folder.exists():
@@ -110,7 +141,7 @@ def replaced_folder(
     partial.mkdir(parents=True)
     try:
         yield partial
-        refuse_foreign(folder, is_ours)
+        refuse_foreign(folder, may_go)
         # POSIX cannot swap two folders: the old one steps aside, and comes back on failure.
         _remove(replaced)
         if folder.exists():
@@ -176,6 +207,16 @@ def copy_companions(base_folder: Path, folder: Path, patterns: Sequence[str] = C
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, folder / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

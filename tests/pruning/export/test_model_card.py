@@ -5,25 +5,37 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard as HubCard
 
-from secateur.pruning.export.model_card import ModelCard
-from secateur.pruning.plan import plan_without
+from secateur.pruning.export.model_card import ModelCard, card
+from secateur.pruning.export.stages import Origin
+from secateur.pruning.plan import Plan, plan_without
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import tiny_folder, tiny_llama
 
 
+def of_plan(base: Path, plan: Plan) -> str:
+    provenance = {"masks": dict(plan.provenance)}
+    return card(Origin(str(base), base, plan.base, provenance=provenance), None, plan, [])
+
+
 def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
     plan = uneven_plan(tiny_folder(tmp_path / "base"))
-    card = ModelCard(
+    text = ModelCard(
         title="Half a Llama",
         base_model='me/"llama": 7m',
-        budget=[["", "dense", "pruned"], ["parameters", "7 M", "4 M"]],
-        quality=[["text", "dense", "pruned"], ["a|b", "12.1", "14.2"]],
+        fingerprint=plan.base,
+        summary="Pruned.",
+        tables={
+            "Budget": [["", "dense", "pruned"], ["parameters", "7 M", "4 M"]],
+            "Quality": [["text", "dense", "pruned"], ["a|b", "12.1", "14.2"]],
+            "Stages": [],
+        },
+        widths=plan.describe(),
+        provenance={"seed": 0},
         command="python train.py fit",
         versions={"torch": "2.13", "lightning": "2.6"},
         licence="apache-2.0",
         tags=["disp"],
-    )
-    text = card.render(plan)
+    ).render()
     header = HubCard(text).data  # the reader of the hub
     assert header.base_model == 'me/"llama": 7m'
     assert header.library_name == "transformers"
@@ -40,30 +52,38 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
         *plan.describe().splitlines(),
     ):
         assert line in text.splitlines()
-    assert "Speed" not in text  # no rows were given
+    assert "Stages" not in text  # no rows were given
     assert text.isascii()
-    assert text == card.render(plan)
 
 
-def test_a_ragged_table_is_refused(tmp_path: Path) -> None:
-    plan = uneven_plan(tiny_folder(tmp_path / "base"))
-    card = ModelCard("x", "y", speed=[["a", "b"], ["1"]])
-    with pytest.raises(ValueError, match="'Speed and memory' of the model card differ in length"):
-        card.render(plan)
+def test_equal_exports_have_equal_cards(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    assert of_plan(base, uneven_plan(base)) == of_plan(base, uneven_plan(base))
+
+
+def test_a_ragged_table_is_refused() -> None:
+    ragged = ModelCard("x", "y", "z", "s", tables={"Speed": [["a", "b"], ["1"]]})
+    with pytest.raises(ValueError, match="'Speed' of the model card differ in length"):
+        ragged.render()
+
+
+def test_names_are_not_read_as_markup() -> None:
+    text = ModelCard("x<script>\n# y", "a`b](c)", "z", "s", command="run\n```\n# z").render()
+    assert "<script>" not in text
+    assert not any(line.startswith(("# y", "# z")) for line in text.splitlines())
 
 
 def test_a_stock_model_needs_no_code_and_its_card_says_so(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    text = ModelCard("x", "y").render(uniform_plan(base))
-    assert "This is a stock model" in text
+    text = of_plan(base, uniform_plan(base))
+    assert "is a stock model" in text
     assert "trust_remote_code" not in text
-    assert "trust_remote_code" in ModelCard("x", "y").render(uneven_plan(base))
+    assert "trust_remote_code" in of_plan(base, uneven_plan(base))
 
 
-def test_parts_that_are_gone_are_named() -> None:
+def test_parts_that_are_gone_are_named(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
     plan = plan_without(tiny_llama(), "x", [(0, "attn"), (1, "attn"), (1, "mlp")], {})
-    text = ModelCard("t", "b").render(plan)
+    text = of_plan(base, plan)
     assert "base model: all of blocks 1; the attention of blocks 0. " in text
-    assert "Gone as a whole" not in ModelCard("t", "b").render(
-        plan_without(tiny_llama(), "x", [], {})
-    )
+    assert "Gone as a whole" not in of_plan(base, plan_without(tiny_llama(), "x", [], {}))

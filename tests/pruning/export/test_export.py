@@ -10,9 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secateur.pruning.costs import Flops
 from secateur.pruning.export import rewrite
-from secateur.pruning.export.model_card import ModelCard
+from secateur.pruning.export.deliver import export
 from secateur.pruning.export.verify import ExportError
-from secateur.pruning.export.writer import export_model
 from secateur.pruning.families import family_of, skeleton
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.plan import Plan, plan_from_indices
@@ -21,14 +20,12 @@ from secateur.pruning.widths.budget import Budget
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import tiny_folder, tiny_llama
 
-CARD = ModelCard("A tiny Llama", "tests/tiny")
-
 
 def test_the_folder_is_complete_and_loads(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     plan = uneven_plan(base)
-    assert export_model(base, plan, tmp_path / "small", lambda folder: CARD) < 1e-4
-    assert (tmp_path / "small" / "README.md").read_text() == CARD.render(plan)
+    export(base, plan, tmp_path / "small")
+    assert str(plan.base) in (tmp_path / "small" / "README.md").read_text()
     assert Plan.load(tmp_path / "small").widths == plan.widths
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
@@ -39,9 +36,7 @@ def test_the_folder_is_complete_and_loads(tmp_path: Path) -> None:
 def test_two_exports_are_the_same_bytes(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     for name in ("a", "b"):
-        export_model(
-            base, uneven_plan(base), tmp_path / name, lambda folder: CARD, model=tiny_llama()
-        )
+        export(base, uneven_plan(base), tmp_path / name, model=tiny_llama())
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[0] == names
@@ -51,16 +46,15 @@ def test_an_export_that_is_wrong_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_folder(tmp_path / "base")
-    export_model(base, uneven_plan(base, 1), tmp_path / "small", lambda folder: CARD)
+    export(base, uneven_plan(base, 1), tmp_path / "small")
     before = sorted(tmp_path.iterdir()), fingerprint(tmp_path / "small")
     # The live model is another one than the checkpoint that was cut.
     for name in ("small", "new"):
         with pytest.raises(ExportError, match="differs from the masked one"):
-            export_model(
+            export(
                 base,
                 uneven_plan(base),
                 tmp_path / name,
-                lambda folder: CARD,
                 model=tiny_llama(seed=1),
             )
     # Surgery that forgets to sort out the rows of an axis.
@@ -71,7 +65,7 @@ def test_an_export_that_is_wrong_leaves_nothing(
         lambda family: buffers(family) | {"mlp_out.index": "attn_out"},
     )
     with pytest.raises(ExportError):
-        export_model(base, uneven_plan(base), tmp_path / "new", lambda folder: CARD)
+        export(base, uneven_plan(base), tmp_path / "new")
     assert (sorted(tmp_path.iterdir()), fingerprint(tmp_path / "small")) == before
 
 
@@ -87,6 +81,6 @@ def test_real_models_at_half_of_their_flops(name: str, data: Path, tmp_path: Pat
     )
     kept = Budget(keep=0.5).finalise(scores_N, sites, table)
     plan = plan_from_indices(model, fingerprint(base), kept, {"scores": "random"})
-    assert export_model(base, plan, tmp_path / "small", lambda folder: CARD) < 1e-4
+    export(base, plan, tmp_path / "small")
     dense, small = ((f / "model.safetensors").stat().st_size for f in (base, tmp_path / "small"))
     assert small < 0.75 * dense

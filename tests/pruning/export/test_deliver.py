@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-import secateur.pruning.export.delivery
+import secateur.pruning.export.ranks
 from secateur.modules.loading import load_model
 from secateur.pruning.costs import Parameters
-from secateur.pruning.export.delivery import MARK, deliver, read_stages
+from secateur.pruning.export.deliver import deliver
+from secateur.pruning.export.ranks import OneRank
+from secateur.pruning.export.sources import FromFiles
+from secateur.pruning.export.stages import MARK, Origin, read_stages
 from secateur.pruning.families import family_of
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.plan import Plan, plan_from_indices
@@ -38,18 +41,13 @@ def make_plan(base: Path) -> Plan:
     )
 
 
-def run(base: Path, folder: Path, **changes: Any) -> Any:
+def run(base: Path, folder: Path, model: Any = None) -> Any:
     windows_NT = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {
-        "model": load_model(base),
-        "plan": make_plan(base),
-        "base": str(base),
-        "base_folder": base,
-        "folder": folder,
-        "windows_NT": windows_NT,
-        "command": "python train.py fit",
-    }
-    return deliver(**settings | changes)
+    plan, dense = make_plan(base), load_model(base) if model is None else model
+    masks = {"masks": dict(plan.provenance)}
+    origin = Origin(str(base), base, plan.base, "python train.py fit", 0, masks)
+    one = OneRank(base, torch.device("cpu"))
+    return deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
 
 
 def test_the_report_beside_the_model_says_what_it_costs_and_how_fast_it_is(
@@ -86,7 +84,7 @@ def test_a_failure_while_measuring_leaves_nothing_and_keeps_the_old(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(secateur.pruning.export.delivery, "measure", fail)
+    monkeypatch.setattr(secateur.pruning.export.ranks, "measure", fail)
     with pytest.raises(OSError, match="No space left"):
         run(base, tmp_path / "model")
     assert content(tmp_path) == before
@@ -124,3 +122,14 @@ def test_masks_on_a_model_of_ours_tell_of_the_stage_before(tmp_path: Path) -> No
     (base / MARK).write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="secateur.json is damaged.*export the model again"):
         read_stages(base)
+
+
+def test_what_a_user_has_put_beside_the_weights_is_never_removed(
+    base: Path, tmp_path: Path
+) -> None:
+    run(base, tmp_path / "model")
+    run(base, tmp_path / "model")  # our own files are replaced
+    (tmp_path / "model" / "adapter").mkdir()
+    with pytest.raises(ValueError, match="holds adapter, which Secateur did not write"):
+        run(base, tmp_path / "model")
+    assert (tmp_path / "model" / "adapter").is_dir()

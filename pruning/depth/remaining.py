@@ -1,19 +1,15 @@
-"""What is left of a base model whose blocks are removed while it trains, and how it is written."""
+"""Which blocks of a base model are left while they are removed in training."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from secateur.pruning.depth import Unit, prune_blocks
-from secateur.pruning.export.rewrite import own_code, write_pruned
+from secateur.pruning.depth import Unit
 from secateur.pruning.families import PARTS, skeleton
-from secateur.pruning.files.model_folder import CONFIG, MODELLING_FILE, write_json
 from secateur.pruning.plan import Plan, plan_without
 
 
@@ -62,25 +58,11 @@ class Depth:
         keys = [unit.key for unit in units]
         self.removals.append({"units": keys, "provenance": dict(provenance)})
 
-    def stream(self, base_folder: Path, folder: Path, base: str) -> None:
-        """Write what is left of the files of the base model, whose fingerprint is `base`."""
-        if self.leaves_halves:
-            write_pruned(base_folder, self._plan(base_folder, base), folder)
-        else:
-            why = self.removals[-1]["provenance"]
-            prune_blocks(base_folder, folder, keep=self.kept_blocks, provenance=why)
-
-    def complete(self, base_folder: Path, folder: Path, base: str) -> None:
-        """Add to a model that transformers has saved what it needs to be loaded, if it is not
-        stock: the modelling file, its entries of the configuration, and the plan.
-        """
-        if not self.leaves_halves:
-            return
-        plan = self._plan(base_folder, base)
-        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        write_json(folder / CONFIG, saved | own_code(plan))
-        shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
-        plan.save(folder)
+    def plan(self, base_folder: Path, base: str) -> Plan:
+        """Make the plan of what is left, for the base model whose fingerprint is `base`."""
+        model = skeleton(AutoConfig.from_pretrained(base_folder))
+        why = {"method": "depth", "removals": self.removals}
+        return plan_without(model, base, sorted(self._gone), why)
 
     @property
     def _gone(self) -> set[tuple[int, str]]:
@@ -90,8 +72,3 @@ class Depth:
             for unit in self.removed
             for part in (PARTS if unit.part == "block" else [unit.part])
         }
-
-    def _plan(self, base_folder: Path, base: str) -> Plan:
-        model = skeleton(AutoConfig.from_pretrained(base_folder))
-        why = {"method": "depth", "removals": self.removals}
-        return plan_without(model, base, sorted(self._gone), why)

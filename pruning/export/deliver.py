@@ -1,0 +1,186 @@
+"""The way out of Secateur: write a smaller model, prove it, measure it, describe it.
+
+All kinds of pruning leave through `deliver`. What is written (`sources`) and by whom (`ranks`) are
+two choices of their own; the steps and their order are the same for all.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from secateur.pruning.export.alignment import compare_alignment
+from secateur.pruning.export.model_card import card
+from secateur.pruning.export.ranks import OneRank, Ranks, speed_settings
+from secateur.pruning.export.sources import FromFiles, Source
+from secateur.pruning.export.stages import Origin, read_stages, stages_table, write_mark
+from secateur.pruning.files.model_folder import (
+    is_plan,
+    refuse_base,
+    refuse_foreign,
+    replaced_folder,
+)
+from secateur.pruning.measure.plots import plot_widths
+from secateur.pruning.measure.report import Report
+from secateur.pruning.plan import Plan
+
+_ALIGNMENT = ("alignment.json", "alignment.md")
+
+
+def deliver(
+    what: Source, origin: Origin, folder: Path, windows_NT: Tensor, ranks: Ranks, measured: bool
+) -> Report | None:
+    """Write a model, prove that it is the right one, measure it beside its base, and describe it.
+
+    The folder appears when all of it went well; on any failure nothing of it remains, and an
+    earlier export in its place stays. Beside it come `report.json` and `report.md`, and, where a
+    plan was cut, `plan/` and a picture of the widths.
+
+    Args:
+        what: What is exported.
+        origin: Where it came from.
+        folder: Where it goes.
+        windows_NT: Token windows (int64) to prove and measure on.
+        ranks: Who takes part; every rank calls this function.
+        measured: Whether to measure and report; a proof is made in any case.
+
+    Returns:
+        The report, None if nothing was measured.
+
+    Raises:
+        ValueError: The plan does not fit the base model, `folder` holds what Secateur did not
+            write, or (`ExportError`) the export is not the model that it should be.
+        OSError: Reading or writing failed, as when the disk is full.
+    """
+    refuse_base(folder, origin.folder)
+    with ExitStack() as stack:
+        stack.enter_context(what.ready())
+        prove = what.proof(origin, ranks.share(windows_NT), ranks.device)
+
+        def enter() -> Path | None:
+            return stack.enter_context(replaced_folder(folder)) if ranks.first else None
+
+        partial = ranks.together(enter)[0]
+        assert partial is not None
+        ranks.together(lambda: what.write(partial if ranks.first else None, origin))
+        ranks.together(lambda: prove(partial))
+        report = None
+        if measured:
+            dense = origin.folder if what.dense is None else what.dense
+            report = ranks.measure(dense, partial, origin.made, windows_NT)
+
+        def describe() -> None:
+            if ranks.first:
+                stages = write_mark(partial, origin, report)
+                text = card(origin, report, what.plan, stages)
+                (partial / "README.md").write_text(text, encoding="utf-8")
+
+        ranks.together(describe)
+    ranks.together(lambda: _publish(report, what.plan, folder) if ranks.first and report else None)
+    return report
+
+
+def export(
+    base_folder: str | Path,
+    plan: Plan,
+    folder: str | Path,
+    model: PreTrainedModel | None = None,
+    windows_BT: Tensor | None = None,
+) -> None:
+    """Write the smaller model that a plan leaves of a model folder, and prove it.
+
+    Args:
+        base_folder: Folder of the base model.
+        plan: What stays.
+        folder: Where the smaller model goes.
+        model: The live base model to compare with; None loads it from `base_folder`.
+        windows_BT: Token ids to compare on; None draws 2 windows of up to 64 random tokens.
+
+    Raises:
+        ValueError: As for `deliver`.
+        OSError: As for `deliver`.
+    """
+    base_folder = Path(base_folder)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype="auto")
+        assert isinstance(model, PreTrainedModel)
+    if windows_BT is None:
+        windows_BT = _random_windows(model.config)
+    origin = Origin(
+        str(base_folder), base_folder, plan.base, provenance={"masks": dict(plan.provenance)}
+    )
+    one = OneRank(base_folder, model.device)
+    deliver(FromFiles(plan, model), origin, Path(folder), windows_BT, one, measured=False)
+
+
+def check_folder(folder: Path, base_folder: Path | None) -> None:
+    """Check, before anything is spent, that an export could be written to a folder.
+
+    Args:
+        folder: Where a model is to go; a plan goes to `plan` beside it.
+        base_folder: Folder of the base model; None where training starts from nothing.
+
+    Raises:
+        ValueError: It is the base model, or holds what Secateur did not write.
+    """
+    if base_folder is not None:
+        refuse_base(folder, base_folder)
+    refuse_foreign(folder)
+    refuse_foreign(folder.parent / "plan", is_plan)
+
+
+def report_alignment(
+    model: PreTrainedModel,
+    aligned: Plan,
+    free: Plan,
+    base_folder: Path,
+    folder: Path,
+    windows_NT: Tensor,
+) -> Report:
+    """Write `alignment.md` and `alignment.json`: what a width multiple costs and brings.
+
+    Args:
+        model: The dense base model, with no gates applied.
+        aligned: The plan that was exported.
+        free: The plan of the same budget without a width multiple.
+        base_folder: Folder of the base model.
+        folder: Where the smaller model lies; the files go beside it.
+        windows_NT: Token windows (int64) to measure on.
+    """
+    speed = speed_settings(windows_NT)
+    report = compare_alignment(model, base_folder, aligned, free, windows_NT, speed)
+    for name, text in zip(_ALIGNMENT, (report.json(), report.markdown()), strict=True):
+        (folder.parent / name).write_text(text, encoding="utf-8")
+    return report
+
+
+def _publish(report: Report, plan: Plan | None, folder: Path) -> None:
+    """Write plan and report beside a model folder, the stages before it included, and show them."""
+    for name in _ALIGNMENT:  # of an earlier run with other settings
+        (folder.parent / name).unlink(missing_ok=True)
+    if plan is not None:
+        with replaced_folder(folder.parent / "plan", is_plan) as partial:
+            plan.save(partial)
+        plot_widths(plan, folder.parent / "plots" / "widths.png")
+    stages = read_stages(folder)
+    text = json.dumps(report.as_dict() | {"stages": stages}, indent=1) + "\n"
+    (folder.parent / "report.json").write_text(text, encoding="utf-8")
+    lines = report.markdown()
+    if len(stages) > 1:
+        table = stages_table(stages)
+        rows = (table[0], ["---"] * len(table[0]), *table[1:])
+        lines += "\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    (folder.parent / "report.md").write_text(lines, encoding="utf-8")
+    Console().print(report.table())
+
+
+def _random_windows(config: PreTrainedConfig) -> Tensor:
+    length = min(64, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, length), generator=generator)

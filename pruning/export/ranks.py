@@ -1,0 +1,156 @@
+"""Who takes part in an export: one process that holds the models, or all ranks on streamed ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, distributed
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from secateur.pruning.export.streamed import streamed
+from secateur.pruning.export.verify import ExportError
+from secateur.pruning.measure.perplexity import of_windows, window_nll
+from secateur.pruning.measure.report import Report, Row, count, file_bytes, measure
+
+T = TypeVar("T")
+_BATCH = 8  # windows that a model, read anew for each batch, sees at once
+
+
+class Ranks(ABC):
+    """The processes that export together; every one calls every method."""
+
+    first: bool
+    """Whether this process writes."""
+    device: torch.device
+    """Where this process computes."""
+
+    @abstractmethod
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank, and return what it gave, rank by rank.
+
+        Raises:
+            ValueError: It failed on a rank, and so fails on all: nobody waits for the others.
+        """
+
+    @abstractmethod
+    def share(self, windows_NT: Tensor) -> Tensor:
+        """Return the windows that this rank compares two models on."""
+
+    @abstractmethod
+    def measure(
+        self, dense: PreTrainedModel | Path, folder: Path, name: str, windows_NT: Tensor
+    ) -> Report:
+        """Measure a model folder beside the dense model.
+
+        Args:
+            dense: The dense model, or its folder.
+            folder: The new model.
+            name: What the new model is called.
+            windows_NT: Token windows (int64) to measure on.
+        """
+
+
+class OneRank(Ranks):
+    """One process, which holds both models in memory; speed is measured, too.
+
+    Args:
+        dense_folder: Folder of the dense model, for the size of its files.
+        device: Where it computes.
+    """
+
+    first = True
+
+    def __init__(self, dense_folder: Path, device: torch.device) -> None:
+        self.dense_folder, self.device = dense_folder, device
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        return [work()]
+
+    def share(self, windows_NT: Tensor) -> Tensor:
+        return windows_NT[:2]
+
+    def measure(
+        self, dense: PreTrainedModel | Path, folder: Path, name: str, windows_NT: Tensor
+    ) -> Report:
+        assert isinstance(dense, PreTrainedModel)
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=dense.dtype
+        )
+        made.to(dense.device)
+        return measure(
+            {"dense": dense, name: made},
+            {"validation": windows_NT},
+            folders={"dense": self.dense_folder, name: folder},
+            speed=speed_settings(windows_NT),
+        )
+
+
+class AllRanks(Ranks):
+    """All ranks, on models that stay in their files: none of them holds one whole.
+
+    Speed is not measured: a model that streams from its files has not the speed that it is served
+    at. Every rank can read what the first one writes.
+
+    Args:
+        device: Where this rank computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.first = device, distributed.get_rank() == 0
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        mine: tuple[Any, str | None]
+        try:
+            mine = work(), None
+        except (OSError, ValueError, SafetensorError) as error:
+            mine = None, f"{type(error).__name__}: {error}"
+        every: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(every, mine)
+        failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(every) if error]
+        if failed:
+            raise ExportError("\n".join(failed))
+        return [result for result, _ in every]
+
+    def share(self, windows_NT: Tensor) -> Tensor:
+        rank = distributed.get_rank() % len(windows_NT)
+        return windows_NT[rank : rank + 1]
+
+    def measure(
+        self, dense: PreTrainedModel | Path, folder: Path, name: str, windows_NT: Tensor
+    ) -> Report:
+        assert isinstance(dense, Path)
+        num_ranks = distributed.get_world_size()
+        rows, dtype = [], None
+        for label, place in (("dense", dense), (name, folder)):
+            with streamed(place, self.device, trust_remote_code=label != "dense") as model:
+                nll_N = self._nll(model, windows_NT)
+                quality = {"validation": of_windows(nll_N, windows_NT.shape[1])}
+                rows.append(Row(label, quality, count(model), file_bytes=file_bytes(place)))
+                dtype = dtype or str(model.dtype).removeprefix("torch.")
+        conditions = {"device": self.device.type, "dtype": dtype, "ranks": num_ranks}
+        return Report(rows, windows_NT.shape[1], conditions)
+
+    def _nll(self, model: Any, windows_NT: Tensor) -> Tensor:
+        """Loss of every window, float64 of shape (N,); each rank computes some of them."""
+        rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
+
+        @torch.inference_mode()
+        def mine() -> list[float]:
+            batches = windows_NT[rank::num_ranks].split(_BATCH) if rank < len(windows_NT) else ()
+            return [nll for b in batches for nll in window_nll(model, b.to(self.device)).tolist()]
+
+        nll_N = torch.zeros(len(windows_NT), dtype=torch.float64)
+        for other, of_rank in enumerate(self.together(mine)):
+            nll_N[other::num_ranks] = torch.tensor(of_rank, dtype=torch.float64)
+        return nll_N
+
+
+def speed_settings(windows_NT: Tensor) -> dict[str, int]:
+    """Choose prompt and decoded tokens for windows of shape (N, T)."""
+    prompt = max(1, windows_NT.shape[1] // 2)
+    return {"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3}

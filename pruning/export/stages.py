@@ -1,0 +1,121 @@
+"""How a model was made, stage after stage: `secateur.json` in its folder.
+
+The file also marks a folder as written by Secateur, so that a later export may replace it, and
+names the files that were written: a folder with anything else in it is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.pruning.files.model_folder import MARK, write_json
+from secateur.pruning.measure.report import Report, Row
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from.
+
+    Args:
+        base: Name of the base model, for the model card.
+        folder: Its folder.
+        fingerprint: Its content hash.
+        command: The command that made the model.
+        steps: Optimiser steps that it took.
+        provenance: How the model was pruned, by method: JSON values only.
+        training: How its weights were trained: JSON values only.
+    """
+
+    base: str
+    folder: Path
+    fingerprint: str
+    command: str = ""
+    steps: int = 0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the base model as the model card shows it: a path is relative."""
+        return os.path.relpath(self.base) if Path(self.base).exists() else self.base
+
+    @property
+    def made(self) -> str:
+        """Heading of the new model in tables: `pruned`, or `trained` where nothing was pruned."""
+        return "pruned" if self.provenance else "trained"
+
+
+def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict[str, Any]]:
+    """Write `secateur.json` into a model folder that has all its files but this one and README.md.
+
+    No times are among the figures: equal runs write equal files.
+
+    Args:
+        folder: The model folder.
+        origin: Where the model came from.
+        report: Base model and new model side by side; None if they were not measured.
+
+    Returns:
+        All stages that led to the model; those of the base model come first.
+    """
+    stages = read_stages(origin.folder)
+    if report is not None:
+        stage = {
+            "base": origin.name,
+            "base_fingerprint": origin.fingerprint,
+            "command": origin.command,
+            "steps": origin.steps,
+            "provenance": dict(origin.provenance),
+            "training": dict(origin.training),
+            "context_tokens": report.context_tokens,
+            "models": {row.name: figures(row, report.context_tokens) for row in report.rows},
+        }
+        stages = [*stages, stage]
+    files = sorted({path.name for path in folder.iterdir()} | {MARK, "README.md"})
+    mark = {"command": origin.command, "steps": origin.steps, "stages": stages, "files": files}
+    write_json(folder / MARK, mark)
+    return stages
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Read the stages that led to a model; none if Secateur did not write it.
+
+    Raises:
+        ValueError: `secateur.json` is damaged.
+    """
+    path = folder / MARK
+    if not path.is_file():
+        return []
+    try:
+        stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; export the model again.") from error
+    return stages
+
+
+def stages_table(stages: list[dict[str, Any]]) -> list[list[str]]:
+    """Make a table of a chain: the first dense model and what each stage made of it."""
+    table = [["model", "parameters", "FLOPs per token", "perplexity"]]
+    for number, stage in enumerate(stages, start=1):
+        dense, made = list(stage["models"].values())[:2]
+        first = [(f"`{stage['base']}`", dense)] if number == 1 else []
+        made_by = ", ".join(stage["provenance"]) or "training"
+        for name, of_model in [*first, (f"stage {number}: {made_by}", made)]:
+            quality = " / ".join(f"{value:.3f}" for value in of_model["perplexity"].values())
+            flops = f"{of_model['flops_per_token']:,} at {stage['context_tokens']} tokens"
+            table.append([name, f"{of_model['parameters']:,}", flops, quality])
+    return table
+
+
+def figures(row: Row, context_tokens: int) -> dict[str, Any]:
+    """Sizes and perplexities of a measured model: JSON values only."""
+    return {
+        "parameters": row.counts.parameters,
+        "flops_per_token": row.counts.flops_per_token(context_tokens),
+        "perplexity": {text: round(found.value, 4) for text, found in row.perplexity.items()},
+    }
