@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from secateur.command_line import TrainCLI
+from secateur.program import train
 from tests.tiny import SENTENCES, tiny_folder
 
 # Of Lightning's own code: what its command line uses of jsonargparse, what it uses of torch.
@@ -65,7 +66,7 @@ def with_callbacks(names: Sequence[str] = CALLBACKS, every_n_steps: int = 3) -> 
     """Arguments that add callbacks of ours."""
     arguments = []
     for name in names:
-        arguments.append(f"--trainer.callbacks+=callbacks.{name}")
+        arguments.append(f"--trainer.callbacks+={name}")
         if name in ("SaveCheckpoint", "TrackBudget"):
             arguments.append(f"--trainer.callbacks.every_n_steps={every_n_steps}")
         if name == "TrackBudget":  # so few steps reach no budget, which it would say
