@@ -25,7 +25,7 @@ from secateur.pruning.export.writer import export_model
 from secateur.pruning.files.model_folder import CONFIG, replaced_folder
 from secateur.pruning.measure.plots import plot_widths
 from secateur.pruning.measure.report import Report, Row, measure
-from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
+from secateur.pruning.plan import DESCRIPTION, IN_MODEL, TENSORS, Plan
 
 MARK = "secateur.json"
 """In a model folder of ours: how the model was made, and the models that came before it."""
@@ -166,7 +166,7 @@ def deliver_weights(
         report = compare(dense, partial, origin.folder, windows_NT, name)
         stages = write_mark(partial, origin, report)
         # Stock models, which most are, have no plan.
-        plan = Plan.load(partial) if (partial / DESCRIPTION).is_file() else None
+        plan = Plan.load(partial) if (partial / IN_MODEL / DESCRIPTION).is_file() else None
         text = weights_card(report, origin, stages, plan)
         (partial / "README.md").write_text(text, encoding="utf-8")
     publish(report, folder)

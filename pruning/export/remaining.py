@@ -14,7 +14,7 @@ from secateur.pruning.depth import Unit, prune_blocks
 from secateur.pruning.export.rewrite import own_code, write_pruned
 from secateur.pruning.families import PARTS, skeleton
 from secateur.pruning.files.model_folder import CONFIG, MODELLING_FILE, write_json
-from secateur.pruning.plan import Plan, plan_without
+from secateur.pruning.plan import IN_MODEL, Plan, plan_without
 
 
 class Depth:
@@ -80,7 +80,7 @@ class Depth:
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         write_json(folder / CONFIG, saved | own_code(plan))
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
-        plan.save(folder)
+        plan.save(folder / IN_MODEL)
 
     @property
     def _gone(self) -> set[tuple[int, str]]:
