@@ -6,6 +6,9 @@ vector per site named `<block>.<site>`, and the gains, if there are any, as
 can run code.
 Equal plans are equal files, byte for byte.
 
+In the folder of a pruned model they lie in a subfolder `plan`: servers take every safetensors file
+at the top of a model folder for weights.
+
 A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each on attention and MLP
 as a whole. Where such a site keeps nothing, the sites of that part keep nothing either.
 
@@ -30,6 +33,8 @@ from secateur.pruning.families import FAMILIES, Family, family_of, skeleton
 from secateur.pruning.sites import Site, find_sites, gain_sizes
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
+IN_MODEL = "plan"
+"""Subfolder of a model folder that holds the plan."""
 _FORMAT = "secateur-plan-2"
 
 
@@ -218,10 +223,15 @@ class Plan:
     def load(cls, folder: str | Path) -> Plan:
         """Read a plan.
 
+        Args:
+            folder: Folder of the plan, or of the pruned model that has it in its subfolder.
+
         Raises:
             ValueError: The folder holds no plan, or a damaged one.
         """
         folder = Path(folder)
+        if (folder / IN_MODEL / DESCRIPTION).is_file():
+            folder = folder / IN_MODEL
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)

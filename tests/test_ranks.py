@@ -272,7 +272,7 @@ def test_a_divided_model_is_exported_and_proven(runs: Path) -> None:
     assert plan.provenance["step"] == STEPS
     assert plan.gains is not None
     assert sum(map(len, plan.gains.values())) == one["gains"].numel()
-    assert {"README.md", "model.safetensors", "plan.json"} <= content(
+    assert {"README.md", "model.safetensors", "plan/plan.json"} <= content(
         runs / "zero3" / "model"
     ).keys()
     assert "ranks 2" in (runs / "zero3" / "report.md").read_text(encoding="utf-8")

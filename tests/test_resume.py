@@ -199,7 +199,12 @@ def test_two_exports_of_one_checkpoint_are_equal(tmp_path: Path) -> None:
     first = content(tmp_path / "run" / "model")
     call(again)
     assert content(tmp_path / "run" / "model") == first
-    assert {"README.md", "model.safetensors", "config.json", "plan.safetensors"} <= first.keys()
+    assert {
+        "README.md",
+        "model.safetensors",
+        "config.json",
+        "plan/plan.safetensors",
+    } <= first.keys()
 
 
 def test_a_checkpoint_holds_no_model_and_runs_no_code(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from secateur.pruning.files.model_folder import (
     weight_files,
     write_json,
 )
-from secateur.pruning.plan import Plan
+from secateur.pruning.plan import IN_MODEL, Plan
 
 
 def prune_checkpoint(
@@ -109,7 +109,7 @@ def write_pruned(
     copy_companions(base_folder, folder)
     if plan.stock_mlp_width() is None:
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
-    plan.save(folder)
+    plan.save(folder / IN_MODEL)
 
 
 @contextmanager

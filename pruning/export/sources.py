@@ -26,7 +26,7 @@ from secateur.pruning.files.model_folder import (
     read_json,
     write_json,
 )
-from secateur.pruning.plan import Plan
+from secateur.pruning.plan import IN_MODEL, Plan
 
 Proof = Callable[[Path], object]
 """Raises ExportError unless the model in a folder is the one that was to be exported."""
@@ -166,7 +166,7 @@ def _complete(
     if plan is not None:
         write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
         shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
-        plan.save(folder)
+        plan.save(folder / IN_MODEL)
     copy_companions(origin.folder, folder)  # those of the base, if it has any
 
 

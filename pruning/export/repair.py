@@ -1,0 +1,97 @@
+"""Bring a pruned model that an earlier version has exported up to date.
+
+Earlier exports have their plan at the top of the folder, where servers take it for weights. It
+moves into the subfolder `plan`, and the modelling file is replaced by the present one. Weights stay
+as they are; so does everything else.
+
+As a command: `python -m secateur repair --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from secateur.pruning.export.rewrite import own_code
+from secateur.pruning.files.model_folder import (
+    CONFIG,
+    MODELLING_FILE,
+    is_pruned_model,
+    write_json,
+)
+from secateur.pruning.plan import DESCRIPTION, IN_MODEL, TENSORS, Plan
+
+
+def repair(folder: str | Path) -> list[str]:
+    """Bring an exported folder up to date; one that is, stays as it is.
+
+    Args:
+        folder: A pruned model, left by a plan.
+
+    Returns:
+        What was changed, one sentence each.
+
+    Raises:
+        ValueError: The folder is no pruned model.
+    """
+    folder = Path(folder)
+    if not is_pruned_model(folder):
+        raise ValueError(
+            f"`folder` {folder} is no model that a plan has left: it lacks {CONFIG}, a plan, or "
+            f"{MODELLING_FILE.name}. Give the `model` folder of a run."
+        )
+    changed = []
+    plan = Plan.load(folder)
+    if (folder / TENSORS).is_file():
+        plan.save(folder / IN_MODEL)  # whole before the old one goes
+        for name in (DESCRIPTION, TENSORS):
+            (folder / name).unlink(missing_ok=True)
+        changed.append(f"The plan was moved into {IN_MODEL}/.")
+    if plan.stock_mlp_width() is None:
+        ours, theirs = MODELLING_FILE.read_bytes(), folder / MODELLING_FILE.name
+        if theirs.read_bytes() != ours:
+            partial = theirs.with_suffix(".partial")
+            shutil.copyfile(MODELLING_FILE, partial)
+            os.replace(partial, theirs)
+            changed.append(f"{theirs.name} was replaced by that of this version.")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        classes = own_code(plan)["auto_map"]
+        if config.get("auto_map") != classes:
+            write_json(folder / CONFIG, config | {"auto_map": classes})
+            changed.append(f"{CONFIG} names the classes of this version.")
+    return changed
+
+
+_HELP = """\
+Bring a pruned model that an earlier version has exported up to date.
+
+The plan moves from the top of FOLDER, where servers such as vLLM take it for weights, into plan/,
+and the modelling file, if there is one, is replaced by that of this version. Weights are not
+touched. A folder that is up to date stays as it is.
+
+example:
+  python -m secateur repair runs/disp/model
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `python -m secateur repair FOLDER`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur repair",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a pruned model")
+    args = parser.parse_args(arguments)
+    try:
+        changed = repair(args.folder)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+    said = "\n".join(changed) or f"{args.folder} is up to date."
+    Console(soft_wrap=True).print(said, markup=False, highlight=False)
