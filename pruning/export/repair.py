@@ -22,7 +22,7 @@ from secateur.pruning.export.rewrite import own_code
 from secateur.pruning.files.model_folder import (
     CONFIG,
     MODELLING_FILE,
-    is_pruned_model,
+    is_ours,
     write_json,
 )
 from secateur.pruning.plan import DESCRIPTION, IN_MODEL, TENSORS, Plan
@@ -41,7 +41,7 @@ def repair(folder: str | Path) -> list[str]:
         ValueError: The folder is no pruned model.
     """
     folder = Path(folder)
-    if not is_pruned_model(folder):
+    if not is_ours(folder):
         raise ValueError(
             f"`folder` {folder} is no model that a plan has left: it lacks {CONFIG}, a plan, or "
             f"{MODELLING_FILE.name}. Give the `model` folder of a run."
