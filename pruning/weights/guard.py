@@ -19,10 +19,11 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from pruning.modes import evaluation
 from pruning.weights.block import allocate, prune_block, states_for
 from pruning.weights.parts import Uniform
 from pruning.weights.recipe import WeightRecipe
-from pruning.weights.source import BlockSource, CalibrationStates, evaluation
+from pruning.weights.source import BlockSource, CalibrationStates
 
 TRIAL_SHARE = 4  # one in so many of the calibration windows is used in a trial
 _OFF: dict[str, Any] = {"compensation": None, "allocation": Uniform(), "refinement": None}

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pruning.fingerprint import data_fingerprint
+from pruning.modes import evaluation
 from pruning.weights.block import prune_block, states_for
 from pruning.weights.guard import Decision, decide
 from pruning.weights.masks import WeightMasks
@@ -34,7 +35,6 @@ from pruning.weights.source import (
     CalibrationStates,
     NoStates,
     check_windows,
-    evaluation,
 )
 from pruning.weights.store import BlockStore
 

@@ -28,6 +28,7 @@ from pruning.families import blocks_of, family_of, skeleton
 from pruning.fingerprint import fingerprint, live_fingerprint
 from pruning.measure.perplexity import Perplexity, perplexity
 from pruning.model_folder import weight_files
+from pruning.modes import evaluation
 from pruning.weights.parts import BlockCall, Linear, linears_of
 
 
@@ -297,17 +298,6 @@ def check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
             f"Calibration windows hold token {int(windows_NT.max())}, the vocabulary has "
             f"{config.vocab_size}; use the tokenizer of this model."
         )
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model does not drop out anything for the time."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager
