@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pruning import surgery
 from pruning.budget import Budget
 from pruning.costs import Flops
+from pruning.export import slices
 from pruning.export.model_card import ModelCard
 from pruning.export.verify import ExportError
 from pruning.export.writer import export_model
@@ -64,9 +64,9 @@ def test_an_export_that_is_wrong_leaves_nothing(
                 model=tiny_llama(seed=1),
             )
     # Surgery that forgets to sort out the rows of an axis.
-    buffers = surgery.index_buffers
+    buffers = slices.index_buffers
     monkeypatch.setattr(
-        surgery,
+        slices,
         "index_buffers",
         lambda family: buffers(family) | {"mlp_out.index": "attn_out"},
     )
