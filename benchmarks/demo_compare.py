@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import write_figures
 from modules import TextData
-from pruning.baselines import magnitude_scores, random_scores
 from pruning.budget import Budget
 from pruning.export.model_card import ModelCard
 from pruning.export.writer import export_model
 from pruning.measure.plots import plot_widths
 from pruning.measure.report import measure
 from pruning.plan import PruningPlan, plan_from_indices
+from pruning.widths.gradual_ranking import GradualRanking
+from pruning.widths.magnitude import Magnitude, RandomOrder
+from pruning.widths.scores import WidthScore
 
 
 def main() -> None:
@@ -45,13 +46,11 @@ def main() -> None:
     folders = {"dense": args.dense, "learned": args.run / "model"}
     budget = Budget(keep=float(learned.provenance["keep"]))
     table = budget.cost.table(models["dense"])
-    scores: dict[str, Tensor] = {
-        "magnitude": magnitude_scores(models["dense"]),
-        "random": random_scores(models["dense"]),
-    }
+    scores: dict[str, WidthScore] = {"magnitude": Magnitude(), "random": RandomOrder()}
     plans = {"no gains": replace(learned, gains=None)}
-    for name, scores_N in scores.items():
-        kept = budget.finalise(scores_N, list(learned.sites), table)
+    for name, score in scores.items():
+        ranking = GradualRanking(rounds=1).choose(models["dense"], budget, score)
+        kept = ranking.kept(learned.sites)
         widths_S = torch.tensor([float(len(index)) for index in kept])
         origin = {"method": name, "kept": float(table.fraction(widths_S))}
         plans[name] = plan_from_indices(models["dense"], learned.base, kept, origin)

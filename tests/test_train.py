@@ -19,9 +19,10 @@ import callbacks
 import modules
 import pruning.surgery
 from modules.loading import load_model
-from pruning import baselines, budget, gates, hypernetwork, schedules
+from pruning import budget, gates, hypernetwork, schedules
 from pruning.measure.report import count
 from pruning.plan import PruningPlan
+from pruning.widths import gate_gradient, gradual_ranking, magnitude
 from tests.runs import (
     NOISE,
     call,
@@ -170,7 +171,15 @@ PUBLIC = [
     *(getattr(package, name) for package in (modules, callbacks) for name in package.__all__),
     *(
         member
-        for module in (budget, gates, hypernetwork, schedules, baselines)
+        for module in (
+            budget,
+            gates,
+            hypernetwork,
+            schedules,
+            gate_gradient,
+            gradual_ranking,
+            magnitude,
+        )
         for name, member in vars(module).items()
         if inspect.isclass(member) and member.__module__ == module.__name__ and name[0] != "_"
         if not inspect.isabstract(member) and "__init__" in vars(member)
