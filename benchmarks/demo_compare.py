@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import write_figures
@@ -23,8 +22,10 @@ from secateur.pruning.export.deliver import export
 from secateur.pruning.measure.plots import plot_widths
 from secateur.pruning.measure.report import measure
 from secateur.pruning.plan import Plan, plan_from_indices
-from secateur.pruning.widths.baselines import magnitude_scores, random_scores
 from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.scores import WidthScore
+from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 
 
 def main() -> None:
@@ -43,13 +44,11 @@ def main() -> None:
     folders = {"dense": args.dense, "learned": args.run / "model"}
     budget = Budget(keep=float(learned.provenance["keep"]))
     table = budget.cost.table(models["dense"])
-    scores: dict[str, Tensor] = {
-        "magnitude": magnitude_scores(models["dense"]),
-        "random": random_scores(models["dense"]),
-    }
+    scores: dict[str, WidthScore] = {"magnitude": WidthMagnitude(), "random": RandomOrder()}
     plans = {"no gains": replace(learned, gains=None)}
-    for name, scores_N in scores.items():
-        kept = budget.finalise(scores_N, list(learned.sites), table)
+    for name, score in scores.items():
+        ranking = GradualRanking(rounds=1).choose(models["dense"], budget, score)
+        kept = ranking.kept(learned.sites)
         widths_S = torch.tensor([float(len(index)) for index in kept])
         origin = {"method": name, "kept": float(table.fraction(widths_S))}
         plans[name] = plan_from_indices(models["dense"], learned.base, kept, origin)

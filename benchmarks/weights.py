@@ -31,6 +31,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
+from secateur.pruning.blocks.source import CalibrationStates, LiveBlocks
+from secateur.pruning.blocks.statistics import Gram, Inputs
 from secateur.pruning.weights.collect import collect
 from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.layers import MlpOnly
@@ -38,9 +40,7 @@ from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.parts import Matrix
 from secateur.pruning.weights.pattern import Unstructured
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import CalibrationStates, LiveBlocks
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
-from secateur.pruning.weights.statistics import Gram, Inputs
 from secateur.pruning.widths.live_bytes import LiveBytes
 
 HALF = Unstructured(0.5)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import data_folder, evaluation_windows, write_figures
+from secateur.pruning.blocks.source import LiveBlocks
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.barber import Barber
@@ -36,7 +37,6 @@ from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.pattern import NM, Pattern, Unstructured
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import LiveBlocks
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from secateur.pruning.weights.wanda import Wanda
 

@@ -23,6 +23,8 @@ from transformers import AutoConfig
 from secateur.callbacks._held_masks import HeldMasks, take_out_updates
 from secateur.callbacks._trial import is_trial
 from secateur.callbacks._weight_blocks import shown_progress, store_of
+from secateur.pruning.blocks.linears import linears_of
+from secateur.pruning.blocks.source import LiveBlocks
 from secateur.pruning.families import blocks_of, family_of, skeleton
 from secateur.pruning.files.settings import refuse_other
 from secateur.pruning.measure.perplexity import perplexity
@@ -41,17 +43,9 @@ from secateur.pruning.weights.guard import Decision, decide
 from secateur.pruning.weights.layers import AllLinears, LayerSelection
 from secateur.pruning.weights.loop import prune_weights, run_settings
 from secateur.pruning.weights.masks import WeightMasks, pack, unpack
-from secateur.pruning.weights.parts import (
-    Allocation,
-    Compensation,
-    Refinement,
-    Score,
-    Uniform,
-    linears_of,
-)
+from secateur.pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform
 from secateur.pruning.weights.pattern import Pattern
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import LiveBlocks
 from secateur.pruning.weights.sparsity import sparsity_report
 from secateur.pruning.weights.store import BlockStore
 from secateur.pruning.weights.wanda import Wanda

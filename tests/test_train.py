@@ -17,11 +17,19 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import secateur.callbacks
 import secateur.modules
-import secateur.pruning.export.rewrite
+import secateur.pruning.surgery
 from secateur.modules.loading import load_model
-from secateur.pruning import baselines, budget, gates, hypernetwork, schedules
+from secateur.pruning import schedules
 from secateur.pruning.measure.report import count
 from secateur.pruning.plan import Plan
+from secateur.pruning.widths import (
+    budget,
+    gate_gradient,
+    gates,
+    gradual_ranking,
+    hypernetwork,
+    width_magnitude,
+)
 from tests.runs import (
     NOISE,
     call,
@@ -170,7 +178,15 @@ PUBLIC = [
     *(getattr(package, name) for package in (modules, callbacks) for name in package.__all__),
     *(
         member
-        for module in (budget, gates, hypernetwork, schedules, baselines)
+        for module in (
+            budget,
+            gates,
+            hypernetwork,
+            schedules,
+            gate_gradient,
+            gradual_ranking,
+            width_magnitude,
+        )
         for name, member in vars(module).items()
         if inspect.isclass(member) and member.__module__ == module.__name__ and name[0] != "_"
         if not inspect.isabstract(member) and "__init__" in vars(member)

@@ -17,8 +17,7 @@ Legend: L = blocks, N = windows, B = windows of a batch, T = tokens of a window,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from secateur.pruning.depth.scores import BlockScores, TextScore, weights
 from secateur.pruning.depth.units import Unit, first_input
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import window_nll
+from secateur.pruning.modes import frozen
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Taylor(TextScore):
         blocks = blocks_of(model, family_of(model.config))
         lowest = min(unit.block for unit in units)
         score: dict[Unit, float] = {}
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             calls, gradients = [], []
             for input_BT in self.batches(model, windows_NT):
                 call, gradient_BTD = _to_the_last_block(model, input_BT, len(windows_NT))
@@ -138,21 +138,6 @@ def _through_block(
     }
 
 
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter of the model asks for a gradient or holds one; all as before afterwards."""
-    before = [(tensor, tensor.requires_grad, tensor.grad) for tensor in model.parameters()]
-    try:
-        for tensor, _, _ in before:
-            tensor.requires_grad_(False)
-            tensor.grad = None
-        yield
-    finally:
-        for tensor, wanted, gradient in before:
-            tensor.requires_grad_(wanted)
-            tensor.grad = gradient
-
-
 @dataclass(frozen=True)
 class PeakBytes:
     """What `Taylor` holds at its peak, in bytes.
@@ -205,7 +190,7 @@ def peak_bytes(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         blocks = blocks_of(model, family_of(config))
         batch = min(batch_size, num_windows)
-        with _frozen(model), recorded(model) as calls:
+        with frozen(model), recorded(model) as calls:
             input_BT = torch.zeros(batch, window_tokens, dtype=torch.long)
             model.base_model(input_ids=input_BT, use_cache=False)
         before_BTD = first_input(*calls[0]).detach().requires_grad_()

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from secateur.pruning.families import FAMILIES, PARTS, Family
+from secateur.pruning.export.slices import Slice, Slices
+from secateur.pruning.families import FAMILIES, PARTS
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import (
     CONFIG,
@@ -174,23 +175,6 @@ def _shown(widths: dict[str, int]) -> dict[str, int]:
     return {part: 0 for part in PARTS if widths.get(part) == 0} | inside
 
 
-def index_buffers(family: Family) -> dict[str, str]:
-    """Name of every index buffer of an exported block, relative to it, to the site that it holds.
-
-    A site whose gate is at the output of a norm is selected by that norm; a site of the residual
-    stream otherwise by a selection or an addition that has its name. A site between two projections
-    needs no index.
-    """
-    norms = {norm.path for norm in family.norms}
-    written = {projection.output for projection in family.projections}
-    read = {projection.input for projection in family.projections}
-    return {
-        f"{point.path if point.path in norms else site}.index": site
-        for site, point in family.gates.items()
-        if site not in written & read
-    }
-
-
 _CUTTABLE = ("F16", "BF16", "F32", "F64")
 
 
@@ -200,96 +184,48 @@ class _Cut:
 
     Args:
         name: Name of the tensor.
-        file: File that holds the whole tensor; None for an index buffer.
-        indices: What stays along each axis, None for everything; for a buffer, its content.
-        num_bytes: Size of what stays.
-        gains: What the whole tensor is multiplied by, along each of its first axes.
-        source: Name of the whole tensor in its file.
+        num_bytes: Its size.
+        make: Reads and cuts it.
     """
 
     name: str
-    file: Path | None
-    indices: tuple[Tensor | None, ...]
     num_bytes: int
-    gains: tuple[Tensor, ...] = ()
-    source: str = ""
-
-    def make(self) -> Tensor:
-        if self.file is None:
-            (content_W,) = self.indices
-            assert content_W is not None
-            return content_W.clone()
-        with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.source)
-        dtype, gains = tensor.dtype, list(self.gains)
-        for axis, index_W in enumerate(self.indices):
-            if index_W is not None:
-                tensor = tensor.index_select(axis, index_W)
-                if gains:
-                    gains[axis] = gains[axis][index_W]
-        for axis, gain_F in enumerate(gains):  # rounded once, at the end
-            shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
-            tensor = tensor.float() * gain_F.view(shape)
-        return tensor.to(dtype)
+    make: Callable[[], Tensor]
 
 
 def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
     """All tensors of the smaller model: those of the base model, then the index buffers."""
-    family = FAMILIES[plan.model_type]
-    sizes = {(site.block, site.name): site.size for site in plan.sites}
-    kept = {
-        (site.block, site.name): index_W if len(index_W) < site.size else None
-        for site, index_W in zip(plan.sites, plan.kept, strict=True)
-    }
-    gains = plan.gains or {}
-    places = {block: place for place, block in enumerate(plan.kept_blocks())}
+    family, slices = FAMILIES[plan.model_type], Slices(plan)
     cuts, names = [], set()
     for path in weight_files(base_folder):
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
                 names.add(name)
-                block, relative = in_block(family, name)
-                if block >= 0 and not _stays(family, plan, block, relative):
-                    continue
                 header = file.get_slice(name)
-                shape = header.get_shape()
-                sites, dtype = family.axes(relative), header.get_dtype()
-                if any(sites) and dtype not in _CUTTABLE:
+                dtype = header.get_dtype()
+                try:
+                    own = slices.of(name, header.get_shape())
+                except ValueError as error:
+                    raise ValueError(f"In {path}, {error}") from error
+                if own is None:
+                    continue
+                if any(family.axes(in_block(family, name)[1])) and dtype not in _CUTTABLE:
                     raise ValueError(
                         f"{path} has {name!r} in {dtype}; is it quantised? Its scales would not be "
                         "cut with it. Prune the original checkpoint."
                     )
-                indices, entries = [], prod(shape)
-                for axis, site in enumerate(sites):
-                    index_W = None if site is None else kept[block, site]
-                    if site is not None and shape[axis : axis + 1] != [sizes[block, site]]:
-                        raise ValueError(
-                            f"{path} has {name!r} of shape {shape}, which does not fit site "
-                            f"{block}.{site} of {sizes[block, site]} entries; is it quantised? "
-                            "Prune the original checkpoint."
-                        )
-                    if index_W is not None:
-                        entries = entries // shape[axis] * len(index_W)
-                    indices.append(index_W)
-                num_bytes = entries * _bytes_of(dtype)
-                axes = family.gain_axes(relative) if gains else ()
-                folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
-                written = name if block < 0 else f"{family.blocks}.{places[block]}.{relative}"
-                cuts.append(_Cut(written, path, tuple(indices), num_bytes, folded, name))
+                num_bytes = own.num_entries * _bytes_of(dtype)
+                cuts.append(_Cut(own.name, num_bytes, partial(_read, path, name, own)))
     refuse_missing(base_folder, names, family)
-    for block, place in places.items():
-        for buffer, site in index_buffers(family).items():
-            index_W = kept[block, site]
-            if index_W is not None and len(index_W) > 0:
-                name = f"{family.blocks}.{place}.{buffer}"
-                cuts.append(_Cut(name, None, (index_W,), 8 * len(index_W)))
+    for name, index_W in slices.index_buffers().items():
+        cuts.append(_Cut(name, 8 * len(index_W), index_W.clone))
     return cuts
 
 
-def _stays(family: Family, plan: Plan, block: int, relative: str) -> bool:
-    """Whether a tensor of a block is part of the smaller model, whole or cut."""
-    part = family.part_of_tensor(relative)
-    return any(plan.keeps(block, name) for name in ([part] if part else PARTS))
+def _read(path: Path, name: str, own: Slice) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return own.of(tensor)
 
 
 def _write_weights(
@@ -315,7 +251,7 @@ def _write_weights(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         with ThreadPoolExecutor() as pool:
-            for cut, tensor in zip(shard, pool.map(_Cut.make, shard), strict=True):
+            for cut, tensor in zip(shard, pool.map(lambda cut: cut.make(), shard), strict=True):
                 tensors[cut.name], weight_map[cut.name] = tensor, name
                 if progress is not None:
                     progress(next(done), total)

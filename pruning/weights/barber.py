@@ -28,9 +28,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.pruning.weights.parts import BlockTask, Matrix, PrunableLinear, Refinement, weight_of
+from secateur.pruning.blocks.linears import PrunableLinear, weight_of
+from secateur.pruning.blocks.statistics import Statistic
+from secateur.pruning.weights.parts import BlockTask, Matrix, Refinement
 from secateur.pruning.weights.pattern import Group, Pattern
-from secateur.pruning.weights.statistics import Statistic
 
 
 def exchange(

@@ -12,17 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from secateur.pruning.blocks.linears import BlockCall, PrunableLinear, weight_of
+from secateur.pruning.blocks.source import BlockSource, CalibrationStates, NoStates
 from secateur.pruning.weights.collect import collect
-from secateur.pruning.weights.parts import (
-    BlockCall,
-    BlockTask,
-    Matrix,
-    PrunableLinear,
-    PrunedBlock,
-    weight_of,
-)
+from secateur.pruning.weights.parts import BlockTask, Matrix, PrunedBlock
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import BlockSource, CalibrationStates, NoStates
 
 
 @torch.no_grad()

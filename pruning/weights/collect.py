@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.pruning.weights.parts import BlockCall
-from secateur.pruning.weights.statistics import Inputs, Statistic
+from secateur.pruning.blocks.linears import BlockCall
+from secateur.pruning.blocks.statistics import Inputs, Statistic
 
 
 @torch.no_grad()

@@ -33,9 +33,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.pruning.weights.parts import BlockTask, PrunableLinear, Refinement
+from secateur.pruning.blocks.linears import PrunableLinear
+from secateur.pruning.blocks.statistics import SquareSums, Statistic, Sums
+from secateur.pruning.weights.parts import BlockTask, Refinement
 from secateur.pruning.weights.pattern import NM, Group, Pattern, PerColumn
-from secateur.pruning.weights.statistics import SquareSums, Statistic, Sums
 from secateur.pruning.weights.wanda import wanda_score
 
 

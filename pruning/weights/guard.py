@@ -19,10 +19,11 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from secateur.pruning.blocks.source import BlockSource, CalibrationStates
+from secateur.pruning.modes import evaluation
 from secateur.pruning.weights.block import allocate, prune_block, states_for
 from secateur.pruning.weights.parts import Uniform
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import BlockSource, CalibrationStates, evaluation
 
 TRIAL_SHARE = 4  # one in so many of the calibration windows is used in a trial
 _OFF: dict[str, Any] = {"compensation": None, "allocation": Uniform(), "refinement": None}

@@ -16,10 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.pruning.blocks.statistics import Gram, Inputs, Statistic, next_damping
 from secateur.pruning.weights.parts import Matrix
-from secateur.pruning.weights.statistics import Gram, Inputs, Statistic
-
-_MOST = 1e6  # a finite symmetric matrix is positive definite long before
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,6 @@ def damped(hessian_SII: Float[Tensor, "*S I I"], damping: float) -> Float[Tensor
     diagonal_SI = torch.where(diagonal_SI == 0, 1.0, diagonal_SI)
     diagonal_SI = diagonal_SI + damping * diagonal_SI.mean(-1, keepdim=True)
     return hessian_SII.clone().diagonal_scatter(diagonal_SI, dim1=-2, dim2=-1)
-
-
-def next_damping(damping: float) -> float:
-    """The damping to try after one at which Cholesky has failed: ten times as much."""
-    assert damping < _MOST, "a finite symmetric matrix is positive definite at some damping"
-    return damping * 10
 
 
 def inverse_factors(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from secateur.pruning.weights.parts import PrunableLinear
+from secateur.pruning.blocks.linears import PrunableLinear
 
 
 class LayerSelection(ABC):

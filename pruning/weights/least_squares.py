@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.pruning.weights.hessian import Damped, damped, next_damping, note_repair
+from secateur.pruning.blocks.statistics import next_damping
+from secateur.pruning.weights.hessian import Damped, damped, note_repair
 from secateur.pruning.weights.parts import Compensation, Matrix
 
 _CHUNK_ENTRIES = 2**24  # of the batched K x K matrices: 64 MiB

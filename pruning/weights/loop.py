@@ -23,19 +23,19 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from secateur.pruning.blocks.source import (
+    BlockSource,
+    CalibrationStates,
+    NoStates,
+    check_windows,
+)
 from secateur.pruning.files.fingerprint import data_fingerprint
+from secateur.pruning.modes import evaluation
 from secateur.pruning.weights.block import prune_block, states_for
 from secateur.pruning.weights.guard import Decision, decide
 from secateur.pruning.weights.masks import WeightMasks
 from secateur.pruning.weights.parts import PrunedBlock
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import (
-    BlockSource,
-    CalibrationStates,
-    NoStates,
-    check_windows,
-    evaluation,
-)
 from secateur.pruning.weights.store import BlockStore
 
 Progress = Callable[[int, int], None]

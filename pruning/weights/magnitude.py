@@ -14,9 +14,10 @@ from typing import ClassVar
 from jaxtyping import Bool
 from torch import Tensor
 
-from secateur.pruning.weights.parts import Matrix, PrunableLinear, Score
+from secateur.pruning.blocks.linears import PrunableLinear
+from secateur.pruning.blocks.statistics import Statistic
+from secateur.pruning.weights.parts import Matrix, Score
 from secateur.pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
-from secateur.pruning.weights.statistics import Statistic
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,11 @@ from dataclasses import dataclass, field, fields
 from jaxtyping import Int
 from torch import Tensor
 
+from secateur.pruning.blocks.linears import PrunableLinear
+from secateur.pruning.blocks.statistics import Statistic
 from secateur.pruning.weights.layers import AllLinears, LayerSelection
-from secateur.pruning.weights.parts import (
-    Allocation,
-    Compensation,
-    PrunableLinear,
-    Refinement,
-    Score,
-    Uniform,
-)
+from secateur.pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform
 from secateur.pruning.weights.pattern import Group, Pattern
-from secateur.pruning.weights.statistics import Statistic
 from secateur.pruning.weights.wanda import Wanda
 
 

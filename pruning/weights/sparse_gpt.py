@@ -36,10 +36,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.pruning.blocks.linears import PrunableLinear
+from secateur.pruning.blocks.statistics import Gram
 from secateur.pruning.weights.hessian import Damped, factor_of
-from secateur.pruning.weights.parts import Compensation, Matrix, PrunableLinear, Score
+from secateur.pruning.weights.parts import Compensation, Matrix, Score
 from secateur.pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerRow
-from secateur.pruning.weights.statistics import Gram
 
 _COLUMNS = 128  # columns of a block, as in the paper
 

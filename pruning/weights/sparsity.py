@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.families import family_of
 from secateur.pruning.weights.masks import WeightMasks
-from secateur.pruning.weights.parts import linears_of
 
 # Shapes that the 2:4 kernels of torch take in half precision: multiples of these.
 KERNEL_ROWS, KERNEL_COLUMNS = 32, 64

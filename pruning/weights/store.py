@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from secateur.pruning.blocks.linears import weight_of
 from secateur.pruning.files.settings import differences
 from secateur.pruning.weights.masks import pack, unpack
-from secateur.pruning.weights.parts import PrunedBlock, weight_of
+from secateur.pruning.weights.parts import PrunedBlock
 
 RUN = "run.json"
 _MASK = ".mask"

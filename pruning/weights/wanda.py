@@ -22,9 +22,10 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.pruning.weights.parts import Matrix, PrunableLinear, Score
+from secateur.pruning.blocks.linears import PrunableLinear
+from secateur.pruning.blocks.statistics import SquareSums, Statistic
+from secateur.pruning.weights.parts import Matrix, Score
 from secateur.pruning.weights.pattern import Group, Pattern, PerColumn, PerRow
-from secateur.pruning.weights.statistics import SquareSums, Statistic
 
 
 def wanda_score(

@@ -1,1 +1,1 @@
-"""The widths of blocks: gates, budget, scores, search, and the closed-form refit."""
+"""Narrower layers: score x search x budget x compensation over the gates of a model."""

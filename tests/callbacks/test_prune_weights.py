@@ -19,6 +19,7 @@ from secateur.callbacks import PruneBlocks, PruneWeights
 from secateur.callbacks.prune_blocks import OneByOne
 from secateur.modules.causal_lm import CausalLM
 from secateur.modules.strategies.zero import Zero
+from secateur.pruning.blocks.source import LiveBlocks
 from secateur.pruning.depth import BlockMagnitude, Blocks, OneShot
 from secateur.pruning.lora import LoRA
 from secateur.pruning.measure.perplexity import perplexity
@@ -33,7 +34,6 @@ from secateur.pruning.weights.masks import WeightMasks
 from secateur.pruning.weights.parts import PrunedBlock, Uniform
 from secateur.pruning.weights.pattern import NM, Unstructured
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import LiveBlocks
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from secateur.pruning.weights.store import BlockStore
 from tests import fits

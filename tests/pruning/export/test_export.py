@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secateur.pruning.costs import Flops
-from secateur.pruning.export import rewrite
+from secateur.pruning.export import slices
 from secateur.pruning.export.deliver import export
 from secateur.pruning.export.verify import ExportError
 from secateur.pruning.families import family_of, skeleton
@@ -56,9 +56,9 @@ def test_an_export_that_is_wrong_leaves_nothing(
                 model=tiny_llama(seed=1),
             )
     # Surgery that forgets to sort out the rows of an axis.
-    buffers = rewrite.index_buffers
+    buffers = slices.index_buffers
     monkeypatch.setattr(
-        rewrite,
+        slices,
         "index_buffers",
         lambda family: buffers(family) | {"mlp_out.index": "attn_out"},
     )

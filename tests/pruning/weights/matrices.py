@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.pruning.weights.parts import Matrix, PrunableLinear
+from secateur.pruning.blocks.linears import PrunableLinear
+from secateur.pruning.blocks.statistics import Gram, Inputs, SquareSums, Statistic, Sums
+from secateur.pruning.weights.parts import Matrix
 from secateur.pruning.weights.pattern import Group, Pattern, PerRow
-from secateur.pruning.weights.statistics import Gram, Inputs, SquareSums, Statistic, Sums
 
 LINEAR = PrunableLinear(
     block=0, path="mlp.up_proj", shape=(6, 8), in_mlp=True, middle=None, plain_mlp=False

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import secateur.pruning.weights
+from secateur.pruning.blocks.linears import linears_of
+from secateur.pruning.blocks.source import LiveBlocks, StreamedBlocks
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.barber import Barber
 from secateur.pruning.weights.dass import DaSS
@@ -28,14 +30,7 @@ from secateur.pruning.weights.least_squares import LeastSquares
 from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.masks import WeightMasks
-from secateur.pruning.weights.parts import (
-    Allocation,
-    Compensation,
-    Refinement,
-    Score,
-    Uniform,
-    linears_of,
-)
+from secateur.pruning.weights.parts import Allocation, Compensation, Refinement, Score, Uniform
 from secateur.pruning.weights.pattern import (
     NM,
     Group,
@@ -46,7 +41,6 @@ from secateur.pruning.weights.pattern import (
     Unstructured,
 )
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import LiveBlocks, StreamedBlocks
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from secateur.pruning.weights.store import BlockStore
 from secateur.pruning.weights.wanda import Wanda

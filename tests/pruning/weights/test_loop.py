@@ -11,6 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from secateur.pruning.blocks.source import (
+    CalibrationStates,
+    LiveBlocks,
+    StreamedBlocks,
+    check_windows,
+)
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
@@ -27,12 +33,6 @@ from secateur.pruning.weights.masks import WeightMasks
 from secateur.pruning.weights.parts import Allocation, Refinement
 from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerRow, Unstructured
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import (
-    CalibrationStates,
-    LiveBlocks,
-    StreamedBlocks,
-    check_windows,
-)
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from secateur.pruning.weights.sparsity import plot_sparsity, sparsity_report
 from secateur.pruning.weights.store import BlockStore

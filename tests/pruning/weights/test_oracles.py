@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from secateur.pruning.blocks.source import LiveBlocks
+from secateur.pruning.blocks.statistics import Gram
 from secateur.pruning.measure.perplexity import cut_windows, perplexity
 from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.hessian import inverse_factors
@@ -20,9 +22,7 @@ from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.pattern import NM, PerMatrix, PerRow, Unstructured
 from secateur.pruning.weights.recipe import WeightRecipe
-from secateur.pruning.weights.source import LiveBlocks
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep, sweep
-from secateur.pruning.weights.statistics import Gram
 from secateur.pruning.weights.wanda import wanda_score
 from tests.pruning.weights.matrices import matrix_of
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur.pruning.blocks.linears import BlockCall
 from secateur.pruning.weights.barber import Barber, exchange
 from secateur.pruning.weights.dsnot import DSnoT, regrow
 from secateur.pruning.weights.magnitude import Magnitude
-from secateur.pruning.weights.parts import BlockCall, BlockTask
+from secateur.pruning.weights.parts import BlockTask
 from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerRow, Unstructured
 from tests.pruning.weights.matrices import LINEAR, matrix_of, noise
 

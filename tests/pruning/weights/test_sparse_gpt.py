@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from secateur.pruning.blocks.statistics import Gram
 from secateur.pruning.weights.hessian import damped, inverse_factors
 from secateur.pruning.weights.least_squares import LeastSquares, refit
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep, sweep
-from secateur.pruning.weights.statistics import Gram
 from tests.pruning.weights.matrices import inputs_of, matrix_of, noise, output_error
 
 

@@ -24,11 +24,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from secateur.pruning.blocks.linears import BlockCall, PrunableLinear, linears_of
 from secateur.pruning.families import blocks_of, family_of, skeleton
 from secateur.pruning.files.fingerprint import fingerprint, live_fingerprint
 from secateur.pruning.files.model_folder import weight_files
 from secateur.pruning.measure.perplexity import MeasuredPerplexity, perplexity
-from secateur.pruning.weights.parts import BlockCall, PrunableLinear, linears_of
+from secateur.pruning.modes import evaluation
 
 
 class BlockSource(ABC):
@@ -297,17 +298,6 @@ def check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
             f"Calibration windows hold token {int(windows_NT.max())}, the vocabulary has "
             f"{config.vocab_size}; use the tokenizer of this model."
         )
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model does not drop out anything for the time."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

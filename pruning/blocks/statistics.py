@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+_MOST = 1e6  # a finite symmetric matrix is positive definite at less damping
 _CHUNK = 256  # rows of the Gram matrix at once: what lies left of them is known by symmetry
 
 
@@ -139,3 +140,9 @@ class Inputs:
     def hessian_II(self) -> Float[Tensor, "I I"]:
         """Hessian of the squared error of an output: 2 sum(x x^T) / windows, float32."""
         return self[Gram].total_II * (2 / self.num_windows)
+
+
+def next_damping(damping: float) -> float:
+    """The damping to try after one at which Cholesky has failed: ten times as much."""
+    assert damping < _MOST, "a finite symmetric matrix is positive definite at some damping"
+    return damping * 10

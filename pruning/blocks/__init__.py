@@ -1,0 +1,1 @@
+"""A model as a sequence of blocks that calibration text runs through, one after the other."""

@@ -1,0 +1,106 @@
+"""Cut a live model down to a plan, in memory: the model that a checkpoint of it would be cut to.
+
+The weights are those of the live model, whatever has changed them since it was loaded; a plan that
+was made for its shapes fits. The result is of the classes of an exported model, or a stock model of
+the family where the plan leaves one, and it can be trained, pruned again and saved.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from secateur.pruning.depth.removal import shortened_config
+from secateur.pruning.export import modeling_secateur
+from secateur.pruning.export.rewrite import own_code
+from secateur.pruning.export.slices import Slices
+from secateur.pruning.families import FAMILIES
+from secateur.pruning.plan import Plan
+
+
+def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The narrow model that a plan leaves of a live model; it shares no memory with it.
+
+    Every tensor keeps its type, its device and whether it asks for a gradient; gains are folded in.
+
+    Args:
+        model: A causal language model of a known family, not quantised, with its updates merged. It
+            stays as it is.
+        plan: What stays. The fingerprint of its base is not compared.
+
+    Raises:
+        ValueError: The plan does not fit the model, or the model is quantised or wrapped.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The model is quantised (`quantization_config`), and packed weights cannot be cut. Cut "
+            "the original model, then quantise."
+        )
+    plan.verify(model.config)
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))  # those of no checkpoint, too
+    slices = Slices(plan)
+    sources = {
+        own.name: (tensor, own)
+        for name, tensor in tensors.items()
+        if (own := slices.of(name, tensor.shape)) is not None
+    }
+    buffers = slices.index_buffers()
+    narrow = _skeleton(model, plan)
+    for path, module in narrow.named_modules():
+        for key, old in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            name = f"{path}.{key}".removeprefix(".")
+            if name in buffers:
+                setattr(module, key, buffers[name].to(model.device, copy=True))
+                continue
+            if name not in sources:
+                raise ValueError(
+                    f"The model has no tensor for {name!r} of the narrow model; merge updates into "
+                    "the weights and take wrappers off before it is cut."
+                )
+            tensor, own = sources[name]
+            new = own.of(tensor.detach())
+            parameter = isinstance(old, nn.Parameter)
+            setattr(module, key, nn.Parameter(new, tensor.requires_grad) if parameter else new)
+    narrow.tie_weights()
+    narrow.generation_config = copy.deepcopy(model.generation_config)
+    narrow.train(model.training)
+    return narrow
+
+
+def narrow_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """The configuration of the model that a plan leaves of a live one; see `exported_config`."""
+    family, keep = FAMILIES[plan.model_type], plan.kept_blocks()
+    smaller = copy.deepcopy(config)
+    if len(keep) < config.num_hidden_layers:
+        method = {"method": plan.provenance.get("method", "a plan")}
+        smaller = shortened_config(config, keep, method)
+    if (width := plan.stock_mlp_width()) is not None:
+        setattr(smaller, family.mlp_width, width)
+        return smaller
+    fields = {name: value for name, value in own_code(plan).items() if name != "auto_map"}
+    narrow: PreTrainedConfig = _own(plan, "Config").from_dict(smaller.to_dict() | fields)
+    return narrow
+
+
+def _skeleton(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The narrow model on the meta device, of our own class or a stock one."""
+    make: Any = AutoModelForCausalLM.from_config
+    if plan.stock_mlp_width() is None:
+        make = _own(plan, "ForCausalLM")._from_config
+    config, attention = narrow_config(model.config, plan), model.config._attn_implementation
+    with torch.device("meta"):
+        narrow: PreTrainedModel = make(config, attn_implementation=attention)
+    return narrow
+
+
+def _own(plan: Plan, kind: str) -> Any:
+    """Our own class of a kind, `Config` or `ForCausalLM`, for the family of a plan."""
+    return getattr(modeling_secateur, f"{FAMILIES[plan.model_type].exported_as}{kind}")

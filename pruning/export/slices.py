@@ -1,0 +1,134 @@
+"""What a plan leaves of every tensor of a model: its new name, its kept entries, its gains.
+
+The one place that decides it, for checkpoints that are streamed and for live models.
+
+Legend: W = kept entries of a site, F = features on one side of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from secateur.pruning.families import FAMILIES, PARTS, Family
+from secateur.pruning.files.model_folder import in_block
+from secateur.pruning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What stays of one tensor.
+
+    Args:
+        name: Name of the tensor in the smaller model.
+        shape: Its shape there.
+        indices: Kept entries (int64, shape (W,)) along each of its first axes; None keeps all.
+        gains: What the whole tensor is multiplied by, shape (F,), along each of its first axes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    indices: tuple[Tensor | None, ...]
+    gains: tuple[Tensor, ...]
+
+    @property
+    def num_entries(self) -> int:
+        """Entries that stay."""
+        return prod(self.shape)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Cut the whole tensor; the result has its type and shares no memory with it."""
+        dtype, device, gains, smaller = tensor.dtype, tensor.device, list(self.gains), tensor
+        for axis, index_W in enumerate(self.indices):
+            if index_W is not None:
+                smaller = smaller.index_select(axis, index_W.to(device))
+                if gains:
+                    gains[axis] = gains[axis][index_W]
+        for axis, gain_F in enumerate(gains):  # rounded once, at the end
+            shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+            smaller = smaller.float() * gain_F.to(device).view(shape)
+        return tensor.clone() if smaller is tensor else smaller.to(dtype)
+
+
+class Slices:
+    """The tensors of the model that a plan leaves.
+
+    Args:
+        plan: What stays.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._family = plan, FAMILIES[plan.model_type]
+        self._sizes = {(site.block, site.name): site.size for site in plan.sites}
+        self._kept = {
+            (site.block, site.name): index_W if len(index_W) < site.size else None
+            for site, index_W in zip(plan.sites, plan.kept, strict=True)
+        }
+        self._places = {block: place for place, block in enumerate(plan.kept_blocks())}
+
+    def of(self, name: str, shape: Sequence[int]) -> Slice | None:
+        """What stays of a tensor; None if it goes.
+
+        Args:
+            name: Name of the tensor in the base model.
+            shape: Its shape there.
+
+        Raises:
+            ValueError: The shape does not fit the sites of the plan.
+        """
+        block, relative = in_block(self._family, name)
+        if block >= 0 and not self._stays(block, relative):
+            return None
+        indices, smaller = [], list(shape)
+        for axis, site in enumerate(self._family.axes(relative)):
+            index_W = None if site is None else self._kept[block, site]
+            if site is not None and list(shape[axis : axis + 1]) != [self._sizes[block, site]]:
+                raise ValueError(
+                    f"{name!r} has shape {list(shape)}, which does not fit site {block}.{site} of "
+                    f"{self._sizes[block, site]} entries; is it quantised? Prune the original "
+                    "checkpoint."
+                )
+            if index_W is not None:
+                smaller[axis] = len(index_W)
+            indices.append(index_W)
+        gains = self._plan.gains or {}
+        axes = self._family.gain_axes(relative) if gains else ()
+        folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
+        return Slice(self._renamed(block, relative), tuple(smaller), tuple(indices), folded)
+
+    def index_buffers(self) -> dict[str, Tensor]:
+        """Name to content of the index buffers that the smaller model has and the base has not."""
+        return {
+            self._renamed(block, buffer): index_W
+            for block in self._places
+            for buffer, site in index_buffers(self._family).items()
+            if (index_W := self._kept[block, site]) is not None and len(index_W) > 0
+        }
+
+    def _renamed(self, block: int, relative: str) -> str:
+        return relative if block < 0 else f"{self._family.blocks}.{self._places[block]}.{relative}"
+
+    def _stays(self, block: int, relative: str) -> bool:
+        """Whether a tensor of a block is part of the smaller model, whole or cut."""
+        part = self._family.part_of_tensor(relative)
+        return any(self._plan.keeps(block, name) for name in ([part] if part else PARTS))
+
+
+def index_buffers(family: Family) -> dict[str, str]:
+    """Name of every index buffer of an exported block, relative to it, to the site that it holds.
+
+    A site whose gate is at the output of a norm is selected by that norm; a site of the residual
+    stream otherwise by a selection or an addition that has its name. A site between two projections
+    needs no index.
+    """
+    norms = {norm.path for norm in family.norms}
+    written = {projection.output for projection in family.projections}
+    read = {projection.input for projection in family.projections}
+    return {
+        f"{point.path if point.path in norms else site}.index": site
+        for site, point in family.gates.items()
+        if site not in written & read
+    }

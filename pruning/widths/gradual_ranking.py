@@ -1,0 +1,200 @@
+"""The axis "search" of width pruning: rank gates, close the worst, and rank what is left again.
+
+In round r of R the budget is keep^(r/R), so that every round removes the same fraction of what is
+left. Gates are scored while those of earlier rounds are closed, and what is closed stays closed.
+Scores of gradients change a good deal when other gates close; one round is the usual one-shot
+pruning.
+
+The same model, text and settings give the same result. A search can be taken up after any round.
+
+Expected on a LLaMA of 7 M parameters at half of the block FLOPs: excess on held-out training text
+0.50 nats in 16 rounds by `Fisher`, 0.72 in one.
+
+Legend: N = all gates, S = sites, W = calibration windows, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.pruning.costs import CostTable
+from secateur.pruning.sites import Site, find_sites
+from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.scores import WidthScore
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What is known of every gate after some rounds.
+
+    Args:
+        rounds: Rounds that are done, 0 or more.
+        closed_in_N: The round in which a gate was closed, from 1 on; 0 for open gates.
+        scores_N: Score of a gate in the last round in which it was open.
+    """
+
+    rounds: int
+    closed_in_N: Int[Tensor, " N"]
+    scores_N: Float[Tensor, " N"]
+
+    @staticmethod
+    def start(sites: Sequence[Site]) -> Ranking:
+        """All gates open, nothing known."""
+        count = sum(site.size for site in sites)
+        return Ranking(0, torch.zeros(count, dtype=torch.long), torch.zeros(count).double())
+
+    def kept(self, sites: Sequence[Site]) -> tuple[Tensor, ...]:
+        """Sorted indices (int64) of the open gates, one vector per site."""
+        closed = self.closed_in_N.split([site.size for site in sites])
+        return tuple((closed_in_I == 0).nonzero().flatten() for closed_in_I in closed)
+
+    def gates(self, sites: Sequence[Site]) -> tuple[Tensor, ...]:
+        """The gates (float32), one vector per site: 1 for open ones, 0 for others."""
+        closed = self.closed_in_N.split([site.size for site in sites])
+        return tuple((closed_in_I == 0).float() for closed_in_I in closed)
+
+    def positions_N(self) -> Float[Tensor, " N"]:
+        """Position of every gate in one order of all, in [-1, 1), to start mask learning from.
+
+        Closed gates lie in [-1, 0), by round and then by score; open ones in [0, 1), by score.
+        """
+        order_N = self.scores_N.argsort(stable=True)
+        last = self.rounds + 1
+        round_N = torch.where(self.closed_in_N == 0, last, self.closed_in_N)
+        order_N = order_N[round_N[order_N].argsort(stable=True)]
+        closed = int((self.closed_in_N > 0).sum())
+        position_N = torch.arange(len(order_N)) - closed
+        size_N = torch.where(position_N < 0, closed, len(order_N) - closed)
+        return torch.empty(len(order_N)).index_copy(0, order_N, position_N / size_N)
+
+
+def close_worst(
+    ranking: Ranking,
+    values_N: Float[Tensor, " N"],
+    score: WidthScore,
+    budget: Budget,
+    sites: Sequence[Site],
+    table: CostTable,
+) -> Ranking:
+    """One round: close the worst of the open gates until the budget is met.
+
+    Args:
+        ranking: What earlier rounds left.
+        values_N: What the score measured in this round.
+        score: The score.
+        budget: How much is left after this round; at most what is left now.
+        sites: The sites, in order.
+        table: Cost table of the same sites.
+
+    Raises:
+        ValueError: The budget cannot be met, or a value is not finite.
+    """
+    widths_S = torch.tensor([float(len(index_W)) for index_W in ranking.kept(sites)])
+    scores_N = score.scores(values_N, sites, table.marginal(widths_S)).double()
+    open_N = ranking.closed_in_N == 0
+    ranked_N = scores_N.where(open_N, scores_N[open_N].min() - 1)
+    chosen = budget.finalise(ranked_N, sites, table)
+    chosen_N = torch.cat(
+        [
+            torch.zeros(site.size, dtype=torch.bool).index_fill(0, index_W, True)
+            for site, index_W in zip(sites, chosen, strict=True)
+        ]
+    )
+    # What open gates leave unspent could buy closed ones, which come last: these stay closed.
+    closed_now_N = open_N & ~chosen_N
+    return Ranking(
+        rounds=ranking.rounds + 1,
+        closed_in_N=ranking.closed_in_N.masked_fill(closed_now_N, ranking.rounds + 1),
+        scores_N=scores_N.where(open_N, ranking.scores_N),
+    )
+
+
+@dataclass(frozen=True)
+class GradualRanking:
+    """Close gates in rounds, the worst of every round by a score.
+
+    Args:
+        rounds: Number of rounds, 1 or more; 1 is one-shot.
+        batches_per_round: Batches of calibration windows that are scored in a round, 1 or more;
+            every round reads others.
+        batch_size: Windows that the model sees at once, 1 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    rounds: int = 16
+    batches_per_round: int = 4
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batches_per_round", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+
+    @property
+    def num_windows(self) -> int:
+        """Calibration windows that a search reads."""
+        return self.rounds * self.batches_per_round * self.batch_size
+
+    def steps(
+        self,
+        model: PreTrainedModel,
+        budget: Budget,
+        score: WidthScore,
+        windows_WT: Int[Tensor, "W T"] | None = None,
+        start: Ranking | None = None,
+    ) -> Iterator[Ranking]:
+        """Search round by round.
+
+        Args:
+            model: The dense model; it is not changed.
+            budget: How much stays after the last round.
+            score: What gates are ranked by.
+            windows_WT: Token ids of calibration text, `num_windows` or more, of which the first are
+                read in order; None for scores that read no text.
+            start: What an interrupted search with the same arguments yielded last; None begins.
+
+        Yields:
+            The ranking after every round that is left.
+
+        Raises:
+            ValueError: There is too little text, the budget cannot be met, or a value is not
+                finite.
+        """
+        family = budget.family(model.config)
+        sites, table = find_sites(model, family), budget.cost.table(model, family)
+        budget.check(sites, table)
+        found = 0 if windows_WT is None else len(windows_WT)
+        if score.reads_text and found < self.num_windows:
+            raise ValueError(
+                f"{found} calibration windows are there, and `rounds` {self.rounds} x "
+                f"`batches_per_round` {self.batches_per_round} x `batch_size` {self.batch_size} "
+                f"need {self.num_windows}; give more text or lower one of them."
+            )
+        ranking = start or Ranking.start(sites)
+        while ranking.rounds < self.rounds:
+            own_WT = None
+            if score.reads_text and windows_WT is not None:
+                own_WT = windows_WT[: self.num_windows].chunk(self.rounds)[ranking.rounds]
+            values_N = score.values(model, family, ranking.gates(sites), own_WT, self.batch_size)
+            share = (ranking.rounds + 1) / self.rounds
+            target = replace(budget, keep=budget.keep**share)
+            ranking = close_worst(ranking, values_N, score, target, sites, table)
+            yield ranking
+
+    def choose(
+        self,
+        model: PreTrainedModel,
+        budget: Budget,
+        score: WidthScore,
+        windows_WT: Int[Tensor, "W T"] | None = None,
+    ) -> Ranking:
+        """Search to the end; see `steps`."""
+        return list(self.steps(model, budget, score, windows_WT))[-1]

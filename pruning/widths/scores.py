@@ -1,0 +1,94 @@
+"""The axis "score" of width pruning: what every gate of a model is worth.
+
+Legend: N = all gates, S = sites, I = entries of a site, W = calibration windows, T = tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.pruning.families import Family
+from secateur.pruning.sites import Site
+
+
+class WidthScore(ABC):
+    """One number per gate, higher for what should stay, in the order of `find_sites`.
+
+    A score works in two steps. `values` measures every entry; values may be averaged over batches,
+    training steps and ranks. `scores` makes them comparable between sites, for `Budget.finalise`.
+
+    Attributes:
+        reads_text: Whether `values` needs calibration windows.
+    """
+
+    reads_text: ClassVar[bool]
+
+    @abstractmethod
+    def values(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        gates: Sequence[Tensor] | None = None,
+        windows_WT: Int[Tensor, "W T"] | None = None,
+        batch_size: int = 8,
+    ) -> Float[Tensor, " N"]:
+        """Measure every entry, float32 on the CPU.
+
+        Args:
+            model: The dense model; it is not changed.
+            family: The row of its family, `with_parts` or without.
+            gates: The gates as they are now, one vector of shape (I,) per site; None opens all.
+            windows_WT: Token ids of calibration text; None for scores that read no text.
+            batch_size: Windows that the model sees at once, 1 or more.
+
+        Raises:
+            ValueError: The score reads text and there is none, or a value is not finite.
+        """
+
+    @abstractmethod
+    def scores(
+        self,
+        values_N: Float[Tensor, " N"],
+        sites: Sequence[Site],
+        marginal_S: Float[Tensor, " S"],
+    ) -> Float[Tensor, " N"]:
+        """Make values comparable between sites.
+
+        Args:
+            values_N: What `values` measured.
+            sites: The sites, in order.
+            marginal_S: Cost of one more entry of every site, see `CostTable.marginal`.
+
+        Raises:
+            ValueError: The score cannot compare these sites.
+        """
+
+
+def ranks_within_sites(values_N: Float[Tensor, " N"], sites: Sequence[Site]) -> Float[Tensor, " N"]:
+    """Rank of every value among those of its site, scaled to [0, 1).
+
+    Every site then keeps about the same fraction of its entries.
+
+    Args:
+        values_N: One value per gate.
+        sites: The sites, in order.
+
+    Raises:
+        ValueError: A site is a part as a whole, which has nothing to be ranked among.
+    """
+    if part := next((site for site in sites if site.is_part), None):
+        raise ValueError(
+            f"Site {part.key} has one gate, and this score ranks entries within their site. Set "
+            "`parts` of the budget to false, or choose a score such as Fisher."
+        )
+    values = values_N.split([site.size for site in sites])
+    return torch.cat(
+        [value_I.argsort(stable=True).argsort(stable=True) / len(value_I) for value_I in values]
+    )
