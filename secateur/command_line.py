@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 import signal
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
@@ -14,6 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import secateur.callbacks
 import secateur.modules  # noqa: F401 (configs name what is in these two)
+from secateur import typed, yaml_text
+from secateur.explain import as_typed, wrong_setting
+from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
     FOLDER,
     best_checkpoint,
@@ -31,16 +36,45 @@ DEFAULTS = {
 }
 
 
+class _Parser(LightningArgumentParser):
+    """Raises what is wrong with arguments instead of printing a page of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # of an object, told to the parser of all
+            super().error(message, ex)
+        raise UsageError(message) from ex
+
+
 class TrainCLI(LightningCLI):
-    """Lightning's command line with an output folder that holds everything of a run."""
+    """Lightning's command line with an output folder that holds everything of a run.
+
+    Settings are taken by their whole names, and classes by those that they once had, too. Errors
+    name settings as they are typed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._typed: dict[str, typed.Node] = {}
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:
+            if type(error) is ValueError:  # others have more than words
+                error.args = (as_typed(str(error), error.__traceback__, self._typed),)
+            raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find out which checkpoint is meant before anybody reads it.
 
         Raises:
+            UsageError: A setting does not exist, or has a value that it cannot have.
             ValueError: The checkpoint cannot be read, or there is none to measure.
         """
-        super().parse_arguments(parser, args)
+        yaml_text.install()
+        arguments = [*map(_present, sys.argv[1:] if args is None else args)]
+        try:
+            self.config = parser.parse_args(arguments)
+        except UsageError as error:
+            raise UsageError(self._explain(arguments, str(error))) from error
+        self._typed = typed.read(arguments)
         subcommand = self.config["subcommand"]
         config: Any = self.config[subcommand]
         choose = {"last": latest_checkpoint, "best": best_checkpoint}.get(config.ckpt_path)
@@ -60,6 +94,25 @@ class TrainCLI(LightningCLI):
             config.ckpt_path = str(found) if found else None
         elif config.ckpt_path:
             check_readable(Path(config.ckpt_path))
+
+    def _explain(self, arguments: list[str], message: str) -> str:
+        """What is wrong with arguments that the parser has not taken, in its words if need be."""
+        named = [name for name in self.subcommands() if name in arguments]
+        if not named:
+            return f"Name a command first: {', '.join(self.subcommands())}."
+        known = {action.dest.split(".")[0] for action in self._parser(named[0])._actions}
+        if found := wrong_setting(typed.read(arguments), known):
+            return found
+        keys = re.findall(r'(?:Parser key "|argument -*)([\w.]+)', message)
+        lines = [line.strip(" -") for line in message.splitlines()]
+        noise = ("Given value", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>")
+        reason = next(line for line in reversed(lines) if line and not line.startswith(noise))
+        return f"`--{'.'.join(keys)}`: {reason}." if keys else reason
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings alone: Lightning would take those in a checkpoint, and a class that it
+        names, which is then imported.
+        """
 
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from other settings.
@@ -148,6 +201,12 @@ class TrainCLI(LightningCLI):
             lines.writerows((rank + i * num_ranks, value) for i, value in enumerate(values))
 
 
+def _present(argument: str) -> str:
+    """An argument in which a class has the path that it has now."""
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}{yaml_text.present(value)}"
+
+
 def _object(class_path: str, **init_args: Any) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": init_args}
 
@@ -160,6 +219,8 @@ def main(arguments: list[str] | None = None) -> TrainCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         trainer_defaults=DEFAULTS,
+        parser_class=_Parser,
+        parser_kwargs={"allow_abbrev": False},
         auto_configure_optimizers=False,  # modules have an optimizer of their own
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secateur.mistakes import told
+from secateur.pruning.commands import UsageError, did_you_mean
 from secateur.quiet import quieten
 
 if TYPE_CHECKING:
@@ -69,22 +71,27 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(_page())
         return
+    with told():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
     if arguments[0] in _COMMANDS:
         module = importlib.import_module(f"secateur.{_COMMANDS[arguments[0]][0]}")
         module.main(arguments[1:])
         return
+    if not any(name in arguments for name in _TRAINING):
+        known = [*_TRAINING, *_COMMANDS]
+        raise UsageError(
+            f"`{arguments[0]}` is no command; there are {', '.join(known)}."
+            f"{did_you_mean(arguments[0], known)}"
+        )
     if "fit" in arguments:
         # Asked to stop while libraries and models load: that waits for SaveCheckpoint, which
         # unblocks. SIGTERM does so where `srun` sends it; elsewhere a person has thought again.
         early = {signal.SIGUSR1} | ({signal.SIGTERM} if "SLURM_STEP_ID" in os.environ else set())
         signal.pthread_sigmask(signal.SIG_BLOCK, early)
-    try:
-        train()
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("SECATEUR_DEBUG"):
-            raise
-        notes = [str(error), *getattr(error, "__notes__", ()), "SECATEUR_DEBUG=1 shows where."]
-        raise SystemExit("\n".join(["", "error: " + notes[0], *notes[1:]])) from error
+    train()
 
 
 def train() -> TrainCLI:

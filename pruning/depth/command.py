@@ -9,7 +9,10 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from secateur.pruning.commands import CommandParser
 from secateur.pruning.depth.rewrite_blocks import prune_blocks
+
+_MOST_BLOCKS = 10_000  # in a range, before anybody knows how many the model has
 
 _HELP = """\
 Remove blocks from a checkpoint without loading it.
@@ -39,18 +42,16 @@ def blocks(text: str) -> list[int]:
         found = range(int(first), int(last or first) + 1)
     except ValueError:
         found = range(0)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no block; give 7, or 21-29 for a range.")
+    if not 0 < len(found) <= _MOST_BLOCKS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no block; give 7, or 21-29 for a range of at most {_MOST_BLOCKS}"
+        )
     return list(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `python -m secateur depth BASE OUT --remove BLOCKS`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur depth",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("depth", _HELP)
     add = parser.add_argument
     add("base", metavar="BASE", type=Path, help="folder of the base model: config, safetensors")
     add("out", metavar="OUT", type=Path, help="new folder, or a shortened model to replace")
@@ -61,19 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     args = parser.parse_args(arguments)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns) as bar:
-            task = bar.add_task(str(args.out), total=None)
-            prune_blocks(
-                args.base,
-                args.out,
-                remove=args.remove and list(chain(*args.remove)),
-                keep=args.keep and list(chain(*args.keep)),
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
+    with Progress(*columns) as bar:
+        task = bar.add_task(str(args.out), total=None)
+        prune_blocks(
+            args.base,
+            args.out,
+            remove=args.remove and list(chain(*args.remove)),
+            keep=args.keep and list(chain(*args.keep)),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )

@@ -9,7 +9,6 @@ As a command: `python -m secateur repair --help`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.rewrite import own_code
 from secateur.pruning.files.model_folder import (
     CONFIG,
@@ -82,16 +82,9 @@ example:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `python -m secateur repair FOLDER`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur repair",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("repair", _HELP)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a pruned model")
     args = parser.parse_args(arguments)
-    try:
-        changed = repair(args.folder)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    changed = repair(args.folder)
     said = "\n".join(changed) or f"{args.folder} is up to date."
     Console(soft_wrap=True).print(said, markup=False, highlight=False)

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.slices import Slice, Slices
 from secateur.pruning.families import FAMILIES, PARTS
 from secateur.pruning.files.fingerprint import fingerprint
@@ -292,11 +293,7 @@ def _bytes(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `python -m secateur surgery BASE PLAN OUT`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur surgery",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("surgery", _HELP)
     add = parser.add_argument
     add("base", metavar="BASE", type=Path, help="folder of the base model: config, safetensors")
     add("plan", metavar="PLAN", type=Path, help="folder of the plan: plan.json, plan.safetensors")
@@ -310,20 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    try:
-        plan = Plan.load(args.plan)
-        with Progress(*columns) as bar:
-            task = bar.add_task(str(args.out), total=None)
-            prune_checkpoint(
-                args.base,
-                plan,
-                args.out,
-                max_shard_bytes=args.max_shard_bytes,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
+    plan = Plan.load(args.plan)
+    with Progress(*columns) as bar:
+        task = bar.add_task(str(args.out), total=None)
+        prune_checkpoint(
+            args.base,
+            plan,
+            args.out,
+            max_shard_bytes=args.max_shard_bytes,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )

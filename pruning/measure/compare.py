@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from secateur.pruning.commands import CommandParser
 from secateur.pruning.measure.perplexity import cut_windows
 from secateur.pruning.measure.report import Report, measure
 from secateur.pruning.measure.zero_shot import read_questions
@@ -96,13 +97,23 @@ def _named(text: str) -> tuple[str, Path]:
     return name or Path(path).stem, Path(path)
 
 
+def _dtype(text: str) -> str:
+    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch type, such as bfloat16")
+    return text
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(1, device=text)
+    except (AssertionError, RuntimeError) as error:  # the first where torch is built without it
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device here: {error}") from error
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur compare",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("compare", _HELP)
     add = parser.add_argument
     add(
         "folders", nargs="+", type=_named, metavar="NAME=FOLDER", help="models, the dense one first"
@@ -111,9 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--task", nargs="+", type=_named, default=[], metavar="NAME=FILE", help="questions, JSONL")
     add("--window-tokens", type=int, default=256, help="tokens of a window (default: 256)")
     add("--windows", type=int, help="first windows of every text (default: all)")
-    add("--dtype", default="auto", help="torch type such as bfloat16 (default: that of the files)")
+    add(
+        "--dtype",
+        type=_dtype,
+        default="auto",
+        help="torch type such as bfloat16 (default: that of the files)",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help=f"torch device (default here: {device})")
+    add("--device", type=_device, default=device, help=f"torch device (default here: {device})")
     add("--speed", action="store_true", help="measure prefill and decode, too")
     add("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(arguments)
@@ -121,23 +137,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [name for name, _ in getattr(args, what)]
         if twice := {name for name in names if names.count(name) > 1}:
             parser.error(f"two {what} are called {', '.join(sorted(twice))}: say NAME=PATH")
-    try:
-        report = compare_folders(
-            dict(args.folders),
-            dict(args.text),
-            dict(args.task),
-            window_tokens=args.window_tokens,
-            num_windows=args.windows,
-            dtype=args.dtype,
-            device=args.device,
-            speed=args.speed,
-        )
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    report = compare_folders(
+        dict(args.folders),
+        dict(args.text),
+        dict(args.task),
+        window_tokens=args.window_tokens,
+        num_windows=args.windows,
+        dtype=args.dtype,
+        device=args.device,
+        speed=args.speed,
+    )
     if args.json is not None:
         args.json.write_text(report.json(), encoding="utf-8")
     Console().print(report.table())
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,6 @@ table, and how far predictions are from measurements.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from secateur.pruning.commands import CommandParser
 from secateur.pruning.families import blocks_of, family_of, skeleton
 from secateur.pruning.sites import find_sites, gain_sizes
 from secateur.pruning.widths.hypernetwork import GRUHypernetwork, SharedHeads
@@ -335,9 +335,8 @@ def memory_table(configs: Mapping[str, PreTrainedConfig], run: Run) -> list[list
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur memory",
-        description="Predict the memory of learning masks, from configurations alone.",
+    parser = CommandParser(
+        "memory", "Predict the memory of learning masks, from configurations alone."
     )
     parser.add_argument(
         "models",
@@ -372,7 +371,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -53,16 +53,14 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
         (["--task", "text.txt"], "is no question"),
         (["--task", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--text", "a=text.txt", "a=text.txt"], "two text are called a"),
+        (["--dtype", "bf16"], "'bf16' is no torch type, such as bfloat16"),
+        (["--device", "gpu"], "'gpu' is not a device here"),
+        (["--json", "no/such/report.json"], "there is no folder .*no/such"),
     ],
 )
 def test_bad_input(
-    inputs: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(inputs)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=message):
         main(["base", "--text", "text.txt", *arguments])
-    assert message in capsys.readouterr().err

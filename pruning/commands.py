@@ -1,0 +1,66 @@
+"""What the commands of the program share: how arguments are read, and mistakes in typing them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+
+class UsageError(ValueError):
+    """What was typed is no command: a setting that does not exist, or a value that it cannot have.
+
+    The program ends with code 2 after it, and with 1 after any other error.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that somebody who typed another may have meant, None if there is none."""
+    near = get_close_matches(name, sorted(set(known)), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that ends a message, with a space before it; empty if no known name is near."""
+    near = nearest(name, known)
+    return f" Did you mean `{near}`?" if near else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reads the arguments of one command: options by their whole names, errors as `UsageError`.
+
+    Args:
+        command: Name of the command.
+        description: Its help, printed as it is.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m secateur {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an unknown option is named before a missing one, which it may stand for.
+
+        Raises:
+            UsageError: An argument is unknown, missing, or has a value that it cannot have.
+        """
+        known = [*self._option_string_actions]
+        for argument in args or []:
+            name = str(argument).partition("=")[0]
+            if name.startswith("--") and name not in known:
+                self.error(f"there is no option `{name}`.{did_you_mean(name, known)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End the command; `--help` has the usage, which would hide the message.
+
+        Raises:
+            UsageError: Always.
+        """
+        end = "" if message[-1] in ".?" else "."
+        raise UsageError(f"{message}{end} `{self.prog} --help` shows how.")

@@ -1,0 +1,240 @@
+"""Find the setting that is wrong, and name settings as users type them.
+
+The parser of jsonargparse tells in terms of types what it did not take. Here what was typed is
+compared with the signatures of the classes that it names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import NoneType, TracebackType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from secateur.pruning.commands import did_you_mean, nearest
+from secateur.typed import CLASS, Leaf, Node
+
+_ROOTS: dict[str, Any] = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NO_OBJECTS = (*_WORDS, NoneType, dict, list, tuple, set, Path)
+_OF_THE_COMMAND = ("ckpt_path", "return_predictions", "seed_everything", "weights_only")
+
+
+def wrong_setting(tree: Mapping[str, Node], known: set[str]) -> str | None:
+    """Tell what is wrong with the first setting that cannot be taken; None if nothing is found.
+
+    Args:
+        tree: The settings, see `secateur.typed.read`.
+        known: Names of the settings of the command, `trainer`, `model` and `data` among them.
+    """
+    for name, node in tree.items():
+        if name not in known:
+            return f"{_said(node, name)} is no setting.{did_you_mean(name, known)}"
+    for name, kind in _ROOTS.items():
+        if name in tree and (found := _wrong(tree[name], kind, name)):
+            return found
+    if missing := [name for name in ("model", "data") if name not in tree]:
+        return f"`--{missing[0]}` must be given: a class and its settings, or a `--config` with it."
+    return None
+
+
+def _wrong(node: Node, hint: Any, path: str) -> str | None:
+    """What is wrong with a node or below it."""
+    if isinstance(node, list):
+        return next(filter(None, (_wrong(item, hint, path) for item in node)), None)
+    if isinstance(node, Leaf):
+        if not _names_class(node, hint):
+            return _wrong_value(node, hint, path)
+        node = {CLASS: node}
+    kind = _class_of(node, hint, path)
+    if kind is None or isinstance(kind, str):
+        return kind
+    parameters, hints = _parameters(kind), _hints(kind)
+    for name, child in node.items():
+        at = f"{path}.{name}"
+        if name not in (CLASS, *parameters) and not _takes_any(kind):
+            return (
+                f"{_said(child, at)} is no setting of {kind.__name__}.{_suggest(child, at, kind)}"
+            )
+        if name in hints and (found := _wrong(child, hints[name], at)):
+            return found
+    if get_origin(hint) is not Callable:  # else the one who calls gives some
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in node:
+                return f"`--{path}.{name}` must be given: {kind.__name__} cannot do without."
+    return None
+
+
+def _wrong_value(leaf: Leaf, hint: Any, path: str) -> str | None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        if leaf.is_text:
+            parser.parse_args([f"--value={leaf.value}"])
+        else:
+            parser.parse_object({"value": leaf.value})
+    except Exception:  # of any kind, from the constructors of types
+        return f"{_said(leaf, path)} must be {_described(hint)}, got {leaf.value!r}."
+    return None
+
+
+def _names_class(leaf: Leaf, hint: Any) -> bool:
+    """Whether a value can only be the name of a class."""
+    return bool(_objects(hint)) and isinstance(leaf.value, str) and str not in _parts(hint)
+
+
+def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
+    """The class of an object; None if it cannot be told, text if there is none of that name."""
+    kinds, chosen = _objects(hint), node.get(CLASS)
+    if chosen is None:
+        return kinds[0] if len(kinds) == 1 and not inspect.isabstract(kinds[0]) else None
+    if not isinstance(chosen, Leaf) or not isinstance(chosen.value, str):
+        return None
+    module, _, name = chosen.value.rpartition(".")
+    known: dict[str, Any] = {c.__name__: c for kind in kinds for c in _subclasses(kind)}
+    found = known.get(name)
+    if module:
+        try:
+            found = getattr(package := importlib.import_module(module), name, None)
+        except ImportError as error:
+            return f"{_said(chosen, path)} names {chosen.value}, which cannot be imported: {error}."
+        known = vars(package)
+    if found:
+        if inspect.isclass(found) and not issubclass(found, tuple(kinds)):
+            return f"{_said(chosen, path)} names {chosen.value}, which is no {_described(hint)}."
+        return found
+    whole = [key for key, c in known.items() if inspect.isclass(c) and not inspect.isabstract(c)]
+    return f"{_said(chosen, path)} names {chosen.value}: no such class.{did_you_mean(name, whole)}"
+
+
+def _suggest(node: Node, path: str, kind: Any) -> str:
+    """The nearest setting of a class, or of the objects that it is made of."""
+    own = list(_parameters(kind))
+    known = {name: name for name in (*own, "init_args")}
+    for name, hint in _hints(kind).items():
+        for part in _objects(hint):
+            known = {deeper: f"{name}.{deeper}" for deeper in _parameters(part)} | known
+    parent, _, last = path.rpartition(".")
+    if not (near := nearest(last, known)):
+        return f" It has {', '.join(own)}."
+    return f" Did you mean {_said(node, f'{parent}.{known[near]}').split(' in ')[0]}?"
+
+
+def _said(node: Node, path: str) -> str:
+    """A setting as it was typed, and the file that has it."""
+    while isinstance(node, dict | list) and node:
+        node = next(iter(node.values())) if isinstance(node, dict) else node[0]
+    file = node.file if isinstance(node, Leaf) else None
+    return f"`{path}` in {file}" if file else f"`--{path}`"
+
+
+# What types say
+
+
+def _parts(hint: Any) -> list[Any]:
+    """The alternatives of a type: those of unions, of what lists hold, of what is returned."""
+    if get_origin(hint) in (Union, UnionType, list):
+        return [part for inner in get_args(hint) for part in _parts(inner)]
+    if get_origin(hint) is Callable:
+        return _parts(get_args(hint)[1])
+    return [hint]
+
+
+def _objects(hint: Any) -> list[type]:
+    """The classes among them that have settings of their own."""
+    return [c for c in _parts(hint) if inspect.isclass(c) and not issubclass(c, _NO_OBJECTS)]
+
+
+def _described(hint: Any) -> str:
+    words: list[str] = []
+    for part in _parts(hint):
+        if get_origin(part) is Literal:
+            words += map(str, get_args(part))
+        elif part is NoneType:
+            words.append("null")
+        else:
+            words.append(_WORDS.get(part, getattr(part, "__name__", str(part))))
+    return " or ".join(dict.fromkeys(words))
+
+
+def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    found = _signature(kind)
+    return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def _takes_any(kind: Any) -> bool:
+    return any(p.kind == p.VAR_KEYWORD for p in _signature(kind).values())
+
+
+def _signature(kind: Any) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(kind).parameters)
+    except ValueError:  # of a class that is not written in Python
+        return {}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+    except NameError:  # of a type that is imported for checkers only
+        return {}
+
+
+def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _subclasses(child)
+
+
+# Names of settings in messages
+
+
+def as_typed(message: str, raised: TracebackType | None, tree: Mapping[str, Node]) -> str:
+    """A message in which settings are named as they are typed: `--data.train`, not `train`.
+
+    Args:
+        message: Names a setting in backquotes, by its name in the class that refuses it.
+        raised: Where: the objects that were at work there tell whose setting it is.
+        tree: What was typed.
+    """
+    roots = ((tree.get(name, {}), kind, name) for name, kind in _ROOTS.items())
+    places = [place for root in roots for place in _places(*root)]
+    at_work: list[type] = []
+    while raised is not None:
+        at_work.insert(0, type(raised.tb_frame.f_locals.get("self")))
+        raised = raised.tb_next
+    near = [place for kind in at_work for place in places if place[1] is kind]
+
+    def typed(match: re.Match[str]) -> str:
+        first = match[1].split(".")[0]
+        if first in (*_ROOTS, *_OF_THE_COMMAND):
+            return f"`--{match[1]}`"
+        for path, kind in [*near, *places]:
+            if first in _parameters(kind):
+                whose = f" of {kind.__name__}" if path == "trainer.callbacks" else ""
+                return f"`--{path}.{match[1]}`{whose}"
+        return match[0]
+
+    return re.sub(r"`([a-z_][a-z_0-9.]*)`", typed, message)
+
+
+def _places(node: Node, hint: Any, path: str) -> Iterator[tuple[str, type]]:
+    """Path and class of every object that was typed, and of what these have by default."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _places(item, hint, path)
+        return
+    if isinstance(node, Leaf):
+        node = {CLASS: node}
+    kind = _class_of(node, hint, path)
+    if inspect.isclass(kind) and (CLASS in node or is_dataclass(kind) or kind is Trainer):
+        yield path, kind
+        for name, inner in _hints(kind).items():
+            yield from _places(node.get(name, {}), inner, f"{path}.{name}")

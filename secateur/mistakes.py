@@ -1,0 +1,86 @@
+"""Tell mistakes of users in one to three lines; everything else keeps its traceback.
+
+Errors of ours are ValueErrors that name setting, value and cure. Those of libraries are told in
+their own words, or in better ones where these do not help.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from secateur.pruning.commands import UsageError
+
+_LINES = 3
+_LONGEST = 600  # characters of a line
+
+_OURS = (ValueError, OSError, FloatingPointError, ImportError)
+
+# By name: the libraries may not be loaded, and take seconds.
+_OF_LIBRARIES = {
+    "MisconfigurationException": "{}",
+    "SafetensorError": "{}",
+    "DistNetworkError": (
+        "{} Another program may listen there: MASTER_PORT names another port, 1024 to 65535."
+    ),
+    "OutOfMemoryError": (
+        "{} Lower `--data.batch_size` or `--data.window_tokens`, or set "
+        "`--model.gradient_checkpointing true`; docs/memory.md has more."
+    ),
+}
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """End the program with a message where a user has made a mistake, code 1; 2 in typing.
+
+    With SECATEUR_DEBUG in the environment the traceback is shown instead.
+
+    Raises:
+        SystemExit: There was a mistake, or the user has stopped the program.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped; nothing half-written is left.") from None
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("SECATEUR_DEBUG"):
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(f"\nerror: {message}\n")
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from error
+
+
+def explain(error: BaseException) -> str | None:
+    """An error in at most three lines; None if it is no mistake of a user."""
+    words = "{}" if isinstance(error, _OURS) else _of_library(error)
+    if words is None:
+        return None
+    notes = [line for note in getattr(error, "__notes__", ()) for line in _lines(note)]
+    if not isinstance(error, UsageError):
+        notes.append("SECATEUR_DEBUG=1 shows where.")
+    own = _lines(words.format(_text(error)))
+    room = max(1, _LINES - len(notes))
+    if len(own) > room:  # libraries say first what failed and last why
+        own = [*own[: room - 1], own[-1]]
+    return "\n".join([*own, *notes])
+
+
+def _of_library(error: BaseException) -> str | None:
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((_OF_LIBRARIES[name] for name in names if name in _OF_LIBRARIES), None)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; of the system, with the file before the reason."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}."
+    return str(error) or type(error).__name__
+
+
+def _lines(text: str) -> list[str]:
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..." for line in lines if line]

@@ -1,0 +1,146 @@
+"""Settings as they were typed, on the command line and in the files that it names, unchecked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from secateur import yaml_text
+from secateur.pruning.commands import UsageError
+
+CLASS = "class_path"
+_FLAGS = ("--help", "--print_config", "-h")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value and where it was typed.
+
+    Args:
+        value: Text of the command line, or a value of YAML.
+        is_text: Whether it is text that the parser has yet to read.
+        file: The file that has it; None for the command line.
+    """
+
+    value: Any
+    is_text: bool
+    file: Path | None = None
+
+
+Node = Any
+"""A `Leaf`, a list of nodes, or a dictionary: settings of an object, its class as `class_path`."""
+
+
+def read(arguments: Sequence[str]) -> dict[str, Node]:
+    """All settings of a command line.
+
+    Raises:
+        UsageError: A file cannot be read, or is no YAML.
+    """
+    tree: dict[str, Node] = {}
+    for name, text in _options(arguments):
+        if text is None:
+            raise UsageError(f"`{name}` must be followed by a value.")
+        if name in ("--config", "-c"):
+            _merge(tree, _of_file(text))
+        else:
+            _put(tree, name[2:].removesuffix("+"), _of_text(text), append=name.endswith("+"))
+    return tree
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Names and values; the value of an option that has none is None."""
+    rest = [argument for argument in arguments if argument not in _FLAGS]
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("-"):
+            continue
+        if equals:
+            yield name, value
+        else:
+            yield name, rest.pop(0) if rest and not rest[0].startswith("--") else None
+
+
+def _of_file(name: str) -> dict[str, Node]:
+    try:
+        content = yaml_text.load(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"`--config` {name} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"`--config` {name} is not YAML: {_reason(error)}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"`--config` {name} holds no settings; configs/disp.yaml shows what a recipe has."
+        )
+    found: dict[str, Node] = _of_yaml(content, Path(name))
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error)
+
+
+def _of_text(text: str) -> Node:
+    try:
+        value = yaml_text.load(text)
+    except yaml.YAMLError:
+        value = text
+    return _of_yaml(value) if isinstance(value, dict | list) else Leaf(text, is_text=True)
+
+
+def _of_yaml(value: Any, file: Path | None = None) -> Node:
+    """The node of a YAML value; `init_args` is no level of its own."""
+    if isinstance(value, list):
+        return [_of_yaml(item, file) for item in value]
+    if not isinstance(value, dict):
+        return Leaf(value, is_text=False, file=file)
+    node: dict[str, Node] = {}
+    for key, item in value.items():
+        if key in ("init_args", "dict_kwargs") and isinstance(item, dict):
+            node |= _of_yaml(item, file)
+        else:
+            node[str(key)] = _of_yaml(item, file)
+    return node
+
+
+def _put(tree: dict[str, Node], name: str, node: Node, append: bool) -> None:
+    """Set a setting by its dotted name; settings of a list are those of its last object."""
+    *parents, last = name.replace(".init_args.", ".").split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        if isinstance(child, list) and child:
+            child[-1] = tree = _object(child[-1])
+        else:
+            tree[parent] = child = _object(child)
+            tree = child
+    before = tree.get(last)
+    if append:
+        tree[last] = [*(before if isinstance(before, list) else []), node]
+    elif isinstance(node, dict) and isinstance(before, dict):
+        _merge(before, node)
+    else:
+        tree[last] = node
+
+
+def _object(node: Node) -> dict[str, Node]:
+    """A node that takes settings, whatever was there: a leaf names its class."""
+    if isinstance(node, dict):
+        return node
+    return {CLASS: node} if isinstance(node, Leaf) else {}
+
+
+def _merge(into: dict[str, Node], new: Mapping[str, Node]) -> None:
+    if CLASS in new and getattr(into.get(CLASS), "value", None) != new[CLASS].value:
+        into.clear()
+    for key, node in new.items():
+        if isinstance(node, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], node)
+        else:
+            into[key] = node

@@ -1,0 +1,301 @@
+"""What a user sees of the program: one to three lines for every mistake, and no traceback."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur import program, yaml_text
+from secateur.command_line import TrainCLI
+from secateur.mistakes import explain
+from secateur.pruning.commands import UsageError
+from tests.runs import NOISE, learn_masks, make_inputs
+
+pytestmark = NOISE
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def told(
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int = 2,
+) -> str:
+    """What the program says of a mistake."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.delenv("SECATEUR_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        program.run()
+    said = capsys.readouterr().err
+    assert stop.value.code == code, said
+    message = said[said.index("error: ") :].strip()
+    assert 1 <= len(message.splitlines()) <= 3
+    assert "Traceback" not in said
+    assert "Namespace(" not in said
+    return message
+
+
+class Parsed(Exception):
+    """Arguments were taken."""
+
+
+@pytest.fixture(scope="module")
+def line() -> TrainCLI:
+    """A command line that has parsed and made nothing; to make a parser takes seconds."""
+    made: list[TrainCLI] = []
+
+    def stop(line: TrainCLI) -> None:
+        made.append(line)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainCLI, "_set_seed", stop)
+        patch.setattr(sys, "argv", ["train.py", *learn_masks(Path("in"), Path("out"))])
+        with pytest.raises(Parsed):
+            program.train()
+    return made[0]
+
+
+def refused(line: TrainCLI, arguments: list[str]) -> str:
+    """What is said of arguments that are not taken."""
+    with pytest.raises(UsageError) as error:
+        line.parse_arguments(line.parser, arguments)
+    message = explain(error.value)
+    assert message is not None
+    assert len(message.splitlines()) == 1
+    assert "Namespace(" not in message
+    return message
+
+
+MISSPELT = {
+    "--trainer.max_step=5": "`--trainer.max_step` is no setting .* mean `--trainer.max_steps`?",
+    "--model.budget.kep=0.4": "`--model.budget.kep` .* of Budget. .* mean `--model.budget.keep`?",
+    "--model.keep=0.4": "Did you mean `--model.budget.keep`?",
+    "--model.hypernetwork=GRUHypernetwork --model.hypernetwork.hiden_size=4": (
+        "Did you mean `--model.hypernetwork.hidden_size`?"
+    ),
+    "--data.windowtokens=16": "`--data.windowtokens` .* Did you mean `--data.window_tokens`?",
+    "--trainer.callbacks.folders=a": "no setting of ExportModel. .* `--trainer.callbacks.folder`?",
+    "--trainer.callbacks+=SaveCheckpont": "no such class. Did you mean `SaveCheckpoint`?",
+    "--trainer.callbacks+=CausalLM": "CausalLM: no such class",
+    "--trainer.callbacks+=secateur.CausalLM": "secateur.CausalLM, which is no Callback",
+    "--model.optimizer=torch.optim.AdmW": "no such class. Did you mean `AdamW`?",
+    "--model.optimizer=torhc.optim.AdamW": "torhc.optim.AdamW, which cannot be imported",
+    "--model=MaskLerning": "`--model` names MaskLerning: .* mean `MaskLearning`?",
+    "--ckptpath=last": "`--ckptpath` is no setting. Did you mean `ckpt_path`?",
+    "--model.penalty=abc": "`--model.penalty` must be a number, got 'abc'",
+    "--model.budget.keep=half": "`--model.budget.keep` must be a number, got 'half'",
+    "--trainer.max_steps=1.5": "`--trainer.max_steps` must be a whole number, got '1.5'",
+    "--trainer.precision=bf17": "`--trainer.precision` must be .* bf16-mixed .* got 'bf17'",
+    "--seed_everything=abc": "`--seed_everything`: Expected",
+    "--data.train": "`--data.train` must be followed by a value",
+    "--config": "`--config` must be followed by a value",
+    "--config=/no/such.yaml": "`--config` /no/such.yaml cannot be read: No such file",
+}
+
+
+@pytest.mark.parametrize(("setting", "message"), MISSPELT.items(), ids=MISSPELT)
+def test_a_setting_that_is_not_taken_is_named_with_what_may_be_meant(
+    setting: str, message: str, line: TrainCLI
+) -> None:
+    said = refused(line, [*learn_masks(Path("in"), Path("out")), *setting.split()])
+    assert re.search(message.replace("?", r"\?"), said), said
+
+
+RECIPE = """\
+trainer:
+  max_steps: 8
+  callbacks:
+    - class_path: SaveCheckpoint
+      init_args: {every_n_steps: 3}
+model:
+  class_path: MaskLearning
+  init_args:
+    base: BASE
+    budget: {keep: 0.5}
+data:
+  class_path: TextData
+  init_args: {train: text.json}
+"""
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+BAD_RECIPES = {
+    "budget": ("keep:", "kep:", "`model.budget.kep` in .* mean `model.budget.keep`?"),
+    "trainer": ("max_steps", "max_step", "`trainer.max_step` in .* `trainer.max_steps`?"),
+    "callback": ("every_n_steps", "every_steps", "`trainer.callbacks.every_n_steps`?"),
+    "group": ("data:", "date:", "`date` in .* is no setting. Did you mean `data`?"),
+    "class": ("TextData", "TextDate", "`data` in .* names TextDate: .* mean `TextData`?"),
+    "init_args": ("init_args:\n    base", "init_arg:\n    base", "`model.init_args`?"),
+    "value": ("keep: 0.5", "keep: half", "`model.budget.keep` in .* must be a number, got 'half'"),
+    "required": ("    base: BASE\n", "", "`--model.base` must be given"),
+    "syntax": ("{keep: 0.5}", "{keep: 0.5", "is not YAML: line 1[0-9]: "),
+    "twice": (
+        "  max_steps: 8",
+        "  max_steps: 8\n  max_steps: 9",
+        "line 2: `max_steps` is there twice",
+    ),
+    "list": ("trainer:", "- trainer:", "is not YAML: line"),
+    "code": ("BASE", "!!python/object/apply:os.getcwd []", "not YAML: line 9: .* for the tag"),
+    "bomb": ("trainer:", f"{BOMB}trainer:", "it stands for more than 100,000 values"),
+    "cycle": ("8", "&a [*a]", "line 2: an alias stands for what it is part of"),
+    "deep": ("8", "[" * 5000, "it is nested too deeply"),
+    "large": ("8", "8 " + "#" * 1_000_000, "it has more than 1,000,000 characters"),
+    "empty": (RECIPE, "", "holds no settings"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD_RECIPES.values(), ids=BAD_RECIPES)
+def test_a_bad_recipe_is_told_by_file_and_setting(
+    old: str,
+    new: str,
+    message: str,
+    line: TrainCLI,
+    tmp_path: Path,
+) -> None:
+    assert old in RECIPE
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace(old, new, 1))
+    said = refused(line, ["fit", f"--config={tmp_path / 'recipe.yaml'}"])
+    assert re.search(message.replace("?", r"\?"), said), said
+
+
+OLD = {
+    "modules.MaskLearning": "secateur.modules.mask_learning.MaskLearning",
+    "modules.text_data.TextData": "secateur.modules.data.text_data.TextData",
+    "callbacks.SaveCheckpoint": "secateur.callbacks.save_checkpoint.SaveCheckpoint",
+    "pruning.hypernetwork.GRUHypernetwork": "secateur.pruning.widths.hypernetwork.GRUHypernetwork",
+    "pruning.depth.Magnitude": "secateur.pruning.depth.scores.BlockMagnitude",
+    "pruning.weights.magnitude.Magnitude": "secateur.pruning.weights.magnitude.Magnitude",
+    "pruning.depth.perplexity.Perplexity": "secateur.pruning.depth.perplexity_score.Perplexity",
+    "modules.Zero": "secateur.modules.strategies.zero.Zero",
+    "pruning.no.Such": "pruning.no.Such",
+    "callbacks": "callbacks",
+}
+
+
+@pytest.mark.parametrize(("old", "now"), OLD.items(), ids=OLD)
+def test_classes_are_known_by_the_paths_that_they_had(old: str, now: str) -> None:
+    assert yaml_text.present({"class_path": old, "init_args": [old, 1]}) == {
+        "class_path": now,
+        "init_args": [now, 1],
+    }
+
+
+def test_a_recipe_with_old_paths_is_taken(line: TrainCLI, tmp_path: Path) -> None:
+    old = RECIPE.replace("MaskLearning", "modules.MaskLearning").replace(
+        "TextData", "modules.TextData"
+    )
+    (tmp_path / "recipe.yaml").write_text(old.replace("SaveCh", "callbacks.SaveCh"))
+    arguments = ["fit", f"--config={tmp_path / 'recipe.yaml'}", "--trainer.strategy=modules.Zero"]
+    line.parse_arguments(line.parser, [*arguments, "--trainer.callbacks+=callbacks.ExportModel"])
+    config = line.config["fit"]
+    assert config.model.class_path.endswith(".mask_learning.MaskLearning")
+    assert config.trainer.strategy.endswith(".zero.Zero")
+    names = [each.class_path.rpartition(".")[2] for each in config.trainer.callbacks]
+    assert names == ["SaveCheckpoint", "ExportModel"]
+
+
+# Settings that are taken and refused later
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--model.budget.keep=1.5", "`--model.budget.keep` must be in (0, 1], got 1.5."),
+        ("--model.settle=1", "`--model.settle` must be in [0, 1), got 1"),
+        ("--model.base=/no/such", "`--model.base` '/no/such' does not exist"),
+        ("--data.window_tokens=65", "`--data.window_tokens` 65 is longer than the 64 positions"),
+        ("--data.train=/no/such.json", "`--data.train`: there is no file /no/such.json"),
+        ("--trainer.max_steps=-1", "`--trainer.max_steps` must be set"),
+        ("--trainer.callbacks.folder=plan", "`--trainer.callbacks.folder` of ExportModel"),
+        ("--ckpt_path=best", "`--ckpt_path` is best, but"),
+        ("--model.budget.width_multiple=25", "`--model.budget.width_multiple` 25 is larger than"),
+    ],
+)
+def test_settings_are_named_as_they_are_typed(
+    setting: str,
+    message: str,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*learn_masks(inputs, tmp_path / "run"), setting]
+    assert message in told(arguments, monkeypatch, capsys, code=1)
+
+
+# The other commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        ("fti --model MaskLearning", "`fti` is no command; .* Did you mean `fit`?", 2),
+        ("--foo", "`--foo` is no command", 2),
+        ("fit", "`--model` must be given", 2),
+        ("surgery", "required: BASE, PLAN, OUT. `python -m secateur surgery --help`", 2),
+        ("depth BASE OUT --remov 3", "no option `--remov`. Did you mean `--remove`?", 2),
+        ("depth BASE OUT --rem 3", "no option `--rem`", 2),
+        ("depth /no/such OUT --remove 3", "/no/such is not a model folder", 1),
+        ("compare BASE --tex a", "no option `--tex`. Did you mean `--text`?", 2),
+        ("compare /no/such --text /no/such", "/no/such does not exist", 2),
+        ("memory 7B --batch-siz 1", "Did you mean `--batch-size`?", 2),
+        ("memory 7B --batch-size one", "invalid int value: 'one'", 2),
+        ("memory /no/such", "/no/such", 1),
+    ],
+)
+def test_every_command_tells_mistakes_in_the_same_way(
+    arguments: str,
+    message: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = told(arguments.split(), monkeypatch, capsys, code)
+    assert re.search(message.replace("?", r"\?"), said), said
+
+
+def test_the_traceback_is_there_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "fti"])
+    with pytest.raises(UsageError):
+        program.run()
+
+
+def test_what_is_no_mistake_of_a_user_keeps_its_traceback() -> None:
+    assert explain(KeyError("x")) is None
+    assert explain(AssertionError()) is None
+
+
+def test_long_messages_of_libraries_keep_what_failed_and_why() -> None:
+    error = OSError("It failed.\n" + "Meanwhile.\n" * 9 + "That is why.")
+    error.add_note("The cure.")
+    assert explain(error) == "That is why.\nThe cure.\nSECATEUR_DEBUG=1 shows where."
+    assert explain(FileNotFoundError(2, "No such file", "a.txt")) == (
+        "a.txt: No such file.\nSECATEUR_DEBUG=1 shows where."
+    )
+
+
+def test_a_checkpoint_chooses_no_class(
+    line: TrainCLI, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would import the class that it names, and take its settings for ours."""
+    code = tmp_path / "planted.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "step=1.ckpt"
+    settings = {"_class_path": "planted.Model", "base": "other"}
+    torch.save({"hyper_parameters": settings, "state_dict": {}}, path)
+    arguments = [*learn_masks(inputs, tmp_path / "run"), f"--ckpt_path={path}"]
+    line.parse_arguments(line.parser, arguments)
+    line._parse_ckpt_path()
+    assert line.config["fit"].model.init_args.base == str(inputs / "base")
+    assert not (tmp_path / "ran").exists()
