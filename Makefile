@@ -29,7 +29,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install $(TORCH)
-	$(RUN) -m pip install -c constraints.txt -e ".[cluster,lora,eval,test,dev]"
+	$(RUN) -m pip install -c constraints.txt -e ".[cluster,lora,serving,eval,test,dev]"
 	touch $@
 
 demo: setup

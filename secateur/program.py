@@ -26,6 +26,7 @@ _COMMANDS = {
     "surgery": ("pruning.export.rewrite", "cut a checkpoint down to a plan, streamed"),
     "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),
+    "gguf": ("pruning.export.gguf_file", "write a model folder as one file for llama.cpp"),
     "repair": ("pruning.export.repair", "bring an earlier pruned model up to date"),
     "memory": ("pruning.widths.memory", "predict the memory of learning masks"),
 }

@@ -65,3 +65,22 @@ def random_plan(folder: Path, budget: Budget, seed: int = 0) -> Plan:
     scores_N = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     kept = budget.finalise(scores_N, sites, budget.cost.table(model))
     return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed})
+
+
+def native_plan(folder: Path, removed: Collection[tuple[int, str]] = (), seed: int = 0) -> Plan:
+    """A plan that servers know without the modelling file: only MLPs are cut, or parts go.
+
+    MLPs keep everything in block 0, one neuron in block 1, 17 in block 2 and 32 in later ones.
+    """
+    model = skeleton(AutoConfig.from_pretrained(folder))
+    family = family_of(model.config).with_parts()
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for site in find_sites(model, family):
+        width = site.size
+        if (site.block, site.part) in removed:
+            width = 0
+        elif site.name == "mlp_mid":
+            width = {0: site.size, 1: 1, 2: 17}.get(site.block, 32)
+        kept.append(torch.randperm(site.size, generator=generator)[:width].sort().values)
+    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, None, family)

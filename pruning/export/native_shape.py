@@ -1,0 +1,80 @@
+"""What a server that knows a model without its modelling file has to know of its blocks.
+
+Such servers have, at most, one width of the MLP per block, and blocks without attention or MLP.
+None selects entries of the residual stream.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from secateur.pruning.families import FAMILIES, PARTS
+from secateur.pruning.files.model_folder import CONFIG
+
+_PREFIX = "secateur_"
+
+
+@dataclass(frozen=True)
+class NativeShape:
+    """A model that is whole but for its MLPs and the parts that are gone.
+
+    Args:
+        config: Configuration as the family has it, of the blocks that are left.
+        mlp_widths: Width of the MLP of every block; 0 where there is none.
+        attentions: Whether every block has an attention.
+    """
+
+    config: PreTrainedConfig
+    mlp_widths: tuple[int, ...]
+    attentions: tuple[bool, ...]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether all blocks are alike, so that the model is one of its family."""
+        return all(self.attentions) and len(set(self.mlp_widths)) == 1 and self.mlp_widths[0] > 0
+
+
+def read_shape(folder: Path) -> NativeShape:
+    """The shape of the model in a folder.
+
+    Args:
+        folder: A stock model of a known family, or a pruned one.
+
+    Raises:
+        ValueError: The folder holds no model of a known family, or one that selects entries of the
+            residual stream.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a model folder: it holds no {CONFIG}.")
+    fields: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    name = str(fields.pop("model_type", ""))
+    family = FAMILIES.get(name.removeprefix(_PREFIX))
+    if family is None:
+        raise ValueError(
+            f"{folder} has `model_type` {name!r}; known are {', '.join(sorted(FAMILIES))}."
+        )
+    blocks = fields.pop("block_widths", None)
+    fields.pop("auto_map", None)
+    config = AutoConfig.for_model(family.model_type, **fields)
+    if blocks is None:
+        count, width = config.num_hidden_layers, getattr(config, family.mlp_width)
+        return NativeShape(config, (width,) * count, (True,) * count)
+    for number, widths in enumerate(blocks):
+        for site, width in widths.items():
+            if site not in (*PARTS, "mlp_mid") and width < config.hidden_size:
+                raise ValueError(
+                    f"Block {number} of {folder} has {width} of {config.hidden_size} entries of "
+                    f"the residual stream at the site {site}; a server without the modelling file "
+                    "can select none. The nearest that it can: learn masks with "
+                    "`budget.sites: [mlp_mid]` and `budget.parts: true`."
+                )
+    return NativeShape(
+        config,
+        tuple(0 if widths.get("mlp") == 0 else widths["mlp_mid"] for widths in blocks),
+        tuple(widths.get("attn") != 0 for widths in blocks),
+    )
