@@ -8,6 +8,7 @@ from secateur.callbacks.export_model import ExportModel
 from secateur.callbacks.plot_widths import PlotWidths
 from secateur.callbacks.prune_blocks import PruneBlocks
 from secateur.callbacks.prune_weights import PruneWeights
+from secateur.callbacks.prune_widths import PruneWidths
 from secateur.callbacks.save_checkpoint import SaveCheckpoint
 from secateur.callbacks.track_budget import TrackBudget
 from secateur.callbacks.watch_ranks import WatchRanks
@@ -18,6 +19,7 @@ __all__ = [
     "PlotWidths",
     "PruneBlocks",
     "PruneWeights",
+    "PruneWidths",
     "SaveCheckpoint",
     "TrackBudget",
     "WatchRanks",

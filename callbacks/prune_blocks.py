@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from secateur.callbacks.prune import Prune, check_at_least
 from secateur.pruning.depth import (
     Cached,
     OneShot,
@@ -29,9 +29,8 @@ from secateur.pruning.depth import (
 )
 from secateur.pruning.depth.plots import plot_scores
 from secateur.pruning.depth.search import names
-from secateur.pruning.files.settings import refuse_other
 from secateur.pruning.measure.perplexity import perplexity
-from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+from secateur.pruning.protocols import TrainsWeights
 
 
 class Removals(ABC):
@@ -80,12 +79,8 @@ class OneByOne(Removals):
     first_step: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("every_n_steps", self.every_n_steps, 1),
-            ("first_step", self.first_step, 0),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        check_at_least(1, every_n_steps=self.every_n_steps)
+        check_at_least(0, first_step=self.first_step)
 
     def due(self, step: int, total: int) -> int:
         if step < self.first_step:
@@ -96,7 +91,7 @@ class OneByOne(Removals):
         return self.first_step + (total - 1) * self.every_n_steps
 
 
-class PruneBlocks(Callback):
+class PruneBlocks(Prune):
     """Score the blocks of the model, remove those that it needs least, and train on.
 
     Around every removal the loss and the perplexity of the calibration windows are logged. Below
@@ -130,12 +125,7 @@ class PruneBlocks(Callback):
         compensate: bool = False,
         folder: str = "depth",
     ) -> None:
-        for name, value, least in (
-            ("calibration_windows", calibration_windows, 1),
-            ("calibration_seed", calibration_seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        super().__init__(calibration_windows, calibration_seed, folder)
         self.target, self.search = target, search or OneShot(Perplexity())
         if compensate and not isinstance(self.search.units, WholeBlocks):
             raise ValueError(
@@ -143,19 +133,8 @@ class PruneBlocks(Callback):
                 "leave out the one or choose WholeBlocks for the other."
             )
         self.removals = removals or AtOnce()
-        self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
-        self.compensate, self.folder = compensate, folder
-        self.history: list[dict[str, Any]] = []
-        """What was removed so far, with loss and perplexity before and after."""
+        self.compensate = compensate
         self._total = 0  # units that go in all
-
-    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find out at once whether there are blocks that can be removed.
-
-        Raises:
-            ValueError: The module trains no base model, or the strategy divides what trains.
-        """
-        trains_weights(module, "PruneBlocks").check_removals(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out whether the target can be reached in time; remove what is due at once.
@@ -163,7 +142,7 @@ class PruneBlocks(Callback):
         Raises:
             ValueError: It cannot.
         """
-        module = trains_weights(pl_module, "PruneBlocks")
+        module = self.pruned(pl_module)
         config = AutoConfig.from_pretrained(module.base_folder)
         self._total = units_to_remove(config, self.search, self.target)
         last, steps = self.removals.last_step(self._total), trainer.estimated_stepping_batches
@@ -174,13 +153,7 @@ class PruneBlocks(Callback):
                 "or let them go sooner."
             )
         if trainer.ckpt_path is None:  # else the optimiser of the checkpoint is still to be read
-            self._catch_up(trainer, module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Remove what is due at this step."""
-        self._catch_up(trainer, trains_weights(pl_module, "PruneBlocks"))
+            self.catch_up(trainer, module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out whether the target was met.
@@ -189,7 +162,7 @@ class PruneBlocks(Callback):
             ValueError: All steps were taken and it was not, as when the run goes on from a
                 checkpoint without this callback that had no steps left.
         """
-        removed = len(trains_weights(pl_module, "PruneBlocks").removed_units)
+        removed = len(self.pruned(pl_module).removed_units)
         if removed < self._total and trainer.global_step >= trainer.estimated_stepping_batches:
             raise ValueError(
                 f"`target` {self.target} of PruneBlocks is {self._total} units, and {removed} were "
@@ -197,9 +170,8 @@ class PruneBlocks(Callback):
                 "`--ckpt_path`, or from its exported model as `base`."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was removed, and the settings that decide the rest."""
-        settings = {
+    def settings(self) -> dict[str, Any]:
+        return {
             "target": repr(self.target),
             "search": repr(self.search),
             "removals": repr(self.removals),
@@ -207,18 +179,8 @@ class PruneBlocks(Callback):
             "calibration_seed": self.calibration_seed,
             "compensate": self.compensate,
         }
-        return {"settings": settings, "history": self.history}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: It was written under other settings.
-        """
-        refuse_other(state_dict["settings"], self.state_dict()["settings"], "PruneBlocks")
-        self.history = state_dict["history"]
-
-    def _catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
+    def catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
         done = len(module.removed_units)
         if (due := self.removals.due(trainer.global_step, self._total)) > done:
             self._remove(trainer, module, due - done)
@@ -229,16 +191,13 @@ class PruneBlocks(Callback):
             removal = self._choose(trainer, module, count)
         removal = trainer.strategy.broadcast(removal)
         units = [Unit.of_key(key) for key in removal.pop("units")]
-        windows_NT = self._windows(trainer)
+        windows_NT = self.windows(trainer)
         module.remove_units(units, removal, windows_NT if self.compensate else None)
         with module.plain() as model:
             after = perplexity(model, windows_NT)
         removal |= {"loss_after": after.mean_nll, "perplexity_after": after.value}
         self.history.append({"units": [unit.key for unit in units]} | removal)
-        figures = {name: value for name, value in removal.items() if isinstance(value, float)}
-        figures["kept_blocks"] = float(len(module.kept_blocks))
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+        self.log(trainer, removal | {"kept_blocks": float(len(module.kept_blocks))})
         rank_zero_info(
             f"Step {trainer.global_step}: removed block {names(units)} of the base model, "
             f"{len(module.kept_blocks)} are left; perplexity of the calibration windows "
@@ -247,7 +206,7 @@ class PruneBlocks(Callback):
 
     def _choose(self, trainer: Trainer, module: TrainsWeights, count: int) -> dict[str, Any]:
         """What to remove, by its names in the base model, and what it is now worth."""
-        folder, windows_NT = Path(trainer.default_root_dir) / self.folder, self._windows(trainer)
+        folder, windows_NT = Path(trainer.default_root_dir) / self.folder, self.windows(trainer)
         search = replace(self.search, score=Cached(self.search.score, folder))
         with module.plain() as model:
             before = perplexity(model, windows_NT)
@@ -273,10 +232,6 @@ class PruneBlocks(Callback):
             "loss_before": before.mean_nll,
             "perplexity_before": before.value,
         }
-
-    def _windows(self, trainer: Trainer) -> Tensor:
-        data, count = trainer.datamodule, self.calibration_windows  # type: ignore[attr-defined]
-        return calibration_windows(data, count, self.calibration_seed, "PruneBlocks")
 
 
 def units_to_remove(config: PreTrainedConfig, search: Search, target: Target) -> int:

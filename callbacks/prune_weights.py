@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -23,12 +23,12 @@ from transformers import AutoConfig
 from secateur.callbacks._held_masks import HeldMasks, take_out_updates
 from secateur.callbacks._trial import is_trial
 from secateur.callbacks._weight_blocks import shown_progress, store_of
+from secateur.callbacks.prune import Prune, check_at_least
 from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.blocks.source import LiveBlocks
 from secateur.pruning.families import blocks_of, family_of, skeleton
-from secateur.pruning.files.settings import refuse_other
 from secateur.pruning.measure.perplexity import perplexity
-from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+from secateur.pruning.protocols import TrainsWeights
 from secateur.pruning.weights import (  # noqa: F401 # the command line knows by name what is imported
     alpha_pruning,
     barber,
@@ -53,7 +53,7 @@ from secateur.pruning.weights.wanda import Wanda
 _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
 
 
-class PruneWeights(Callback):
+class PruneWeights(Prune):
     """Set weights to zero block by block, train on, and keep every zero.
 
     Before every optimiser step the gradients are masked, after it the weights; low-rank updates
@@ -109,14 +109,10 @@ class PruneWeights(Callback):
         calibration_batch_size: int = 8,
         folder: str = "weights",
     ) -> None:
-        for name, value, least in (
-            ("calibration_windows", calibration_windows, 1),
-            ("held_back_windows", held_back_windows, 1),
-            ("calibration_seed", calibration_seed, 0),
-            ("calibration_batch_size", calibration_batch_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        super().__init__(calibration_windows, calibration_seed, folder)
+        check_at_least(
+            1, held_back_windows=held_back_windows, calibration_batch_size=calibration_batch_size
+        )
         self.recipe = WeightRecipe(
             pattern=pattern,
             score=score or Wanda(),
@@ -130,14 +126,10 @@ class PruneWeights(Callback):
                 pattern.with_sparsity(pattern.sparsity / 2)
             except ValueError as error:
                 raise ValueError(f"`gradually` does not go with `pattern`: {error}") from error
-        self.gradually, self.folder = gradually, folder
-        self.calibration_windows, self.held_back_windows = calibration_windows, held_back_windows
-        self.calibration_seed = calibration_seed
+        self.gradually, self.held_back_windows = gradually, held_back_windows
         self.calibration_batch_size = calibration_batch_size
         self.masks = WeightMasks()
         """What stays, by the names of the parameters in the live model."""
-        self.history: list[dict[str, Any]] = []
-        """Every pruning so far: step, sparsities, perplexity before and after, notes."""
         self._decision: Decision | None = None
         self._kept_blocks: list[int] = []
         self._held: HeldMasks | None = None
@@ -150,7 +142,7 @@ class PruneWeights(Callback):
         Raises:
             ValueError: They do not.
         """
-        trained = trains_weights(module, "PruneWeights")
+        trained = self.pruned(module)
         # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
         if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(
@@ -167,7 +159,7 @@ class PruneWeights(Callback):
             ValueError: The sparsity would not be reached in time, the model cannot be pruned like
                 this, or a checkpoint has lost zeros.
         """
-        module = trains_weights(pl_module, "PruneWeights")
+        module = self.pruned(pl_module)
         self.check_first(trainer, pl_module)
         steps = int(trainer.estimated_stepping_batches)
         if self.gradually is not None and (last := self.gradually.last_step(steps)) >= steps:
@@ -181,13 +173,7 @@ class PruneWeights(Callback):
         if self.history:
             self._verify(module, "the checkpoint was loaded")
         if trainer.ckpt_path is None:  # else optimiser and step of the checkpoint are still to come
-            self._catch_up(trainer, module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Prune what is due at this step."""
-        self._catch_up(trainer, trains_weights(pl_module, "PruneWeights"))
+            self.catch_up(trainer, module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -212,7 +198,7 @@ class PruneWeights(Callback):
         if self._held is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._kept_blocks != trains_weights(pl_module, "PruneWeights").kept_blocks:
+        if self._kept_blocks != self.pruned(pl_module).kept_blocks:
             raise ValueError(
                 "Blocks were removed after weights were pruned, and the masks name blocks that "
                 "have moved. Put PruneBlocks, with `removals` AtOnce, before PruneWeights."
@@ -225,7 +211,7 @@ class PruneWeights(Callback):
         Raises:
             ValueError: One has.
         """
-        self._verify(trains_weights(pl_module, "PruneWeights"), "the last step")
+        self._verify(self.pruned(pl_module), "the last step")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same after all that other callbacks do at the end of training.
@@ -238,19 +224,19 @@ class PruneWeights(Callback):
                 "PruneWeights has pruned nothing: the checkpoint knows no masks and no step was "
                 "left to take. Start without `--ckpt_path`."
             )
-        self._verify(trains_weights(pl_module, "PruneWeights"), "the end of training")
+        self._verify(self.pruned(pl_module), "the end of training")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure low-rank updates under the masks of the checkpoint."""
-        self._hold(trains_weights(pl_module, "PruneWeights"))
+        self._hold(self.pruned(pl_module))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for validation."""
-        self._hold(trains_weights(pl_module, "PruneWeights"))
+        self._hold(self.pruned(pl_module))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for validation."""
-        self._hold(trains_weights(pl_module, "PruneWeights"))
+        self._hold(self.pruned(pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the finished blocks when everything has gone well; an error does not lead here."""
@@ -266,10 +252,8 @@ class PruneWeights(Callback):
         for name in self.masks:
             mask_OI = self.masks[name]
             masks[name] = {"packed": pack(mask_OI), "shape": list(mask_OI.shape)}
-        return {
-            "settings": self._settings(),
+        return super().state_dict() | {
             "decision": self._decision and asdict(self._decision),
-            "history": self.history,
             "kept_blocks": self._kept_blocks,
             "masks": masks,
         }
@@ -280,17 +264,17 @@ class PruneWeights(Callback):
         Raises:
             ValueError: It was written under other settings.
         """
-        refuse_other(state_dict["settings"], self._settings(), "PruneWeights")
+        super().load_state_dict(state_dict)
         decision = state_dict["decision"]
         self._decision = decision and Decision(**decision)
-        self.history, self._kept_blocks = state_dict["history"], state_dict["kept_blocks"]
+        self._kept_blocks = state_dict["kept_blocks"]
         self.masks = WeightMasks()
         for name, mask in state_dict["masks"].items():
             rows, columns = mask["shape"]
             self.masks.add(name, unpack(mask["packed"], (rows, columns)))
         self._release()
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return self.recipe.settings() | {
             "gradually": self.gradually and self.gradually.settings(),
             "calibration_windows": self.calibration_windows,
@@ -329,7 +313,7 @@ class PruneWeights(Callback):
                 "the weights (averages, masters) and leave it out."
             )
 
-    def _catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
+    def catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
         final, step = self.recipe.pattern.sparsity, 0
         if self.gradually is not None:
             steps = int(trainer.estimated_stepping_batches)
@@ -365,9 +349,7 @@ class PruneWeights(Callback):
             self.masks.save(self._path(trainer))
         module.record("weights", self._provenance())
         self._verify(module, "pruning")
-        figures = {name: value for name, value in event.items() if isinstance(value, float)}
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+        self.log(trainer, event)
         for note in event["notes"]:
             rank_zero_info(note)
         rank_zero_info(
@@ -380,7 +362,7 @@ class PruneWeights(Callback):
         self, trainer: Trainer, module: TrainsWeights, step: int, recipe: WeightRecipe
     ) -> tuple[BlockStore, dict[str, Any]]:
         """Prune a plain copy into the store, and tell what that is worth."""
-        held_back_MT, windows_NT = self._windows(trainer)
+        held_back_MT, windows_NT = self._split_windows(trainer)
         with module.plain() as model:
             source, batch_size = LiveBlocks(model), self.calibration_batch_size
             settings = run_settings(source, recipe, windows_NT, held_back_MT, batch_size)
@@ -418,14 +400,14 @@ class PruneWeights(Callback):
         }
         return store, event
 
-    def _windows(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        held_back, seed = self.held_back_windows, self.calibration_seed
+    def _split_windows(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
+        held_back = self.held_back_windows
         count = held_back + self.calibration_windows
-        drawn_NT = calibration_windows(data, count, seed, "PruneWeights")
-        order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        drawn_NT = self.windows(trainer, count)
+        generator = torch.Generator().manual_seed(self.calibration_seed)
+        order_N = torch.randperm(count, generator=generator)
         return drawn_NT[order_N[:held_back]], drawn_NT[order_N[held_back:]]
 
     def _provenance(self) -> dict[str, Any]:
         """For the model card: the settings, and the last pruning."""
-        return {"settings": self._settings(), "prunings": len(self.history)} | self.history[-1]
+        return {"settings": self.settings(), "prunings": len(self.history)} | self.history[-1]

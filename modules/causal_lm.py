@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from secateur.modules.teacher import Teacher, predicting_states
 from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
 from secateur.pruning.depth.compensation import untie
 from secateur.pruning.depth.remaining import Depth
+from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import check_folder, deliver
 from secateur.pruning.export.ranks import AllRanks, OneRank
 from secateur.pruning.export.sources import FromFiles, FromModel, FromShares, Source
@@ -42,6 +43,7 @@ from secateur.pruning.files.model_folder import replaced_folder
 from secateur.pruning.files.shares import dtype_of
 from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights, head_of, token_losses
+from secateur.pruning.plan import Plan
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -114,6 +116,7 @@ class CausalLM(LanguageModelling):
         self.divisible = base is not None  # only a model that is read can be divided
         self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
         self._depth = Depth()
+        self._cuts: list[Plan] = []
         self.provenance: dict[str, Any] = {}
         self._make_optimizer = optimizer
         name = teacher or base
@@ -128,6 +131,13 @@ class CausalLM(LanguageModelling):
         else:
             self.model = AutoModelForCausalLM.from_config(self._config)
         self._depth, self.provenance = Depth(self.model.config.num_hidden_layers), {}
+        self._cuts = []
+        self._prepare()
+        if self._teacher is not None and self._teacher.model is None:
+            self._teacher.load(self)
+
+    def _prepare(self) -> None:
+        """Make the model ready to train: low-rank updates, recomputation, training mode."""
         if self.lora is not None:
             self.lora.inject(self.model)
         if self.gradient_checkpointing:
@@ -136,8 +146,6 @@ class CausalLM(LanguageModelling):
             enable = getattr(self.model, new if hasattr(self.model, new) else old)
             enable({"use_reentrant": False})
         self.model.train()
-        if self._teacher is not None and self._teacher.model is None:
-            self._teacher.load(self)
 
     def setup(self, stage: str) -> None:
         """Check that strategy and text suit the model before the model is made."""
@@ -268,6 +276,12 @@ class CausalLM(LanguageModelling):
             ValueError: A unit is not there (any more), no block or attention would stay, the model
                 is sharded, or halves were to be compensated.
         """
+        if self._cuts:
+            raise ValueError(
+                "Blocks are removed after widths were cut in the same run. Put PruneBlocks, with "
+                "`removals` AtOnce, before PruneWidths, or prune the exported model in a run of "
+                "its own."
+            )
         places, strategy = self._depth.places(units), self.trainer.strategy
         check_undivided(strategy)
         if compensate_on is None:
@@ -300,6 +314,28 @@ class CausalLM(LanguageModelling):
             self.record("compensation", so_far | factors)
         return dict(provenance) | found.provenance
 
+    def adopt(self, narrow: PreTrainedModel, plan: Plan) -> None:
+        """Train a narrow model in the place of the live one; low-rank updates start at zero.
+
+        Args:
+            narrow: What the plan leaves of the live model with its updates added up, in `plain`.
+            plan: What stays of the live model.
+
+        Raises:
+            ValueError: Halves of blocks were removed, or the model is sharded.
+        """
+        check_undivided(self.trainer.strategy)
+        if self._depth.leaves_halves:
+            raise ValueError(
+                "Widths are cut after halves of blocks were removed in the same run. Export first, "
+                "and prune the exported model in a run of its own."
+            )
+        self._cuts.append(plan)
+        self.model = narrow.to(self.device)  # type: ignore[arg-type]
+        self.model.requires_grad_(True)
+        self._prepare()
+        let_go(self.trainer.strategy, self)
+
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
         """Note that a callback has changed weights, for the model card.
 
@@ -316,7 +352,11 @@ class CausalLM(LanguageModelling):
         """
         super().on_save_checkpoint(checkpoint)
         removals = self._depth.removals
-        checkpoint["pruning"] = {"removals": removals, "provenance": self.provenance}
+        checkpoint["pruning"] = {
+            "removals": removals,
+            "cuts": [plan.state() for plan in self._cuts],
+            "provenance": self.provenance,
+        }
         if self.lora is not None and not self.provenance:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             state = checkpoint["state_dict"]
@@ -332,12 +372,17 @@ class CausalLM(LanguageModelling):
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["pruning"]["removals"]
-        if (done := self._depth.removals) != saved[: len(done)]:  # an earlier fit removed others
+        if self._cuts or (done := self._depth.removals) != saved[: len(done)]:  # of an earlier fit
             self.model = None
             self.configure_model()
         for removal in saved[len(self._depth.removals) :]:
             units = [Unit.of_key(key) for key in removal["units"]]
             self.remove_units(units, removal["provenance"])
+        for state in checkpoint["pruning"]["cuts"]:
+            plan = Plan.from_state(state)
+            with self.plain() as model:
+                narrow = cut(model, plan)
+            self.adopt(narrow, plan)
         self.provenance = checkpoint["pruning"]["provenance"]
         if self.lora is not None and self.provenance and self._reader is not None:
             raise ValueError(
@@ -377,16 +422,21 @@ class CausalLM(LanguageModelling):
             every = AllRanks(strategy.root_device)
             deliver(what, origin, folder, windows_NT, every, measured=True)
         elif self.trainer.is_global_zero:
-            dense, depth = self._dense(), self._depth
-            plan = depth.plan(self.base_folder, self.base_fingerprint) if depth.removals else None
+            dense, plan = self._dense(), self._plan()
             one = OneRank(self.base_folder, strategy.root_device)
             with self.plain() as model:
                 if plan is not None and self._only_shortened():
                     what = FromFiles(plan, dense)
                 else:
-                    own_form = plan if depth.leaves_halves else None
-                    what = FromModel(model, data.tokenizer, dtype, dense, own_form)
+                    what = FromModel(model, data.tokenizer, dtype, dense, plan)
                 deliver(what, origin, folder, windows_NT, one, measured=True)
+
+    def _plan(self) -> Plan | None:
+        """What stays of the base model; None if nothing was taken out."""
+        plans = list(self._cuts)
+        if self._depth.removals:
+            plans.insert(0, self._depth.plan(self.base_folder, self.base_fingerprint))
+        return reduce(Plan.then, plans) if plans else None
 
     def _only_shortened(self) -> bool:
         """Whether the base model's files, without some blocks, are what is to be exported."""

@@ -254,6 +254,27 @@ class Plan:
             gains=tensors or None,
         )
 
+    def state(self) -> dict[str, Any]:
+        """Pack the plan, without gains, into tensors and JSON values, for a checkpoint."""
+        return {
+            "model_type": self.model_type,
+            "base": self.base,
+            "sites": [[site.block, site.name, site.size] for site in self.sites],
+            "kept": [index_W.to(torch.int32) for index_W in self.kept],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Plan:
+        """Unpack what `state` has packed."""
+        return cls(
+            model_type=state["model_type"],
+            base=state["base"],
+            sites=tuple(Site(*site) for site in state["sites"]),
+            kept=tuple(index_W.long() for index_W in state["kept"]),
+            provenance=state["provenance"],
+        )
+
 
 def full_plan(model: PreTrainedModel, base: str) -> Plan:
     """The plan that keeps everything."""

@@ -130,6 +130,9 @@ class TrainsWeights(Protocol):
             ValueError: They cannot be taken out, or not under this strategy.
         """
 
+    def adopt(self, narrow: PreTrainedModel, plan: Plan) -> None:
+        """Train a narrow model, which a plan has cut from `plain`, in the place of the live one."""
+
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
         """Note for the model card how weights were changed: JSON values only."""
 

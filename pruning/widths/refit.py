@@ -71,6 +71,30 @@ class LayerRefit:
     error_after: float | None = None
 
 
+@dataclass(frozen=True)
+class Refit:
+    """Closed-form refit of a narrow model, as the compensation of width pruning.
+
+    Args:
+        damping: Pull to the weights before, as a share of the mean diagonal of what a layer reads;
+            finite and above 0.
+        batch_size: Windows that a block sees at once, 1 or more.
+    """
+
+    damping: float = 0.01
+    batch_size: int = 8
+
+    def __call__(
+        self,
+        dense: PreTrainedModel,
+        narrow: PreTrainedModel,
+        plan: Plan,
+        windows_WT: Int[Tensor, "W T"],
+    ) -> list[LayerRefit]:
+        """Refit a narrow model, in place; see `refit`."""
+        return refit(dense, narrow, plan, windows_WT, self.damping, self.batch_size)
+
+
 @torch.no_grad()
 def refit(
     dense: PreTrainedModel,

@@ -1,0 +1,120 @@
+"""What all callbacks that prune a model in training share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from secateur.pruning.files.settings import refuse_other
+from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+
+
+class Prune(Callback, ABC):
+    """Prune what is due, at the start of training and before every step.
+
+    A subclass says in `catch_up` what is due and how it is taken out. Its settings and the history
+    of what it did are part of the checkpoint.
+
+    Args:
+        calibration_windows: Windows of the training text to measure on, 1 or more.
+        calibration_seed: Seed of the draw of these windows, 0 or more.
+        folder: Where results go, relative to `trainer.default_root_dir`.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    def __init__(self, calibration_windows: int, calibration_seed: int, folder: str) -> None:
+        check_at_least(1, calibration_windows=calibration_windows)
+        check_at_least(0, calibration_seed=calibration_seed)
+        self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
+        self.folder = folder
+        self.history: list[dict[str, Any]] = []
+        """What was pruned so far, with the quality before and after: JSON values."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Settings that decide what is pruned: a checkpoint goes on only under the same ones."""
+
+    @abstractmethod
+    def catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
+        """Prune what is due at the present step and has not been pruned yet."""
+
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check module and strategy before anything is read.
+
+        Raises:
+            ValueError: The module trains no base model, or the strategy divides what trains.
+        """
+        self.pruned(module).check_removals(trainer.strategy)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune what is due at this step."""
+        self.catch_up(trainer, self.pruned(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was pruned, and the settings that decide the rest."""
+        return {"settings": self.settings(), "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: It was written under other settings.
+        """
+        refuse_other(state_dict["settings"], self.settings(), self.name)
+        self.history = state_dict["history"]
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        return type(self).__name__
+
+    def pruned(self, module: object) -> TrainsWeights:
+        """The module, if it trains the weights of a base model.
+
+        Raises:
+            ValueError: It does not.
+        """
+        return trains_weights(module, self.name)
+
+    def windows(self, trainer: Trainer, count: int | None = None) -> Tensor:
+        """Draw calibration windows: int64 of shape (N, T).
+
+        Args:
+            trainer: The trainer.
+            count: Number of windows; `calibration_windows` if not given.
+
+        Raises:
+            ValueError: The training data has fewer.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        count = self.calibration_windows if count is None else count
+        return calibration_windows(data, count, self.calibration_seed, self.name)
+
+    def log(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
+        """Log the numbers of an event."""
+        figures = {name: value for name, value in event.items() if isinstance(value, float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+
+def check_at_least(least: int, **settings: int) -> None:
+    """Check settings that are numbers.
+
+    Args:
+        least: Smallest value that is allowed.
+        **settings: Values by name.
+
+    Raises:
+        ValueError: A value is smaller.
+    """
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"`{name}` must be {least} or more, got {value}.")
