@@ -18,7 +18,7 @@ from jaxtyping import Float, Real
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.pruning.families import PARTS, Family, blocks_of, family_of, part_of
+from secateur.pruning.families import PARTS, Family, blocks_of, family_of
 from secateur.pruning.sites import Site, find_sites
 
 Product = tuple[int, *tuple[int | float, ...]]
@@ -152,6 +152,8 @@ class Flops(Cost):
         attention_output = next(p.path for p in family.projections if p.output == "attn_out")
         part = _parts(sites)
         for number, block in enumerate(blocks_of(model, family)):
+            if not family.has(block, "attn"):
+                continue
             # q k^T and the weighted sum of v: 2 products of context_tokens x query width.
             query_width = block.get_submodule(attention_output).in_features
             products.append((4 * self.context_tokens * int(query_width), part(number, "attn")))  # type: ignore[arg-type]
@@ -159,9 +161,12 @@ class Flops(Cost):
 
 
 def _parts(sites: Sequence[Site]) -> Callable[[int, str], int | float]:
-    """Block and part to its axis in a product: the site of its gate, or 1 if it has none."""
+    """Block and part to its axis in a product: the site of its gate, 1 if it has no gate, or 0 if
+    the block lacks the part.
+    """
     index = {(site.block, site.name): i for i, site in enumerate(sites) if site.is_part}
-    return lambda block, part: index.get((block, part), 1.0)
+    there = {(site.block, site.part) for site in sites}
+    return lambda block, part: index.get((block, part), float((block, part) in there))
 
 
 def _projection_products(
@@ -171,7 +176,7 @@ def _projection_products(
     part = _parts(sites)
     products: list[Product] = []
     for number, block in enumerate(blocks_of(model, family)):
-        for projection in family.projections:
+        for projection in family.projections_of(block):
             linear = block.get_submodule(projection.path)
             rows: int | float = float(linear.out_features)  # type: ignore[arg-type]
             columns: int | float = float(linear.in_features)  # type: ignore[arg-type]
@@ -179,7 +184,7 @@ def _projection_products(
                 rows = index[number, projection.output]
             if projection.input is not None:
                 columns = index[number, projection.input]
-            gate = part(number, part_of(projection.input or projection.output or ""))
+            gate = part(number, projection.part)
             products.append((weight_unit, rows, columns, gate))
             if linear.bias is not None:
                 products.append((1, rows, gate))

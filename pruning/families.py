@@ -2,10 +2,15 @@
 
 Everything that differs between architectures is a row here. Sites, costs, gates, surgery and export
 are derived from the rows, so that adding a family is adding a row (and its row in the tests).
+
+The row of a narrow model, whose blocks have widths of their own, is derived from that of its
+family: the same modules, some of which a block may lack, and index buffers that say which entries
+of the residual stream a block reads and writes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from secateur.pruning.modelling import is_narrow, narrow_type, stock_type
 
 PARTS = ("attn", "mlp")
 """The two parts of a block, each of which adds to the residual stream; sites begin with these."""
@@ -51,6 +58,11 @@ class Projection:
     input: str | None = None
     output: str | None = None
 
+    @property
+    def part(self) -> str:
+        """The part of the block that it belongs to, `attn` or `mlp`."""
+        return part_of(self.input or self.output or "")
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -78,10 +90,10 @@ class Family:
         gates: Site name to the place where its gate multiplies, in the order of the sites.
         projections: Every prunable linear layer of a block.
         norms: Every norm whose output a site selects.
-        exported_as: Prefix of the classes in the modelling file of models with per-block widths.
         mlp_width: Field of the configuration that holds the size of the site `mlp_mid`, the one
             width that a stock model of the family can have otherwise.
         refuse: Returns why a configuration of this family cannot be pruned, or None if it can.
+        narrow: Whether blocks have widths of their own, and may lack attention or MLP.
     """
 
     model_type: str
@@ -89,9 +101,9 @@ class Family:
     gates: Mapping[str, GatePoint]
     projections: tuple[Projection, ...]
     norms: tuple[Norm, ...]
-    exported_as: str
     mlp_width: str = "intermediate_size"
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
+    narrow: bool = False
 
     @cached_property
     def parts(self) -> Mapping[str, GatePoint]:
@@ -101,6 +113,39 @@ class Family:
             part: GatePoint(behind.get(f"{part}_out", self.gates[f"{part}_out"].path), "output")
             for part in PARTS
         }
+
+    @cached_property
+    def index_buffers(self) -> Mapping[str, str]:
+        """Name of every index buffer of a narrow block, relative to it, to the site that it holds.
+
+        A site whose gate is at the output of a norm is selected by that norm; a site of the
+        residual stream otherwise by a selection or an addition that has its name. A site between
+        two projections needs no index.
+        """
+        norms = {norm.path for norm in self.norms}
+        written = {projection.output for projection in self.projections}
+        read = {projection.input for projection in self.projections}
+        return {
+            f"{point.path if point.path in norms else site}.index": site
+            for site, point in self.gates.items()
+            if site not in PARTS and site not in written & read
+        }
+
+    def narrowed(self) -> Family:
+        """The family of the narrow models of this one."""
+        return replace(self, model_type=narrow_type(self.model_type), narrow=True)
+
+    def has(self, block: nn.Module, part: str) -> bool:
+        """Whether a block has attention (`attn`) or an MLP (`mlp`): stock ones have both."""
+        return not self.narrow or getattr(block, f"{part}_out") is not None
+
+    def projections_of(self, block: nn.Module) -> list[Projection]:
+        """The projections that a block has."""
+        return [projection for projection in self.projections if self.has(block, projection.part)]
+
+    def gates_of(self, block: nn.Module) -> dict[str, GatePoint]:
+        """The gates that a block has, by the names of their sites, in order."""
+        return {n: point for n, point in self.gates.items() if self.has(block, part_of(n))}
 
     def with_parts(self) -> Family:
         """The family with two sites of size 1 more per block: its attention and its MLP."""
@@ -115,9 +160,9 @@ class Family:
         for projection in self.projections:
             # Attention and most MLPs are one child of the block; OPT has two layers instead.
             if projection.path.split(".")[0] == path.split(".")[0]:
-                site = projection.input or projection.output
-                assert site is not None
-                return part_of(site)
+                return projection.part
+        if self.narrow and path in self.index_buffers:
+            return part_of(self.index_buffers[path])
         module = path.rpartition(".")[0]
         return next((part_of(norm.output) for norm in self.norms if norm.path == module), None)
 
@@ -139,6 +184,8 @@ class Family:
         Args:
             path: Tensor name relative to the block, such as `mlp.up_proj.weight`.
         """
+        if self.narrow and path in self.index_buffers:
+            return (self.index_buffers[path],)
         module, _, kind = path.rpartition(".")
         for projection in self.projections:
             if projection.path == module:
@@ -196,13 +243,12 @@ _LLAMA = Family(
         Norm("input_layernorm", output="attn_in"),
         Norm("post_attention_layernorm", output="mlp_in"),
     ),
-    exported_as="SecateurLlama",
 )
 # Sliding windows, biases of q, k and v, and norms of queries and keys are inside attention, which
 # no site cuts.
-_MISTRAL = replace(_LLAMA, model_type="mistral", exported_as="SecateurMistral")
-_QWEN2 = replace(_LLAMA, model_type="qwen2", exported_as="SecateurQwen2")
-_QWEN3 = replace(_LLAMA, model_type="qwen3", exported_as="SecateurQwen3")
+_MISTRAL = replace(_LLAMA, model_type="mistral")
+_QWEN2 = replace(_LLAMA, model_type="qwen2")
+_QWEN3 = replace(_LLAMA, model_type="qwen3")
 
 # Sandwich norms: attention and MLP are also normalised before they are added to the residual
 # stream. Their gates multiply before that norm, so that the projection in front of it can shrink;
@@ -224,10 +270,9 @@ _GEMMA2 = Family(
         Norm("pre_feedforward_layernorm", output="mlp_in"),
         Norm("post_feedforward_layernorm", output="mlp_out"),
     ),
-    exported_as="SecateurGemma2",
     refuse=_refuse_bidirectional,
 )
-_GEMMA3 = replace(_GEMMA2, model_type="gemma3_text", exported_as="SecateurGemma3")
+_GEMMA3 = replace(_GEMMA2, model_type="gemma3_text")
 
 _OPT = Family(
     model_type="opt",
@@ -249,7 +294,6 @@ _OPT = Family(
         Norm("self_attn_layer_norm", output="attn_in"),
         Norm("final_layer_norm", output="mlp_in"),
     ),
-    exported_as="SecateurOPT",
     mlp_width="ffn_dim",
     refuse=_refuse_opt,
 )
@@ -273,7 +317,6 @@ _PHI = Family(
         Projection("mlp.fc2", input="mlp_mid", output="mlp_out"),
     ),
     norms=(),
-    exported_as="SecateurPhi",
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -288,21 +331,26 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         ValueError: The family is unknown, or this member of it cannot be pruned.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None and config.model_type.startswith("secateur_"):
-        raise ValueError(
-            "This model was pruned already. Start from the model that it was pruned from, at the "
-            "whole budget: its name is in the model card."
-        )
-    if family is None:
-        raise ValueError(
-            f"`model_type` {config.model_type!r} is not a known family; known are "
-            f"{', '.join(sorted(FAMILIES))}. To add one, add its row to pruning/families.py "
-            "and its test row (CONTRIBUTING.md shows how)."
-        )
+    family = family_named(config.model_type)
     if reason := family.refuse(config):
         raise ValueError(f"This {family.model_type} model cannot be pruned: {reason}")
     return family
+
+
+def family_named(model_type: str) -> Family:
+    """The row of the table for a `model_type`, that of a narrow model included.
+
+    Raises:
+        ValueError: The family is unknown.
+    """
+    family = FAMILIES.get(stock_type(model_type))
+    if family is None:
+        raise ValueError(
+            f"`model_type` {model_type!r} is not a known family; known are "
+            f"{', '.join(sorted(FAMILIES))}. To add one, add its row to pruning/families.py "
+            "and its test row (CONTRIBUTING.md shows how)."
+        )
+    return family.narrowed() if is_narrow(model_type) else family
 
 
 def blocks_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:
@@ -312,6 +360,7 @@ def blocks_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory."""
+    config = copy.deepcopy(config)  # transformers writes its type into it
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PreTrainedModel)

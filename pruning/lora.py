@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.pruning.families import family_of
+from secateur.pruning.families import blocks_of, family_of
 
 _ADAPTER = "recovery"
 
@@ -64,7 +64,9 @@ class LoRA:
                 "`lora` needs the package peft, which is not installed: pip install '.[lora]' "
                 "in the folder of Secateur, or leave `lora` out."
             ) from error
-        targets = self.targets or [p.path for p in family_of(model.config).projections]
+        family = family_of(model.config)
+        there = [p for block in blocks_of(model, family) for p in family.projections_of(block)]
+        targets = self.targets or list(dict.fromkeys(p.path for p in there))
         names = [name for name, _ in model.named_modules()]
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.pruning.families import FAMILIES, Family, family_of, skeleton
+from secateur.pruning.families import PARTS, Family, family_named, family_of, skeleton
+from secateur.pruning.modelling import is_narrow, narrow_type
 from secateur.pruning.sites import Site, find_sites, gain_sizes
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
@@ -48,8 +50,8 @@ class Plan:
         sites: The sites of the base model, in order.
         kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
         gains: Factors (float32) on the features at both sides of every projection, by the names
-            of `gain_sizes`; None stands for ones. Surgery folds them into the weights.
-            Those of entries that go do nothing.
+            of `gain_sizes`; what is missing, and None, stands for ones. Surgery folds them into the
+            weights. Those of entries that go do nothing.
         provenance: How the plan was made: JSON values only, shown in the model card.
 
     Raises:
@@ -66,7 +68,7 @@ class Plan:
     def __post_init__(self) -> None:
         if len(self.sites) != len(self.kept):
             raise ValueError(f"{len(self.kept)} index sets were given for {len(self.sites)} sites.")
-        gone = self._removed()
+        gone = self.removed_parts
         for site, index_W in zip(self.sites, self.kept, strict=True):
             if (site.block, site.part) in gone:
                 if len(index_W) > 0:
@@ -90,22 +92,30 @@ class Plan:
     @property
     def family(self) -> Family:
         """The row of the family whose sites these are, `with_parts` or without."""
-        family = FAMILIES[self.model_type]
+        family = family_named(self.model_type)
         return family.with_parts() if any(site.is_part for site in self.sites) else family
 
     def keeps(self, block: int, part: str) -> bool:
-        """Whether the attention (`attn`) or the MLP (`mlp`) of a block stays, however narrow."""
-        return (block, part) not in self._removed()
+        """Whether the attention (`attn`) or the MLP (`mlp`) of a block stays, however narrow; what
+        the base model does not have does not.
+        """
+        return (block, part) in self._parts - self.removed_parts
 
     def kept_blocks(self) -> list[int]:
         """Blocks of the base model of which anything stays, in order."""
-        parts = sorted({(site.block, site.part) for site in self.sites})
-        return list(dict.fromkeys(block for block, part in parts if self.keeps(block, part)))
+        return sorted({block for block, _ in self._parts - self.removed_parts})
 
-    def _removed(self) -> set[tuple[int, str]]:
+    @cached_property
+    def removed_parts(self) -> frozenset[tuple[int, str]]:
         """Block and part of everything that goes as a whole."""
         sites = zip(self.sites, self.kept, strict=True)
-        return {(site.block, site.name) for site, i in sites if site.is_part and len(i) == 0}
+        gone = {(site.block, site.name) for site, i in sites if site.is_part and len(i) == 0}
+        return frozenset(gone)
+
+    @cached_property
+    def _parts(self) -> frozenset[tuple[int, str]]:
+        """Block and part of everything that the base model has."""
+        return frozenset((site.block, site.part) for site in self.sites)
 
     @property
     def widths(self) -> list[int]:
@@ -123,8 +133,10 @@ class Plan:
         """Width of every MLP, if nothing else of the blocks that stay is cut and all have the same.
 
         What such a plan leaves is a stock model of the family: it needs no code of its own. None
-        otherwise.
+        otherwise, and always where the base model is a narrow one.
         """
+        if is_narrow(self.model_type):
+            return None
         stay = set(self.kept_blocks())
         sites = [(site, width) for site, width in self._widths_of_sites() if site.block in stay]
         cut = {site.name for site, width in sites if width < site.size}
@@ -176,22 +188,97 @@ class Plan:
             raise ValueError(
                 f"The plan does not fit: it has {len(self.sites)} sites, the model {len(expected)}."
             )
-        if self.gains is None:
-            return
-        found, sizes = ({n: len(g) for n, g in self.gains.items()}, gain_sizes(model, self.family))
-        if wrong := sorted(n for n in found.keys() | sizes if found.get(n) != sizes.get(n)):
+        found, sizes = self.gains or {}, gain_sizes(model, self.family)
+        if wrong := [name for name, gain_F in found.items() if len(gain_F) != sizes.get(name)]:
             raise ValueError(
-                f"The plan does not fit: of {wrong[0]} it has {found.get(wrong[0], 0)} gains, the "
+                f"The plan does not fit: of {wrong[0]} it has {len(found[wrong[0]])} gains, the "
                 f"model has {sizes.get(wrong[0], 0)} features."
             )
+
+    def then(self, other: Plan) -> Plan:
+        """One plan for both: this one, and then one of the model that it leaves.
+
+        Cutting by it gives the tensors that cutting by the one and by the other gives, up to the
+        rounding of gains. The provenance lists that of every stage under `stages`, in order.
+
+        Args:
+            other: A plan of the model that this one leaves.
+
+        Raises:
+            ValueError: It was made for another family or other sizes.
+        """
+        left = other.model_type
+        if left != (self.model_type if self.stock_mlp_width() else narrow_type(self.model_type)):
+            raise ValueError(f"The plan leaves no {left!r} model, for which the next one was made.")
+        blocks = self.kept_blocks()
+        found = {(blocks[s.block], s.name): s.size for s in other.sites if s.block < len(blocks)}
+        widths = {(s.block, s.name): w for s, w in self._widths_of_sites() if w and not s.is_part}
+        if len(blocks) <= max(s.block for s in other.sites) or widths != {
+            key: size for key, size in found.items() if key[1] not in PARTS
+        }:
+            raise ValueError(
+                "The next plan does not fit: its sites are not those of the model that this one "
+                "leaves; give a plan that was made for that model."
+            )
+        next_kept = {
+            (blocks[site.block], site.name): index_W
+            for site, index_W in zip(other.sites, other.kept, strict=True)
+        }
+        sites, kept = [], []
+        for block in sorted({site.block for site in self.sites}):
+            own = [site for site in self.sites if site.block == block and not site.is_part]
+            for site in own:
+                sites.append(site)
+                index_W, none = self.index(block, site.name), torch.arange(0)
+                kept.append(index_W[next_kept.get((block, site.name), none)])
+            if self.family.gates.keys() | other.family.gates.keys() >= set(PARTS):
+                for part in (part for part in PARTS if (block, part) in self._parts):
+                    stays = self.keeps(block, part) and len(next_kept.get((block, part), [0])) > 0
+                    sites.append(Site(block, part, 1))
+                    kept.append(torch.arange(int(stays)))
+        stages = [
+            stage
+            for plan in (self, other)
+            for stage in plan.provenance.get("stages", [{"base": plan.base, **plan.provenance}])
+        ]
+        return Plan(
+            model_type=self.model_type,
+            base=self.base,
+            sites=tuple(sites),
+            kept=tuple(kept),
+            provenance={"method": "one plan after another", "stages": stages},
+            gains=self._gains_then(other),
+        )
+
+    def _gains_then(self, other: Plan) -> dict[str, Tensor] | None:
+        """The gains of `then`: those of the next plan multiply where their features come from."""
+        gains = {name: gain_F.clone() for name, gain_F in (self.gains or {}).items()}
+        sizes = {(site.block, site.name): site.size for site in self.sites}
+        sides = {f"{p.path}.input": p.input for p in self.family.projections}
+        sides |= {f"{p.path}.output": p.output for p in self.family.projections}
+        for place, block in enumerate(self.kept_blocks()):
+            for side, site in sides.items():
+                next_W = (other.gains or {}).get(f"{place}.{side}")
+                if next_W is None:
+                    continue
+                size = len(next_W) if site is None else sizes[block, site]
+                index_W = torch.arange(size) if site is None else self.index(block, site)
+                gain_F = gains.setdefault(f"{block}.{side}", torch.ones(size))
+                gain_F[index_W] *= next_W
+        return gains or None
 
     def describe(self) -> str:
         """The kept widths as a table for people, one row per block."""
         names = list(dict.fromkeys(site.name for site in self.sites))
-        sizes = {site.name: site.size for site in self.sites}
-        rows = [["block", *(f"{name}/{sizes[name]}" for name in names)]]
-        for block, widths in enumerate(self.widths_by_block()):
-            rows.append([str(block), *(str(widths.get(name, "")) for name in names)])
+        sizes = {name: {site.size for site in self.sites if site.name == name} for name in names}
+        one = {name: len(found) == 1 for name, found in sizes.items()}
+        rows = [["block", *(f"{n}/{min(sizes[n])}" if one[n] else n for n in names)]]
+        cells = {
+            (site.block, site.name): str(width) if one[site.name] else f"{width}/{site.size}"
+            for site, width in self._widths_of_sites()
+        }
+        for block in sorted({site.block for site in self.sites}):
+            rows.append([str(block), *(cells.get((block, name), "") for name in names)])
         columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True))

@@ -58,7 +58,9 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
     sites = []
     for index, block in enumerate(blocks_of(model, family)):
         sizes = dict.fromkeys(PARTS, 1)
-        paths = [*(p.path for p in family.projections), *(norm.path for norm in family.norms)]
+        projections = family.projections_of(block)
+        norms = [norm for norm in family.norms if family.has(block, part_of(norm.output))]
+        paths = [*(p.path for p in projections), *(norm.path for norm in norms)]
         for path in paths:
             try:
                 block.get_submodule(path)
@@ -67,7 +69,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
                     f"Block {index} has no {path!r}, which the family "
                     f"{family.model_type!r} names; is this an already pruned or patched model?"
                 ) from error
-        for projection in family.projections:
+        for projection in projections:
             linear = block.get_submodule(projection.path)
             for site, size in (
                 (projection.input, linear.in_features),
@@ -75,7 +77,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
             ):
                 if site is not None:
                     sizes[site] = int(size)  # type: ignore[arg-type]
-        sites += [Site(index, name, sizes[name]) for name in family.gates]
+        sites += [Site(index, name, sizes[name]) for name in family.gates_of(block)]
     return sites
 
 
@@ -90,7 +92,7 @@ def gain_sizes(model: PreTrainedModel, family: Family) -> dict[str, int]:
     """
     sizes = {}
     for index, block in enumerate(blocks_of(model, family)):
-        for projection in family.projections:
+        for projection in family.projections_of(block):
             linear: Any = block.get_submodule(projection.path)
             sizes[f"{index}.{projection.path}.input"] = int(linear.in_features)
             sizes[f"{index}.{projection.path}.output"] = int(linear.out_features)

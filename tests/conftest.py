@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# From here on, the shapes and types in the signatures of the maths are checked at every call.
-install_import_hook("secateur.pruning", "beartype.beartype")
+import secateur.pruning
+
+# From here on, the shapes and types in the signatures of the maths are checked at every call, but
+# for those of the code of models, which transformers calls as it likes.
+_SCIENCE = {module.name for module in iter_modules(secateur.pruning.__path__)} - {"modelling"}
+install_import_hook([f"secateur.pruning.{name}" for name in sorted(_SCIENCE)], "beartype.beartype")
 
 # Small tensors gain nothing from threads, and sums keep one order.
 torch.set_num_threads(1)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 _ALONE = """
 import importlib.util
 assert importlib.util.find_spec("pruning") is None, "the repository can be seen"
 """
+
+
+def by_its_own_code(folder: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """A model by the code in its folder, as a process that does not know Secateur loads it."""
+    classes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    return get_class_from_dynamic_module(classes[auto_class], folder).from_pretrained(folder)
 
 
 def run_as_stranger(program: str, *arguments: Path | str, folder: Path) -> None:

@@ -161,7 +161,7 @@ def test_halves_go_one_by_one_and_bring_their_code(inputs: Path, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)
         for f in (base, root / "model")
     )
-    assert type(small).__module__.endswith("modeling_secateur")
+    assert type(small).__module__.endswith("modeling_secateur_llama")
     with bypassed(dense, units):
         assert small.num_parameters() == dense.num_parameters()
     one_by_one = json.loads((root / "model" / "config.json").read_text())["block_widths"]

@@ -56,7 +56,7 @@ def linears_of(model: PreTrainedModel) -> list[list[PrunableLinear]]:
     linears = []
     for number, block in enumerate(blocks_of(model, family)):
         own = []
-        for projection in family.projections:
+        for projection in family.projections_of(block):
             weight = weight_of(block, projection.path)
             if not weight.is_floating_point() or weight.dim() != 2:
                 raise ValueError(

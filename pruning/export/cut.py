@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.depth.removal import shortened_config
-from secateur.pruning.export import modeling_secateur
 from secateur.pruning.export.rewrite import own_code
 from secateur.pruning.export.slices import Slices
-from secateur.pruning.families import FAMILIES
+from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.plan import Plan
 
 
@@ -57,7 +56,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             *module.named_buffers(recurse=False),
         ]:
             name = f"{path}.{key}".removeprefix(".")
-            if name in buffers:
+            if name in buffers and name not in sources:
                 setattr(module, key, buffers[name].to(model.device, copy=True))
                 continue
             if name not in sources:
@@ -77,30 +76,23 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 def narrow_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """The configuration of the model that a plan leaves of a live one; see `exported_config`."""
-    family, keep = FAMILIES[plan.model_type], plan.kept_blocks()
+    keep = plan.kept_blocks()
     smaller = copy.deepcopy(config)
     if len(keep) < config.num_hidden_layers:
         method = {"method": plan.provenance.get("method", "a plan")}
         smaller = shortened_config(config, keep, method)
     if (width := plan.stock_mlp_width()) is not None:
-        setattr(smaller, family.mlp_width, width)
+        setattr(smaller, plan.family.mlp_width, width)
         return smaller
-    fields = {name: value for name, value in own_code(plan).items() if name != "auto_map"}
-    narrow: PreTrainedConfig = _own(plan, "Config").from_dict(smaller.to_dict() | fields)
+    found = config_class(narrow_type(plan.model_type))
+    narrow: PreTrainedConfig = found.from_dict(smaller.to_dict() | own_code(plan))
     return narrow
 
 
 def _skeleton(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The narrow model on the meta device, of our own class or a stock one."""
     make: Any = AutoModelForCausalLM.from_config
-    if plan.stock_mlp_width() is None:
-        make = _own(plan, "ForCausalLM")._from_config
     config, attention = narrow_config(model.config, plan), model.config._attn_implementation
     with torch.device("meta"):
         narrow: PreTrainedModel = make(config, attn_implementation=attention)
     return narrow
-
-
-def _own(plan: Plan, kind: str) -> Any:
-    """Our own class of a kind, `Config` or `ForCausalLM`, for the family of a plan."""
-    return getattr(modeling_secateur, f"{FAMILIES[plan.model_type].exported_as}{kind}")

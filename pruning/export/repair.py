@@ -1,15 +1,14 @@
 """Bring a pruned model that an earlier version has exported up to date.
 
 Earlier exports have their plan at the top of the folder, where servers take it for weights. It
-moves into the subfolder `plan`, and the modelling file is replaced by the present one. Weights stay
-as they are; so does everything else.
+moves into the subfolder `plan`, and the code, once one file for all families, is replaced by the
+present one. Weights stay as they are; so does everything else.
 
 As a command: `python -m secateur repair --help`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,10 +20,12 @@ from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.rewrite import own_code
 from secateur.pruning.files.model_folder import (
     CONFIG,
-    MODELLING_FILE,
+    MARK,
     is_ours,
+    read_json,
     write_json,
 )
+from secateur.pruning.modelling import code_files, narrow_type
 from secateur.pruning.plan import DESCRIPTION, IN_MODEL, TENSORS, Plan
 
 
@@ -44,7 +45,7 @@ def repair(folder: str | Path) -> list[str]:
     if not is_ours(folder):
         raise ValueError(
             f"`folder` {folder} is no model that a plan has left: it lacks {CONFIG}, a plan, or "
-            f"{MODELLING_FILE.name}. Give the `model` folder of a run."
+            f"{MARK}. Give the `model` folder of a run."
         )
     changed = []
     plan = Plan.load(folder)
@@ -54,17 +55,22 @@ def repair(folder: str | Path) -> list[str]:
             (folder / name).unlink(missing_ok=True)
         changed.append(f"The plan was moved into {IN_MODEL}/.")
     if plan.stock_mlp_width() is None:
-        ours, theirs = MODELLING_FILE.read_bytes(), folder / MODELLING_FILE.name
-        if theirs.read_bytes() != ours:
-            partial = theirs.with_suffix(".partial")
-            shutil.copyfile(MODELLING_FILE, partial)
-            os.replace(partial, theirs)
-            changed.append(f"{theirs.name} was replaced by that of this version.")
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        classes = own_code(plan)["auto_map"]
+        for ours in code_files(narrow_type(plan.model_type)):
+            theirs = folder / ours.name
+            if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+                partial = theirs.with_suffix(".partial")
+                shutil.copyfile(ours, partial)
+                os.replace(partial, theirs)
+                changed.append(f"{theirs.name} is that of this version.")
+        config, classes = read_json(folder / CONFIG), own_code(plan)["auto_map"]
         if config.get("auto_map") != classes:
             write_json(folder / CONFIG, config | {"auto_map": classes})
             changed.append(f"{CONFIG} names the classes of this version.")
+        if (all_families := folder / "modeling_secateur.py").is_file():  # now named by nothing
+            all_families.unlink()
+            changed.append(f"{all_families.name}, the code of all families, was removed.")
+    if changed and (folder / MARK).is_file() and "files" in (mark := read_json(folder / MARK)):
+        write_json(folder / MARK, mark | {"files": sorted(path.name for path in folder.iterdir())})
     return changed
 
 
@@ -72,8 +78,8 @@ _HELP = """\
 Bring a pruned model that an earlier version has exported up to date.
 
 The plan moves from the top of FOLDER, where servers such as vLLM take it for weights, into plan/,
-and the modelling file, if there is one, is replaced by that of this version. Weights are not
-touched. A folder that is up to date stays as it is.
+and the code, if there is any, is replaced by that of this version. Weights are not touched. A
+folder that is up to date stays as it is.
 
 example:
   python -m secateur repair runs/disp/model

@@ -1,9 +1,10 @@
 """Cut a checkpoint down to a plan without loading the model: tensors are streamed and sliced.
 
 What comes out is a model folder: safetensors, configuration, tokenizer, the plan, and, where widths
-differ from block to block, the modelling file that loads it. A plan that narrows all MLPs alike,
-removes whole blocks and does nothing else leaves a stock model of the family. Equal inputs give
-equal folders, byte for byte.
+differ from block to block, the code that loads it. A plan that narrows all MLPs alike, removes
+whole blocks and does nothing else leaves a stock model of the family. The base model may be narrow
+itself: its index buffers are cut like weights, which composes them. Equal inputs give equal
+folders, byte for byte.
 
 Memory: one shard of the output; the input is mapped, not loaded. The base model is hashed while it
 is cut.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,12 +33,11 @@ from transformers import AutoConfig
 
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.slices import Slice, Slices
-from secateur.pruning.families import FAMILIES, PARTS
+from secateur.pruning.families import PARTS, part_of
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import (
     CONFIG,
     INDEX,
-    MODELLING_FILE,
     SHARD_BYTES,
     WEIGHTS,
     copy_companions,
@@ -49,6 +48,8 @@ from secateur.pruning.files.model_folder import (
     weight_files,
     write_json,
 )
+from secateur.pruning.modelling import config_class, narrow_type, write_code
+from secateur.pruning.modelling.secateur_narrow import auto_map
 from secateur.pruning.plan import IN_MODEL, Plan
 
 
@@ -110,7 +111,7 @@ def write_pruned(
     write_json(folder / CONFIG, exported_config(base_folder, plan))
     copy_companions(base_folder, folder)
     if plan.stock_mlp_width() is None:
-        shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+        write_code(narrow_type(plan.model_type), folder)
     plan.save(folder / IN_MODEL)
 
 
@@ -141,7 +142,6 @@ def exported_config(base_folder: str | Path, plan: Plan) -> dict[str, Any]:
     per block that stays: a part that goes has width 0.
     """
     config: dict[str, Any] = json.loads((Path(base_folder) / CONFIG).read_text(encoding="utf-8"))
-    family = FAMILIES[plan.model_type]
     config.pop("auto_map", None)  # code of the base model's own, which was not used either
     by_block, keep = plan.widths_by_block(), plan.kept_blocks()
     if len(keep) < len(by_block):
@@ -150,33 +150,31 @@ def exported_config(base_folder: str | Path, plan: Plan) -> dict[str, Any]:
         method = {"method": plan.provenance.get("method", "a plan")}
         config |= shortened_fields(AutoConfig.from_pretrained(base_folder), keep, method)
     if (width := plan.stock_mlp_width()) is not None:
-        return config | {family.mlp_width: width}
+        return config | {plan.family.mlp_width: width}
     return config | own_code(plan)
 
 
 def own_code(plan: Plan) -> dict[str, Any]:
-    """Entries of the configuration of a model that has its modelling file beside it."""
-    prefix, module = FAMILIES[plan.model_type].exported_as, MODELLING_FILE.stem
-    by_block = plan.widths_by_block()
+    """Entries of the configuration of a model that has its code beside it."""
+    model_type, by_block = narrow_type(plan.model_type), plan.widths_by_block()
+    classes = config_class(model_type).auto_classes
     return {
-        "model_type": f"secateur_{plan.model_type}",
-        "architectures": [f"{prefix}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{module}.{prefix}Config",
-            "AutoModel": f"{module}.{prefix}Model",
-            "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
-        },
+        "model_type": model_type,
+        "architectures": [classes["AutoModelForCausalLM"].__name__],
+        "auto_map": auto_map(classes),
         "block_widths": [_shown(by_block[block]) for block in plan.kept_blocks()],
     }
 
 
 def _shown(widths: dict[str, int]) -> dict[str, int]:
-    """Widths of a block as `block_widths` has them: 0 for a part that is gone, none inside it."""
+    """Widths of a block as `block_widths` has them: 0 for a part that is not there, none inside."""
     inside = {name: width for name, width in widths.items() if width and name not in PARTS}
-    return {part: 0 for part in PARTS if widths.get(part) == 0} | inside
+    there = {part_of(name) for name in inside}
+    return {part: 0 for part in PARTS if part not in there} | inside
 
 
 _CUTTABLE = ("F16", "BF16", "F32", "F64")
+_INDICES = ("I64",)
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ class _Cut:
 
 def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
     """All tensors of the smaller model: those of the base model, then the index buffers."""
-    family, slices = FAMILIES[plan.model_type], Slices(plan)
+    family, slices = plan.family, Slices(plan)
     cuts, names = [], set()
     for path in weight_files(base_folder):
         with safe_open(path, framework="pt") as file:
@@ -210,7 +208,9 @@ def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
                     raise ValueError(f"In {path}, {error}") from error
                 if own is None:
                     continue
-                if any(family.axes(in_block(family, name)[1])) and dtype not in _CUTTABLE:
+                relative = in_block(family, name)[1]
+                known = _INDICES if relative in family.index_buffers else _CUTTABLE
+                if any(family.axes(relative)) and dtype not in known:
                     raise ValueError(
                         f"{path} has {name!r} in {dtype}; is it quantised? Its scales would not be "
                         "cut with it. Prune the original checkpoint."
@@ -218,8 +218,10 @@ def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
                 num_bytes = own.num_entries * _bytes_of(dtype)
                 cuts.append(_Cut(own.name, num_bytes, partial(_read, path, name, own)))
     refuse_missing(base_folder, names, family)
+    done = {cut.name for cut in cuts}  # with the buffers of a base model that is narrow
     for name, index_W in slices.index_buffers().items():
-        cuts.append(_Cut(name, 8 * len(index_W), index_W.clone))
+        if name not in done:
+            cuts.append(_Cut(name, 8 * len(index_W), index_W.clone))
     return cuts
 
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 
-from secateur.pruning.families import FAMILIES, PARTS, Family
+from secateur.pruning.families import PARTS
 from secateur.pruning.files.model_folder import in_block
 from secateur.pruning.plan import Plan
 
@@ -61,7 +62,7 @@ class Slices:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._family = plan, FAMILIES[plan.model_type]
+        self._plan, self._family = plan, plan.family
         self._sizes = {(site.block, site.name): site.size for site in plan.sites}
         self._kept = {
             (site.block, site.name): index_W if len(index_W) < site.size else None
@@ -95,17 +96,21 @@ class Slices:
                 smaller[axis] = len(index_W)
             indices.append(index_W)
         gains = self._plan.gains or {}
-        axes = self._family.gain_axes(relative) if gains else ()
-        folded = tuple(gains[f"{block}.{axis}"] for axis in axes)
+        axes = [f"{block}.{axis}" for axis in self._family.gain_axes(relative)]
+        folded = tuple(
+            gains.get(axis, torch.ones(length))
+            for axis, length in zip(axes, shape, strict=False)
+            if gains.keys() & set(axes)
+        )
         return Slice(self._renamed(block, relative), tuple(smaller), tuple(indices), folded)
 
     def index_buffers(self) -> dict[str, Tensor]:
-        """Name to content of the index buffers that the smaller model has and the base has not."""
+        """Name to content of the index buffers of a model whose sites were whole before."""
         return {
             self._renamed(block, buffer): index_W
             for block in self._places
-            for buffer, site in index_buffers(self._family).items()
-            if (index_W := self._kept[block, site]) is not None and len(index_W) > 0
+            for buffer, site in self._family.index_buffers.items()
+            if (index_W := self._kept.get((block, site))) is not None and len(index_W) > 0
         }
 
     def _renamed(self, block: int, relative: str) -> str:
@@ -115,20 +120,3 @@ class Slices:
         """Whether a tensor of a block is part of the smaller model, whole or cut."""
         part = self._family.part_of_tensor(relative)
         return any(self._plan.keeps(block, name) for name in ([part] if part else PARTS))
-
-
-def index_buffers(family: Family) -> dict[str, str]:
-    """Name of every index buffer of an exported block, relative to it, to the site that it holds.
-
-    A site whose gate is at the output of a norm is selected by that norm; a site of the residual
-    stream otherwise by a selection or an addition that has its name. A site between two projections
-    needs no index.
-    """
-    norms = {norm.path for norm in family.norms}
-    written = {projection.output for projection in family.projections}
-    read = {projection.input for projection in family.projections}
-    return {
-        f"{point.path if point.path in norms else site}.index": site
-        for site, point in family.gates.items()
-        if site not in written & read
-    }

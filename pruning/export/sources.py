@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,12 +19,12 @@ from secateur.pruning.export.streamed import verify_recorded, verify_streamed
 from secateur.pruning.export.verify import record, verify_export, verify_saved
 from secateur.pruning.files.model_folder import (
     CONFIG,
-    MODELLING_FILE,
     SHARD_BYTES,
     copy_companions,
     read_json,
     write_json,
 )
+from secateur.pruning.modelling import narrow_type, write_code
 from secateur.pruning.plan import IN_MODEL, Plan
 
 Proof = Callable[[Path], object]
@@ -165,7 +164,7 @@ def _complete(
     tokenizer.save_pretrained(folder)
     if plan is not None:
         write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
-        shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+        write_code(narrow_type(plan.model_type), folder)
         plan.save(folder / IN_MODEL)
     copy_companions(origin.folder, folder)  # those of the base, if it has any
 

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from secateur.pruning.families import FAMILIES, Family, skeleton
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 
-MODELLING_FILE = Path(__file__).parents[1] / "export" / "modeling_secateur.py"
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MARK = "secateur.json"
 """In a model folder of ours: how the model was made, and which files were written."""
@@ -66,7 +66,7 @@ def _written_before(folder: Path) -> bool:
     # A run folder may hold a plan as well, beside logs and checkpoints, and so may a base model:
     # these are not ours.
     if (width := plan.stock_mlp_width()) is None:
-        return (folder / MODELLING_FILE.name).is_file()
+        return is_narrow(str(config.get("model_type")))
     family = FAMILIES.get(plan.model_type)
     return family is not None and config.get(family.mlp_width) == width
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -41,10 +42,11 @@ class GateHooks:
         self.gates: Sequence[Tensor] | None = None
         self.gains: Mapping[str, Tensor] | None = None
         self._handles: list[Any] = []
+        places = count()
         for index, block in enumerate(blocks_of(model, family)):
-            for offset, point in enumerate(family.gates.values()):
-                self._multiply(block, point, self._gate(index * len(family.gates) + offset))
-            for projection in family.projections:
+            for point in family.gates_of(block).values():
+                self._multiply(block, point, self._gate(next(places)))
+            for projection in family.projections_of(block):
                 for point in (
                     GatePoint(projection.path, "input"),
                     GatePoint(projection.path, "output"),

@@ -213,7 +213,7 @@ def refit_block(
         if block.plan.keeps(block.index, part):
             records += _refit_readers(block, readers, batches, damping)
             records.append(_refit_writer(block, writer, part, batches, damping))
-        elif part == "attn":
+        elif part == "attn" and block.plan.family.has(block.dense, part):
             for batch in batches:
                 batch.dense_attention = output_of(block.dense, writer.path, batch.dense)
     return records

@@ -41,7 +41,7 @@ class WidthMagnitude(WidthScore):
         values = []
         for site in find_sites(model, family):
             squares_I = torch.zeros(site.size)
-            for projection in family.projections:
+            for projection in family.projections_of(blocks[site.block]):
                 weight_OJ: Tensor = blocks[site.block].get_submodule(projection.path).weight  # type: ignore[assignment]
                 for axis, name in enumerate((projection.output, projection.input)):
                     if name == site.name:

@@ -328,7 +328,7 @@ def test_halves_go_from_the_files_of_the_base_and_in_pairs_as_blocks(
         )
         stock = count == 2
         assert (type(model).__name__ == "LlamaForCausalLM") == stock
-        assert (tmp_path / "model" / "modeling_secateur.py").exists() != stock
+        assert (tmp_path / "model" / "secateur_narrow.py").exists() != stock
         card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
         assert ("This is a stock model of its family." in card) == stock
         assert ("trust_remote_code=True" in card) != stock

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import GPT2Config, PreTrainedConfig
 
 from secateur.pruning import families
-from secateur.pruning.export import modeling_secateur
 from secateur.pruning.families import FAMILIES, blocks_of, family_of, skeleton
+from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.sites import find_sites
 from tests.tiny import VARIANTS, tiny_config, tiny_llama_config
 
@@ -106,9 +106,9 @@ def test_a_gemma_that_looks_ahead_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_modelling_file_cuts_what_the_row_cuts(name: str) -> None:
+def test_the_code_of_narrow_models_cuts_what_the_row_cuts(name: str) -> None:
     family = FAMILIES[name]
-    block: Any = getattr(modeling_secateur, f"{family.exported_as}DecoderLayer")
+    block: Any = config_class(narrow_type(name)).auto_classes["AutoModel"].block_class
     assert block.linears == {p.path: (p.input, p.output) for p in family.projections}
     assert {path: site for path, (site, _) in block.norms.items()} == {
         norm.path: norm.output for norm in family.norms

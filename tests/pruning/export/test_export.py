@@ -8,10 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secateur.pruning.costs import Flops
-from secateur.pruning.export import slices
 from secateur.pruning.export.deliver import export
 from secateur.pruning.export.verify import ExportError
-from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.families import FAMILIES, family_of, skeleton
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import find_sites
@@ -56,12 +55,9 @@ def test_an_export_that_is_wrong_leaves_nothing(
                 model=tiny_llama(seed=1),
             )
     # Surgery that forgets to sort out the rows of an axis.
-    buffers = slices.index_buffers
-    monkeypatch.setattr(
-        slices,
-        "index_buffers",
-        lambda family: buffers(family) | {"mlp_out.index": "attn_out"},
-    )
+    family = FAMILIES["llama"]
+    wrong = {**family.index_buffers, "mlp_out.index": "attn_out"}
+    monkeypatch.setitem(vars(family), "index_buffers", wrong)
     with pytest.raises(ExportError):
         export(base, uneven_plan(base), tmp_path / "new")
     assert (sorted(tmp_path.iterdir()), fingerprint(tmp_path / "small")) == before

@@ -8,7 +8,6 @@ import pytest
 
 from secateur.pruning.export.repair import main, repair
 from secateur.pruning.export.rewrite import prune_checkpoint
-from secateur.pruning.files.model_folder import MODELLING_FILE
 from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.runs import content
@@ -34,10 +33,12 @@ def test_an_export_of_old_becomes_one_of_today(
     assert Plan.load(small).widths == plan_of(base).widths
     config = json.loads((small / "config.json").read_text(encoding="utf-8"))
     if plan_of is uneven_plan:
-        (small / MODELLING_FILE.name).write_text("# of old\n", encoding="utf-8")
-        del config["auto_map"]["AutoModel"]
+        for path in small.glob("*.py"):
+            path.unlink()
+        (small / "modeling_secateur.py").write_text("# of all families\n", encoding="utf-8")
+        config["auto_map"] = {"AutoConfig": "modeling_secateur.SecateurLlamaConfig"}
         (small / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert len(repair(small)) == (3 if plan_of is uneven_plan else 1)
+    assert len(repair(small)) == (5 if plan_of is uneven_plan else 1)
     assert content(small) == today
     assert repair(small) == []
 

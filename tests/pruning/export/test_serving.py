@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     PreTrainedModel,
 )
@@ -21,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from tests.pruning.export.plans import uneven_plan
+from tests.stranger import by_its_own_code
 from tests.tiny import VOCABULARY, tiny_family_folder
 
 TOKENS_BT = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
 
 
 def base_model(folder: Path) -> Any:
-    return AutoModel.from_pretrained(folder, trust_remote_code=True)
+    return by_its_own_code(folder, "AutoModel")
 
 
 def blocks_in(model: nn.Module) -> list[nn.Module]:
@@ -98,7 +98,7 @@ def test_a_registered_attention_gets_every_call_and_every_keyword(folder: Path) 
 
 
 def test_a_language_model_adds_a_head_and_nothing_else(folder: Path) -> None:
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    whole = by_its_own_code(folder)
     base = base_model(folder)
     state = {f"model.{name}": tensor for name, tensor in base.state_dict().items()}
     assert whole.state_dict().keys() - state.keys() <= {"lm_head.weight", "lm_head.bias"}
@@ -153,7 +153,7 @@ def test_norms_that_gather_do_not_look_like_plain_norms(folder: Path) -> None:
         module
         for block in blocks_in(base)
         for module in block.modules()
-        if type(module).__module__.endswith("modeling_secateur") and hasattr(module, "eps")
+        if "secateur_" in type(module).__module__.rpartition(".")[2] and hasattr(module, "eps")
     ]
     assert bool(narrow) == bool(FAMILIES[base.config.model_type.removeprefix("secateur_")].norms)
     assert not [module for module in narrow if type(module).__name__.endswith("Norm")]
@@ -203,7 +203,7 @@ def test_devices_are_assigned_by_whole_blocks(folder: Path) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_it_compiles_in_one_graph(folder: Path) -> None:
-    small: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    small = by_its_own_code(folder)
     torch.compiler.reset()
     compiled: Any = torch.compile(small, fullgraph=True, backend="aot_eager")
     found_BTV = compiled(TOKENS_BT, use_cache=False).logits

@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from secateur.pruning.costs import Parameters
-from secateur.pruning.export.modeling_secateur import (
+from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.modelling.modeling_secateur_llama import (
     SecateurLlamaConfig,
     SecateurLlamaForCausalLM,
-    SelectiveRMSNormGather,
 )
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.modelling.secateur_narrow import SelectiveRMSNormGather
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
@@ -231,8 +231,12 @@ def test_save_and_reload_keeps_code_and_weights(pair: tuple[Plan, Path], tmp_pat
     with torch.no_grad():
         small.model.layers[0].mlp.up_proj.weight.add_(1)
     small.save_pretrained(tmp_path / "again")
-    code = "modeling_secateur.py"
-    assert (tmp_path / "again" / code).read_bytes() == (folder / code).read_bytes()
+    code = [
+        {path.name: path.read_bytes() for path in f.glob("*.py")}
+        for f in (folder, tmp_path / "again")
+    ]
+    assert code[0] == code[1]
+    assert code[0].keys() == {"modeling_secateur_llama.py", "secateur_narrow.py"}
     maps = [
         json.loads((f / "config.json").read_text())["auto_map"]
         for f in (folder, tmp_path / "again")
