@@ -98,7 +98,7 @@ class Prune(Callback, ABC):
         count = self.calibration_windows if count is None else count
         return calibration_windows(data, count, self.calibration_seed, self.name)
 
-    def log(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
+    def publish(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
         """Log the numbers of an event."""
         figures = {name: value for name, value in event.items() if isinstance(value, float)}
         for logger in trainer.loggers:

@@ -197,7 +197,7 @@ class PruneBlocks(Prune):
             after = perplexity(model, windows_NT)
         removal |= {"loss_after": after.mean_nll, "perplexity_after": after.value}
         self.history.append({"units": [unit.key for unit in units]} | removal)
-        self.log(trainer, removal | {"kept_blocks": float(len(module.kept_blocks))})
+        self.publish(trainer, removal | {"kept_blocks": float(len(module.kept_blocks))})
         rank_zero_info(
             f"Step {trainer.global_step}: removed block {names(units)} of the base model, "
             f"{len(module.kept_blocks)} are left; perplexity of the calibration windows "

@@ -349,7 +349,7 @@ class PruneWeights(Prune):
             self.masks.save(self._path(trainer))
         module.record("weights", self._provenance())
         self._verify(module, "pruning")
-        self.log(trainer, event)
+        self.publish(trainer, event)
         for note in event["notes"]:
             rank_zero_info(note)
         rank_zero_info(

@@ -151,7 +151,7 @@ class PruneWidths(Prune):
         self.history.append(event)
         module.adopt(narrow, plan)
         module.record("widths", self.settings() | {"cuts": len(self.history)} | event)
-        self.log(trainer, event)
+        self.publish(trainer, event)
         rank_zero_info(
             f"Step {trainer.global_step}: {event['kept']:.4f} of the {self.budget.cost.label} are "
             f"left; perplexity of the windows held back {event['perplexity_before']:.2f} -> "

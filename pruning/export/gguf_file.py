@@ -235,7 +235,8 @@ def _windows(config: PreTrainedConfig) -> int | None:
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(size)
 
 
 def _add_sizes(writer: GGUFWriter, shape: NativeShape, architecture: _Architecture) -> list[str]:
@@ -385,7 +386,7 @@ def _neighbours(weight_OI: Tensor, head_dim: int) -> Tensor:
 
     Example: a head of rows 0 1 2 3 becomes 0 2 1 3.
     """
-    halves = weight_OI.unflatten(0, (-1, 2, head_dim // 2))
+    halves: Tensor = weight_OI.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).reshape(weight_OI.shape)
 
 

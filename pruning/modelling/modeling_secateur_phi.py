@@ -54,8 +54,8 @@ class ParallelBlock(NarrowBlock):
 
     input_layernorm: Any
     resid_dropout: Any
-    attn_in: SelectedEntries | None
-    mlp_in: SelectedEntries | None
+    attn_in: Any
+    mlp_in: Any
 
     linears = {  # noqa: RUF012
         **dict(list(ATTENTION.items())[:3]),
