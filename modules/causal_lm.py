@@ -28,6 +28,7 @@ from transformers import (
 
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
 from secateur.modules.loading import check_base, load_config, load_model, make_config, resolve
+from secateur.modules.recompute import recompute
 from secateur.modules.removal import check_undivided, let_go
 from secateur.modules.teacher import Teacher, predicting_states
 from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
@@ -141,10 +142,7 @@ class CausalLM(LanguageModelling):
         if self.lora is not None:
             self.lora.inject(self.model)
         if self.gradient_checkpointing:
-            # Renamed in transformers 5.23, which deprecates the old name.
-            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            enable = getattr(self.model, new if hasattr(self.model, new) else old)
-            enable({"use_reentrant": False})
+            recompute(self.model)
         self.model.train()
 
     def setup(self, stage: str) -> None:

@@ -47,7 +47,7 @@ class LanguageModelling(LightningModule, ABC):
 
     divisible = False
     """Whether the model may lie in shares on the ranks, no rank holding it whole."""
-    frozen = False
+    frozen_weights = False
     """Whether something else trains than the model itself."""
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ class LanguageModelling(LightningModule, ABC):
         strategy = None if self._trainer is None else self.trainer.strategy
         return strategy if isinstance(strategy, ReadsModels) else None
 
-    def measured(self) -> AbstractContextManager[None]:
-        """The state in which the model is measured; unless overridden, as it is."""
-        return nullcontext()
+    def measured(self) -> AbstractContextManager[Any]:
+        """The model in the state in which it is measured; unless overridden, as it is."""
+        return nullcontext(self.model)
 
     def on_validation_epoch_start(self) -> None:
         """Start from nothing, here and not at the end: a fit cannot go on from the numbers of a
@@ -223,8 +223,8 @@ class LanguageModelling(LightningModule, ABC):
     def _predictions(self, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in fp32, shape (T - 1, V), and the tokens that they predict, window by window."""
         input_BT = batch["input_ids"]
-        with self.measured():
-            logits_BTV = self.model(input_ids=input_BT, use_cache=False).logits
+        with self.measured() as model:
+            logits_BTV = model(input_ids=input_BT, use_cache=False).logits
         for logits_TV, input_T in zip(logits_BTV, input_BT, strict=True):
             yield logits_TV[:-1].float(), input_T[1:]
 

@@ -1,13 +1,13 @@
 """Learn which dimensions of a frozen language model to keep.
 
 Source: "DISP-LLM: Dimension-Independent Structural Pruning for Large Language Models"
-(arXiv 2410.11988): a hypernetwork makes the logits of all gates, gates multiply into the frozen
-model, and the loss is the language-model loss plus a log-ratio penalty on the cost (eqs. 5 to 8).
+(arXiv 2410.11988): a hypernetwork makes the logits of all gates, and gates multiply into the frozen
+model (eqs. 5 to 8).
 
-Differs from the paper: logistic instead of Gumbel noise, one sample for loss and budget, a budget
-that may be annealed, optional distillation from the same model with open gates, a deterministic,
-budget-exact selection, and a last part of training in which the selected masks are kept and gains
-are learned. docs/disp.md has the measured effect of each.
+Differs from the paper: gates start from a ranking by importance, every sample of them meets the
+budget, logistic instead of Gumbel noise, one sample for loss and budget, and a deterministic,
+budget-exact selection. In the last part of training the model is cut, refitted in closed form, and
+trained by distillation from the dense one. docs/disp.md has the measured effect of each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from secateur.modules.device_memory import check_memory, optimizer_bytes
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
@@ -42,25 +44,73 @@ from secateur.modules.loading import (
     refuse_quantised,
     resolve,
 )
+from secateur.modules.recompute import recompute
+from secateur.modules.removal import train_instead
+from secateur.modules.settling import (
+    Gains,
+    MaskedGains,
+    Settle,
+    Settled,
+    cut_and_refitted,
+    named_gains,
+)
+from secateur.modules.teacher import predicting_states
+from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import check_folder, deliver, report_alignment
 from secateur.pruning.export.ranks import AllRanks, OneRank
-from secateur.pruning.export.sources import FromFiles
+from secateur.pruning.export.sources import FromFiles, FromModel
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.families import family_of, skeleton
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.shares import dtype_of
-from secateur.pruning.losses import LossWeights, head_of, token_losses
+from secateur.pruning.losses import head_of, token_losses
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan, plan_from_indices
-from secateur.pruning.sites import Site, gain_sizes, split
-from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.protocols import calibration_windows
+from secateur.pruning.sites import Site, split
+from secateur.pruning.widths import width_magnitude  # noqa: F401 # its scores are known by name
+from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.gates import GateSampler
 from secateur.pruning.widths.hypernetwork import GRUHypernetwork, Hypernetwork
+from secateur.pruning.widths.learning import GateLearning, Importance, masks_of
 from secateur.pruning.widths.memory import ORIGINAL, Run
+
+_WARM_UP = 0.1  # fraction of the settled steps in which the learning rate rises
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=True)
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """How the frozen base model is held.
+
+    Args:
+        dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
+            as "bfloat16".
+        quantisation: Packs the frozen weights while masks are learned, `FourBit` or `EightBit`; the
+            export cuts the original ones. None leaves them as they are.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
+            more time. On by default in the recipes from 7B.
+        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+
+    Raises:
+        ValueError: `loss_chunk_tokens` is below 1.
+    """
+
+    dtype: str = "auto"
+    quantisation: Quantisation | None = None
+    gradient_checkpointing: bool = False
+    loss_chunk_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk_tokens < 1:
+            raise ValueError(
+                f"`loss_chunk_tokens` must be 1 or more, got {self.loss_chunk_tokens}."
+            )
 
 
 class MaskLearning(LanguageModelling):
@@ -71,30 +121,14 @@ class MaskLearning(LanguageModelling):
         budget: How much of the model stays, and in which shapes.
         sampler: How logits become gates.
         hypernetwork: Makes the logits; called with the list of site sizes.
-        optimizer: Trains the hypernetwork and the gains; called with a group of parameters for
-            each.
-        penalty: Strength of the pull to the budget (the paper's lambda), above 0; 6 in the paper.
-        loss: What is trained while masks are learned.
-        settled_loss: What is trained while the gains are learned.
-        settle: Fraction of the training steps, at the end, in which the masks stay as they will be
-            exported and gains are learned instead, in [0, 1): factors on the features at both sides
-            of every projection, which fold into its weights at export and cost nothing. 0 leaves
-            the weights as they are, as the paper.
-        gain_lr: Learning rate of the gains at the start of settling, above 0; it falls to 0 along
-            a cosine.
-        dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
-            as "bfloat16".
-        quantisation: Packs the frozen weights while masks are learned, `FourBit` or
-            `EightBit`; the export cuts the original ones. None leaves them as they are.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
-            more time. On by default in the recipes from 7B.
-        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
-
-    Raises:
-        ValueError: A setting is out of its range.
+        optimizer: Trains the hypernetwork, and then what settles; called with a group of parameters
+            for each.
+        learning: Where gates start, what they learn from, and how they meet the budget.
+        settle: What follows once the masks are chosen; None exports the masks alone.
+        frozen: How the frozen weights are held.
     """
 
-    divisible = frozen = True
+    divisible = frozen_weights = True
 
     def __init__(
         self,
@@ -103,40 +137,25 @@ class MaskLearning(LanguageModelling):
         sampler: GateSampler | None = None,
         hypernetwork: Callable[[Sequence[int]], Hypernetwork] = GRUHypernetwork,
         optimizer: OptimizerCallable = _adamw,
-        penalty: float = 6.0,
-        loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
-        settled_loss: LossWeights = LossWeights(0.0, 1.0),  # noqa: B008 (frozen)
-        settle: float = 0.3,
-        gain_lr: float = 0.03,
-        dtype: str = "auto",
-        quantisation: Quantisation | None = None,
-        gradient_checkpointing: bool = False,
-        loss_chunk_tokens: int = 512,
+        learning: GateLearning = GateLearning(),  # noqa: B008 (frozen)
+        settle: Settle | None = Settle(),  # noqa: B008 (frozen)
+        frozen: FrozenBase = FrozenBase(),
     ) -> None:
         super().__init__()
-        if penalty <= 0:
-            raise ValueError(f"`penalty` must be above 0, got {penalty}.")
-        if not 0 <= settle < 1:
-            raise ValueError(f"`settle` must be in [0, 1), got {settle}.")
-        if gain_lr <= 0:
-            raise ValueError(f"`gain_lr` must be above 0, got {gain_lr}.")
-        if loss_chunk_tokens < 1:
-            raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
         check_base(base)
         self.base, self.budget = base, budget
-        self.sampler = sampler or GateSampler()
-        self.penalty = penalty
-        self.loss, self.settled_loss = loss, settled_loss
-        self.settle, self.gain_lr = settle, gain_lr
-        self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
-        self.loss_chunk_tokens, self.quantisation = loss_chunk_tokens, quantisation
+        self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
+        self.learning, self.settle, self.frozen = learning, settle, frozen
         self.keep_target = budget.keep
         self.strict_loading = False  # checkpoints hold what trains, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self._trained = False
         self.sites: list[Site]
-        self.gains: nn.Parameter
+        self.start_N: Tensor
         self.settled_N: Tensor
+        self.settled: Settled | None = None
+        self._notes: dict[str, Any] = {}
+        self._nothing = nn.Parameter(torch.zeros(1))  # a group of an optimiser may not be empty
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -144,34 +163,42 @@ class MaskLearning(LanguageModelling):
         if self.model is not None:
             fitting = self.trainer.state.fn == TrainerFn.FITTING
             if fitting and self.trainer.ckpt_path is None:  # a second fit starts afresh
-                self.hypernetwork = self._make_hypernetwork([s.size for s in self.sites])
-                torch.nn.init.ones_(self.gains)
-                torch.nn.init.zeros_(self.settled_N)
+                self._begin()
             return
         family_of(load_config(self.base_folder))  # an unknown family is told before the weights
-        if self.quantisation is None:
-            self.model = self.read_model(self.base_folder, self.dtype_name)
+        dtype, quantisation = self.frozen.dtype, self.frozen.quantisation
+        if quantisation is None:
+            self.model = self.read_model(self.base_folder, dtype)
         else:
             device = self.trainer.strategy.root_device
-            self.model = load_quantised(
-                self.base_folder, self.quantisation, self.dtype_name, device
-            )
+            self.model = load_quantised(self.base_folder, quantisation, dtype, device)
         freeze(self.model)
-        if self.gradient_checkpointing:
-            # Renamed in transformers 5.23, which deprecates the old name.
-            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            enable = getattr(self.model, new if hasattr(self.model, new) else old)
-            enable({"use_reentrant": False, "context_fn": self._contexts})
         family = self.budget.family(self.model.config)
         self.hooks = GateHooks(self.model, family)
+        if self.frozen.gradient_checkpointing:
+            recompute(self.model, self.hooks)
         self.sites = self.hooks.sites
         self.table = self.budget.cost.table(skeleton(self.model.config), family)
         self.budget.check(self.sites, self.table)
-        sizes = [site.size for site in self.sites]
-        self.hypernetwork = self._make_hypernetwork(sizes)
-        self.gain_sizes = gain_sizes(skeleton(self.model.config), family)
-        self.gains = nn.Parameter(torch.ones(sum(self.gain_sizes.values())))
-        self.register_buffer("settled_N", torch.zeros(sum(sizes), dtype=torch.bool))
+        count = sum(site.size for site in self.sites)
+        self.register_buffer("start_N", torch.zeros(count))
+        self.register_buffer("settled_N", torch.zeros(count, dtype=torch.bool))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Gates as they are before the first step."""
+        self.hypernetwork = self._make_hypernetwork([site.size for site in self.sites])
+        torch.nn.init.zeros_(self.start_N)
+        torch.nn.init.zeros_(self.settled_N)
+        self.settled, self._notes = None, {}
+        if self.settle is not None and not self._cuts:
+            # Made now, for a strategy to divide.
+            self.settled = MaskedGains(self.model, self.hooks)
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether the model is cut when the masks have settled: it lies here whole, unpacked."""
+        return not self.divided and self.frozen.quantisation is None
 
     def setup(self, stage: str) -> None:
         """Check that text, strategy and memory suit the model before the model is read.
@@ -182,24 +209,33 @@ class MaskLearning(LanguageModelling):
         self.check_strategy()
         config = load_config(self.base_folder)
         refuse_quantised(config)
-        if self.quantisation is not None:
-            check_quantised_run(self.quantisation, self.trainer.strategy)
+        if self.frozen.quantisation is not None:
+            check_quantised_run(self.frozen.quantisation, self.trainer.strategy)
+        if self.settle is not None and not self._cuts and not isinstance(self.settle.train, Gains):
+            raise ValueError(
+                f"`settle.train` {type(self.settle.train).__name__} trains weights of the cut "
+                "model, and the base model is divided among ranks or packed. Take Gains, export, "
+                "and recover the exported model with CausalLM."
+            )
         self.check_data(config)
         if stage == TrainerFn.FITTING and getattr(self.trainer, "datamodule", None) is not None:
             check_memory(self.trainer, config, self._run())
         self.temperature = self.sampler.start_temperature
 
     def configure_optimizers(self) -> Any:
-        """One optimiser: the hypernetwork trains until the masks settle, the gains from then on."""
+        """One optimiser: the hypernetwork trains until the masks settle, the rest from then on."""
         optimizer = self._optimizer()
         check_optimizer(optimizer, self.device)
         begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
 
-        def of_gains(step: int) -> float:
+        def of_settled(step: int) -> float:
+            if step < begin:
+                return 0.0
             progress = (step - begin) / max(1, end - begin)
-            return 0.0 if step < begin else (1 + math.cos(math.pi * progress)) / 2
+            warm = min(1.0, (step + 1 - begin) / max(1.0, _WARM_UP * (end - begin)))
+            return warm * (1 + math.cos(math.pi * progress)) / 2
 
-        schedule = LambdaLR(optimizer, [lambda step: float(step < begin), of_gains])
+        schedule = LambdaLR(optimizer, [lambda step: float(step < begin), of_settled])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -210,16 +246,16 @@ class MaskLearning(LanguageModelling):
         """Optimiser steps in which masks are learned; in the steps after, they have settled.
 
         Raises:
-            ValueError: Training has no end, or there is no such step.
+            ValueError: Training has no end, or there is no such step and no ranking to start from.
         """
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise ValueError("`trainer.max_steps` must be set: masks settle near the last step.")
-        steps = round(total * (1 - self.settle))
-        if steps < 1:
+        steps = round(total * (1 - (self.settle.fraction if self.settle else 0.0)))
+        if steps < 1 and self.learning.start is None:
             raise ValueError(
-                f"`settle` {self.settle} of {total} steps leaves none to learn masks in; lower it "
-                "or raise `trainer.max_steps`."
+                f"{total} steps leave none to learn masks in; lower `settle.fraction`, raise "
+                "`trainer.max_steps`, or start from importance (`learning.start`)."
             )
         return steps
 
@@ -244,84 +280,120 @@ class MaskLearning(LanguageModelling):
 
     def whole_parameters(self) -> list[nn.Parameter]:
         """All that trains: gates are made, and plans are drawn up, on every rank."""
-        return [*self.hypernetwork.parameters(), self.gains]
+        return [*self.hypernetwork.parameters(), *(self.settled.trained() if self.settled else [])]
+
+    def on_fit_start(self) -> None:
+        """Rank the gates to start from, unless a checkpoint tells."""
+        if self.learning.start is not None and self.trainer.ckpt_path is None:
+            self.start_N.copy_(self._ranked(self.learning.start))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let the masks settle when their steps are over."""
+        if self.global_step >= self.mask_steps and not bool(self.settled_N.any()):
+            self._settle()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
         input_BT = batch["input_ids"]
-        gates = self._gates()
-        settled = self.global_step >= self.mask_steps
-        weights = self.settled_loss if settled else self.loss
-        teacher_ND = None
+        settled = self._has_settled
+        weights = self.settle.loss if settled and self.settle else self.learning.loss
+        teacher_ND, zero = None, self.start_N.new_zeros(())
         if weights.distillation:
             with torch.no_grad():
-                teacher_ND = self._hidden(input_BT)
-        with self.hooks.applied(gates, self._named_gains() if settled else None):
-            hidden_ND = self._hidden(input_BT)
+                teacher_ND = predicting_states(self.model, input_BT)
+        gates = None if settled else self._gates()
+        with self._applied(gates) as model:
+            hidden_ND = predicting_states(model, input_BT)
+        head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
         losses = token_losses(
             hidden_ND,
             input_BT[:, 1:].flatten(),
-            head_of(self.model),
+            head_of(model),
             teacher_ND=teacher_ND,
+            teacher_head=head_of(self.model),
+            parameters=head or None,
             weights=weights,
-            chunk_tokens=self.loss_chunk_tokens,
+            chunk_tokens=self.frozen.loss_chunk_tokens,
         )
-        fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
-        penalty = log_ratio_penalty(fraction, self.keep_target, self.penalty)
-        if settled:  # on budget, as near as whole entries come
-            penalty = torch.zeros_like(penalty)
+        if gates is None:
+            fraction, penalty = zero + float(self._notes.get("kept", self.budget.keep)), zero
+        else:
+            fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
+            penalty = self.learning.pressure.penalty(fraction, self.keep_target)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
         if isinstance(self.trainer.model, DistributedDataParallel):  # waits for all that trains
-            resting = self.hypernetwork.parameters() if settled else [self.gains]
-            loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in resting]).sum()
+            loss = loss + 0.0 * torch.stack([p.sum() for p in self._resting()]).sum()
         if not bool(loss.isfinite()):
             cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
             self.stop_diverged(cause, loss)
         return loss
+
+    def _resting(self) -> list[nn.Parameter]:
+        """Parameters that train in another part of training."""
+        if self._has_settled:
+            return list(self.hypernetwork.parameters())
+        return self.settled.trained() if self.settled else [self._nothing]
+
+    @property
+    def _has_settled(self) -> bool:
+        return bool(self.settled_N.any())
+
+    @contextmanager
+    def _applied(self, gates: Sequence[Tensor] | None) -> Iterator[Any]:
+        """The model with some gates, or, without any, as it has settled."""
+        if gates is None and self.settled is not None:
+            with self.settled.applied():
+                yield self.settled.model
+        else:
+            with self.hooks.applied(self.hooks.gates if gates is None else gates):
+                yield self.model
 
     def on_train_start(self) -> None:
         """From here on there is something to measure."""
         self._trained = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """What rests has a gradient under DDP, of zero, and takes no part in the step."""
+        """Drop the zero gradients that DDP gives to the group that is not being trained."""
         if isinstance(self.trainer.model, DistributedDataParallel):
             for group in optimizer.param_groups:
                 for parameter in group["params"] if group["lr"] == 0 else ():
                     parameter.grad = None
 
     def on_validation_start(self) -> None:
-        """Measure what would be exported now: the hard, budget-exact plan."""
+        """Draw up what would be exported now: the hard, budget-exact plan."""
         if not self._trained and self.trainer.ckpt_path is None and not self.trainer.training:
             rank_zero_info(
                 "No `ckpt_path` is given: measured are gates that have not been trained; "
                 "`--ckpt_path last` measures those of the run."
             )
-        plan = self.plan()
-        self._measured = [gate_I.to(self.device) for gate_I in plan.gates()], plan.gains
+        self._measured = [gate_I.to(self.device) for gate_I in self.plan().gates()]
 
-    def measured(self) -> AbstractContextManager[None]:
-        """With the gates and gains of the plan."""
-        return self.hooks.applied(*self._measured)
+    def measured(self) -> AbstractContextManager[Any]:
+        """The settled model, or, before there is one, the dense one with the gates of the plan."""
+        return self._applied(None if self._has_settled else self._measured)
 
     @torch.no_grad()
     def keep_probability(self) -> Tensor:
         """P(keep) of every gate, shape (N,), float32 on the CPU; deterministic."""
-        with self.whole():
-            probability_N = self.sampler.keep_probability(self.hypernetwork().float()).cpu()
+        probability_N = self.learning.pressure.keep_probability(
+            self.sampler, self._cpu_logits(), self._budget_now(), self.sites, self.table
+        )
         return torch.cat(self._open(split(probability_N, self.sites)))
 
     @torch.no_grad()
     def plan(self) -> Plan:
         """The deterministic plan of the gates as they are now, exactly on budget.
 
-        Gains are part of it once they have been learned, which is after the masks have settled.
+        Gains that do not lie in the weights of a cut model are part of it.
         """
-        with self.whole():
-            kept, gains = self._kept(), None
-            if bool((self.gains != 1).any()):  # they are trained only once the masks have settled
-                gains = {name: g.float().cpu().clone() for name, g in self._named_gains().items()}
+        kept, gains = self._kept(), None
+        if isinstance(self.settled, MaskedGains):
+            with self.whole():
+                own = self.settled.gains
+                if bool((own != 1).any()):  # they are trained only once the masks have settled
+                    named = named_gains(own.float().cpu().clone(), self.settled.sizes)
+                    gains = {name: gain_F.clone() for name, gain_F in named.items()}
         widths_S = torch.tensor([float(len(index)) for index in kept])
         provenance = {
             "method": "DISP-LLM (arXiv 2410.11988)",
@@ -334,12 +406,68 @@ class MaskLearning(LanguageModelling):
             "width_multiple": self.budget.width_multiple,
             "uniform": self.budget.uniform,
             "parts": self.budget.parts,
-            "gains": gains is not None,
-            "settle": self.settle,
-            "learned_on": repr(self.quantisation or self.model.dtype),
-        }
+            "learning": repr(self.learning),
+            "settle": repr(self.settle),
+            "learned_on": repr(self.frozen.quantisation or self.model.dtype),
+        } | self._notes
         family = self.budget.family(self.model.config)
         return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains, family)
+
+    @torch.no_grad()
+    def _ranked(self, start: Importance) -> Tensor:
+        """Logits to start from, less what the hypernetwork gives before its first step."""
+        found: Any = None
+        if self.trainer.is_global_zero or self.divided:
+            count = start.search.num_windows if start.score.reads_text else 0
+            windows_WT = self._text(count, start.seed) if count else None
+            ranking = start.search.choose(self.model, self.budget, start.score, windows_WT)
+            found = ranking.positions_N()
+        if not self.divided:
+            found = self.trainer.strategy.broadcast(found)
+        return start.scale * found.to(self.start_N) - self.hypernetwork().to(self.start_N)
+
+    def _text(self, count: int, seed: int) -> Tensor:
+        """Windows of the training text (int64, shape (W, T)), again and again if it has fewer."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        there = len(data.train_windows)
+        if there < count:
+            rank_zero_info(f"The training text has {there} windows; {count} are read from these.")
+        drawn_WT = calibration_windows(data, min(count, there), seed, "MaskLearning")
+        generator = torch.Generator().manual_seed(seed)
+        drawn_WT = drawn_WT[torch.randperm(len(drawn_WT), generator=generator)]
+        return drawn_WT.repeat(-(-count // len(drawn_WT)), 1)[:count]
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Choose the masks for good; cut and refit the model, where it can be cut."""
+        masks_N = masks_of(self._kept(), self.sites)
+        self.settled_N.copy_(masks_N.bool())
+        if self.settle is None:
+            return
+        if isinstance(self.settled, MaskedGains):
+            self.settled.gates = split(masks_N, self.sites)
+            return
+        plan, narrow, news = self.plan(), None, None
+        if self.trainer.is_global_zero:
+            count = self.settle.held_back_windows + self.settle.refit_windows
+            text_WT = self._text(count, self.sampler.seed)
+            narrow, notes = cut_and_refitted(self.model, plan, self.settle, text_WT)
+            news = notes, narrow.state_dict() if self.trainer.world_size > 1 else None
+        self._notes, weights = self.trainer.strategy.broadcast(news)
+        rank_zero_info(f"The masks have settled: {_shown(self._notes)}.")
+        if narrow is None:
+            narrow = cut(self.model, plan)
+            narrow.load_state_dict(weights)
+        self._take(narrow, self.settle)
+        train_instead(self.trainer.strategy, self, self.settled.trained() if self.settled else [])
+
+    def _take(self, narrow: PreTrainedModel, settle: Settle) -> None:
+        """Make the cut model part of what trains."""
+        freeze(narrow)
+        self.settled = settle.train.of(narrow)
+        if self.frozen.gradient_checkpointing:
+            recompute(narrow, getattr(self.settled, "hooks", None))
+        self.hypernetwork.requires_grad_(False)
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
@@ -356,6 +484,10 @@ class MaskLearning(LanguageModelling):
         device, base = self.trainer.strategy.root_device, self.base_folder
         if not self.divided and not self.trainer.is_global_zero:
             return
+        if self.settle is not None and self._cuts and not self._has_settled:
+            self._settle()  # no step was left for that
+        if self.settled is not None and self._cuts:
+            self._undo_if_worse(self.settled)
         plan = self.plan()
         masks = {"masks": dict(plan.provenance)}
         origin = Origin(self.base, base, plan.base, command, self.global_step, masks)
@@ -363,17 +495,38 @@ class MaskLearning(LanguageModelling):
             deliver(FromFiles(plan), origin, folder, windows_NT, AllRanks(device), measured=True)
             return
         dense = self.model
-        if self.quantisation is not None:  # packed weights are neither cut nor compared with
+        if self.frozen.quantisation is not None:  # packed weights are neither cut nor compared with
             dense = load_original(base, self.device, copies=2)
         one = OneRank(base, device)
-        deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
+        if self.settled is None or isinstance(self.settled, MaskedGains):
+            deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
+        else:
+            tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+            dtype = dtype_of(base, "auto")
+            with self.settled.plain() as model, evaluation(model):
+                what = FromModel(model, tokenizer, dtype, dense, plan)
+                deliver(what, origin, folder, windows_NT, one, measured=True)
         if self.budget.width_multiple > 1:
             free = dataclasses.replace(self.budget, width_multiple=1)
-            with torch.no_grad():
-                logits_N = self.hypernetwork().float().cpu()
-            kept = free.finalise(logits_N, self.sites, self.table)
+            kept = free.finalise(self._cpu_logits(), self.sites, self.table)
             unaligned = dataclasses.replace(plan, kept=kept, gains=None)
             report_alignment(dense, plan, unaligned, base, folder, windows_NT)
+
+    def _undo_if_worse(self, settled: Settled) -> None:
+        """Put back what was trained if the windows that are held back say so."""
+        assert self.settle is not None
+        held_WT = self._text(self.settle.held_back_windows, self.sampler.seed)
+        with settled.plain() as model:
+            found = perplexity(model, held_WT).value
+        before = self._notes["perplexity_settled"]
+        kept = "kept" if found <= before else "left out"
+        if found > before:
+            settled.reset()
+        self._notes |= {"perplexity_trained": found, "training": kept}
+        rank_zero_info(
+            f"Perplexity of the windows held back {before:.2f} before the settled model was "
+            f"trained, {found:.2f} after: its training is {kept}."
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what trains and the settings that decide the run; the base model is only named."""
@@ -382,28 +535,50 @@ class MaskLearning(LanguageModelling):
             for key, value in checkpoint["state_dict"].items()
             if not key.startswith("model.")
         }
+        cut_by = self._has_settled and self.settled is not None and self._cuts
+        checkpoint["settled"] = {
+            "plan": self.plan().state() if cut_by else None,
+            "notes": self._notes,
+        }
         super().on_save_checkpoint(checkpoint)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings; cut the model if it had been cut.
+
+        The weights are loaded and the optimiser is made after this.
+
+        Raises:
+            ValueError: The settings differ.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self._notes = checkpoint["settled"]["notes"]
+        if (state := checkpoint["settled"]["plan"]) is not None:
+            assert self.settle is not None
+            with torch.no_grad():
+                self._take(cut(self.model, Plan.from_state(state)), self.settle)
+        elif isinstance(self.settled, MaskedGains):
+            masks_N = checkpoint["state_dict"]["settled_N"].float()
+            self.settled.gates = split(masks_N, self.sites)
+
     def recipe(self) -> dict[str, Any]:
-        """Base model and how it is held, budget, gates, losses and optimiser."""
+        """Base model and how it is held, budget, gates, settling and optimiser."""
         return {
-            "quantisation": repr(self.quantisation),
             "base": self.base_fingerprint,
             "budget": repr(self.budget),
             "hypernetwork": repr(self.hypernetwork),
             "sampler": json.dumps(self.sampler.recipe(), sort_keys=True),
-            "penalty": self.penalty,
-            "loss": repr(self.loss),
-            "settled_loss": repr(self.settled_loss),
-            "settle": self.settle,
-            "gain_lr": self.gain_lr,
-            "dtype": self.dtype_name,
+            "learning": repr(self.learning),
+            "settle": repr(self.settle),
+            "frozen.dtype": self.frozen.dtype,
+            "frozen.quantisation": repr(self.frozen.quantisation),
             "optimizer": describe_optimizer(self._optimizer()),
         }
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        gains = {"params": [self.gains], "lr": self.gain_lr, "weight_decay": 0.0}
-        optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, gains])
+        settled = self.settled.trained() if self.settled else [self._nothing]
+        lr = self.settle.train.lr if self.settle else 0.0
+        group = {"params": settled, "lr": lr, "weight_decay": 0.0}
+        optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, group])
         _let_rest(optimizer)
         return optimizer
 
@@ -411,13 +586,17 @@ class MaskLearning(LanguageModelling):
         """What decides the memory of a step."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return Run(
-            dtype=dtype_of(self.base_folder, self.dtype_name),
-            storage=self.quantisation.storage if self.quantisation else ORIGINAL,
+            dtype=dtype_of(self.base_folder, self.frozen.dtype),
+            storage=self.frozen.quantisation.storage if self.frozen.quantisation else ORIGINAL,
             batch_size=data.batch_size,
             window_tokens=data.window_tokens,
-            checkpointing=self.gradient_checkpointing,
-            loss_chunk_tokens=self.loss_chunk_tokens,
-            distillation=bool(self.loss.distillation or self.settled_loss.distillation),
+            checkpointing=self.frozen.gradient_checkpointing,
+            loss_chunk_tokens=self.frozen.loss_chunk_tokens,
+            distillation=any(
+                loss.distillation
+                for loss in (self.learning.loss, self.settle and self.settle.loss)
+                if loss
+            ),
             hypernetwork=self._make_hypernetwork,
             optimizer_bytes=optimizer_bytes(self._make_optimizer([nn.Parameter(torch.ones(1))])),
         )
@@ -425,28 +604,34 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def _kept(self) -> tuple[Tensor, ...]:
         """Indices (int64) of what stays, per site, exactly on budget; deterministic."""
-        if bool(self.settled_N.any()):
+        if self._has_settled:
             masks = split(self.settled_N.cpu(), self.sites)
             return tuple(mask.nonzero().squeeze(1) for mask in masks)
-        logits_N = self.hypernetwork().float().cpu()
-        return self.budget.finalise(logits_N, self.sites, self.table)
+        return self.budget.finalise(self._cpu_logits(), self.sites, self.table)
+
+    @torch.no_grad()
+    def _cpu_logits(self) -> Tensor:
+        """Logits of all gates, float32 of shape (N,) on the CPU."""
+        with self.whole():
+            return (self.hypernetwork().float() + self.start_N).cpu()
+
+    def _budget_now(self) -> Budget:
+        """The budget of this step."""
+        return dataclasses.replace(self.budget, keep=self.keep_target)
 
     def _gates(self) -> tuple[Tensor, ...]:
-        """The gates of this step: a sample while masks are learned, then the settled masks."""
-        if self.global_step < self.mask_steps:
-            gates_N = self.sampler(self.hypernetwork(), self.global_step, self.global_rank)
-            return self._open(split(gates_N, self.sites))
-        if self.global_step == self.mask_steps:
-            kept = zip(self.sites, self._kept(), strict=True)
-            masks = [torch.zeros(s.size, dtype=torch.bool).index_fill(0, i, True) for s, i in kept]
-            self.settled_N.copy_(torch.cat(masks))
-        return self._open(split(self.settled_N.to(self.gains.dtype), self.sites))
-
-    def _named_gains(self) -> dict[str, Tensor]:
-        """The gains by name, as `GateHooks` and plans want them."""
-        # Where nothing was removed there is nothing to make good: the gains get no gradient.
-        gains = self.gains if self.budget.keep < 1 else 1 + 0 * self.gains
-        return dict(zip(self.gain_sizes, gains.split([*self.gain_sizes.values()]), strict=True))
+        """A sample of the gates of this step."""
+        logits_N = self.hypernetwork() + self.start_N
+        gates_N = self.learning.pressure.draw(
+            self.sampler,
+            logits_N,
+            self.global_step,
+            self.global_rank,
+            self._budget_now(),
+            self.sites,
+            self.table,
+        )
+        return self._open(split(gates_N, self.sites))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Ones at the sites that the budget does not prune."""
@@ -454,18 +639,6 @@ class MaskLearning(LanguageModelling):
             gate if self.budget.prunes(site) else torch.ones_like(gate)
             for gate, site in zip(gates, self.sites, strict=True)
         )
-
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For a checkpointed block: of its forward pass, and of its recomputation in the backward
-        pass, where the gates of the forward pass have to multiply again.
-        """
-        return nullcontext(), self.hooks.applied(self.hooks.gates, self.hooks.gains)
-
-    def _hidden(self, input_BT: Tensor) -> Tensor:
-        """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""
-        output = self.model.get_decoder()(input_ids=input_BT, use_cache=False)
-        hidden_ND: Tensor = output.last_hidden_state[:, :-1].flatten(0, 1)
-        return hidden_ND
 
     def _log_step(self, nll: Tensor, kl: Tensor, fraction: Tensor, penalty: Tensor) -> None:
         self.log("train_loss", nll, prog_bar=True)
@@ -475,9 +648,16 @@ class MaskLearning(LanguageModelling):
         self.log("train_kl", kl)
 
 
+def _shown(notes: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.2f')}"
+        for name, value in notes.items()
+    )
+
+
 def _let_rest(optimizer: torch.optim.Optimizer) -> None:
-    """A group at learning rate 0 takes no part in a step, even if a strategy has given it gradients
-    of zero: they would age the averages with which the group begins when its turn comes.
+    """Leave groups at learning rate 0 out of a step, even if a strategy gives them zero gradients,
+    which would enter the averages that such a group begins with later.
     """
     hidden: list[tuple[Any, Any]] = []
 

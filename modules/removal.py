@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -31,6 +32,22 @@ def let_go(strategy: Strategy, module: LightningModule) -> None:
         group["params"] = trained
         for parameter in optimizer.state.keys() - set(trained):
             del optimizer.state[parameter]
+    _wrap_again(strategy, module)
+
+
+def train_instead(
+    strategy: Strategy, module: LightningModule, parameters: list[nn.Parameter]
+) -> None:
+    """Give the last group of the optimiser other parameters, and tell DDP."""
+    for optimizer in strategy.optimizers:
+        group = optimizer.param_groups[-1]
+        for parameter in group["params"]:
+            optimizer.state.pop(parameter, None)
+        group["params"] = parameters
+    _wrap_again(strategy, module)
+
+
+def _wrap_again(strategy: Strategy, module: LightningModule) -> None:
     if isinstance(strategy.model, DistributedDataParallel):  # it waits for every gradient
         assert isinstance(strategy, DDPStrategy)
         strategy.model = module

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from secateur.pruning.costs import Parameters
 from secateur.pruning.depth import HalfBlocks, remove_blocks
 from secateur.pruning.families import skeleton
+from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 
@@ -120,6 +121,42 @@ def verify_saved(
         )
     finally:
         live.train(training)
+
+
+def verify_cut(
+    model: PreTrainedModel,
+    plan: Plan,
+    narrow: PreTrainedModel,
+    windows_BT: Int[Tensor, "B T"],
+    tolerance: float = 1e-4,
+) -> float:
+    """Compare a model that was cut in memory with the masked model that it was cut from.
+
+    Args:
+        model: The dense model. Gates hooked into it already must be open.
+        plan: The plan that it was cut by, without gains.
+        narrow: What `cut` has left, in the type of the dense model.
+        windows_BT: Token ids, at least 2 per window.
+        tolerance: Largest difference of two logits, as for `verify_export`.
+
+    Returns:
+        The largest absolute difference of two logits.
+
+    Raises:
+        ExportError: The two compute something else; the message says from which block on.
+    """
+    exact = model.dtype == torch.float32
+    with _gated(model, plan), evaluation(narrow):
+        return _largest_difference(
+            model,
+            narrow,
+            windows_BT.to(model.device),
+            "masked one",
+            exact,
+            model.dtype,
+            tolerance,
+            plan.kept_blocks(),
+        )
 
 
 @torch.no_grad()

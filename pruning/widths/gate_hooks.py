@@ -37,7 +37,7 @@ class GateHooks:
     """
 
     def __init__(self, model: PreTrainedModel, family: Family | None = None) -> None:
-        family = family or family_of(model.config)
+        self.family = family = family or family_of(model.config)
         self.sites = find_sites(model, family)
         self.gates: Sequence[Tensor] | None = None
         self.gains: Mapping[str, Tensor] | None = None

@@ -185,9 +185,21 @@ class GateSampler:
             step: Optimiser step, 0 or more.
             rank: Rank of this process, 0 or more; ignored unless `per_rank`.
         """
-        uniform_N = self._uniform(len(logits_N), step, rank if self.per_rank else 0)
-        noise_N = self.noise.from_uniform(uniform_N).to(logits_N)
+        noise_N = self.noise_of(logits_N, step, rank)
         return self.relaxation(logits_N + self.offset, noise_N, self.temperature)
+
+    def noise_of(
+        self, logits_N: Float[Tensor, " N"], step: int, rank: int = 0
+    ) -> Float[Tensor, " N"]:
+        """Draw the noise of a step, in the type and on the device of the logits.
+
+        Args:
+            logits_N: Output of the hypernetwork.
+            step: Optimiser step, 0 or more.
+            rank: Rank of this process, 0 or more; ignored unless `per_rank`.
+        """
+        uniform_N = self._uniform(len(logits_N), step, rank if self.per_rank else 0)
+        return self.noise.from_uniform(uniform_N).to(logits_N)
 
     def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """P(keep) of every gate; deterministic."""

@@ -1,0 +1,300 @@
+"""What trains once the masks are chosen: gains, low-rank updates, or all weights of the cut model.
+
+A `Settled` model is the model after the masks have settled, and what trains of it. Where one
+process holds the base model whole, it is cut, so that a step costs what the smaller model costs;
+where ranks divide it, or its weights are packed, gates and gains multiply into the whole one.
+
+Legend: F = features on one side of a projection, W = windows, T = tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.pruning.export.cut import cut
+from secateur.pruning.export.verify import verify_cut
+from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.lora import LoRA, merged
+from secateur.pruning.losses import LossWeights
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.plan import Plan, full_plan
+from secateur.pruning.sites import gain_sizes
+from secateur.pruning.widths.gate_hooks import GateHooks
+from secateur.pruning.widths.refit import Refit
+
+
+class Settled(nn.Module, ABC):
+    """A model whose masks have settled, and what trains of it.
+
+    Args:
+        model: The model: cut, or whole under gates.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def trained(self) -> list[nn.Parameter]:
+        """List what trains."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Put back what was trained, to the model before the first step."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Make the model compute with what was trained, for the duration of a `with` block."""
+        return nullcontext()
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """The model with what was trained in its weights, and nothing else to it."""
+        yield self.model
+
+
+class _Gains(Settled):
+    """Gains on both sides of every projection of a cut model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.requires_grad_(False))
+        self.sizes = gain_sizes(skeleton(model.config), family_of(model.config))
+        self.gains = nn.Parameter(torch.ones(sum(self.sizes.values()), device=model.device))
+        self.hooks = GateHooks(model)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.gains]
+
+    def reset(self) -> None:
+        nn.init.ones_(self.gains)
+
+    def named(self) -> dict[str, Tensor]:
+        """The gains by name, as `GateHooks` and plans want them."""
+        return named_gains(self.gains, self.sizes)
+
+    def applied(self) -> AbstractContextManager[None]:
+        return self.hooks.applied(None, self.named())
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        gains = {name: gain_F.detach().float().cpu() for name, gain_F in self.named().items()}
+        yield cut(self.model, replace(full_plan(self.model, ""), gains=gains))
+
+
+def named_gains(gains: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Split a vector of all gains into one vector (F,) per name of `gain_sizes`."""
+    return dict(zip(sizes, gains.split([*sizes.values()]), strict=True))
+
+
+class _LowRank(Settled):
+    """Low-rank updates of a cut model."""
+
+    def __init__(self, model: PreTrainedModel, lora: LoRA) -> None:
+        lora.inject(model)
+        super().__init__(model)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def reset(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.zeros_(parameter)
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        with merged(self.model):
+            yield self.model
+
+
+class _AllWeights(Settled):
+    """All weights of a cut model, in float32; the weights before are kept on the CPU."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model.float().requires_grad_(True))
+        self._before = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
+
+    def trained(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self._before[name])
+
+
+class Trained(ABC):
+    """What of the cut model trains."""
+
+    lr: float
+    """Highest learning rate, above 0; it rises over the first tenth of the settled steps and
+            falls to 0 along a cosine."""
+
+    @abstractmethod
+    def of(self, model: PreTrainedModel) -> Settled:
+        """Make a cut model ready to train; it becomes part of what is returned."""
+
+
+@dataclass(frozen=True)
+class Gains(Trained):
+    """Gains: factors on the features at both sides of every projection; no weight trains.
+
+    Args:
+        lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
+            falls to 0 along a cosine.
+    """
+
+    lr: float = 0.03
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+
+    def of(self, model: PreTrainedModel) -> Settled:
+        return _Gains(model)
+
+
+@dataclass(frozen=True)
+class LowRank(Trained):
+    """Low-rank updates of all projections, added to the weights at export.
+
+    Args:
+        lora: Rank, strength and places of the updates.
+        lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
+            falls to 0 along a cosine.
+    """
+
+    lora: LoRA = field(default_factory=lambda: LoRA(rank=32, alpha=32.0, dropout=0.0))
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+
+    def of(self, model: PreTrainedModel) -> Settled:
+        return _LowRank(model, self.lora)
+
+
+@dataclass(frozen=True)
+class AllWeights(Trained):
+    """All weights, in float32 while they train.
+
+    Args:
+        lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
+            falls to 0 along a cosine.
+    """
+
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+
+    def of(self, model: PreTrainedModel) -> Settled:
+        return _AllWeights(model)
+
+
+def _check_lr(lr: float) -> None:
+    if not lr > 0:
+        raise ValueError(f"`lr` must be above 0, got {lr}.")
+
+
+class MaskedGains(Settled):
+    """Gates and gains on a whole base model, where it cannot be cut.
+
+    Args:
+        model: The base model, frozen, no part of this module.
+        hooks: Its gates.
+    """
+
+    def __init__(self, model: PreTrainedModel, hooks: GateHooks) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "model", model)  # the module that learns masks has it already
+        self.hooks = hooks
+        self.sizes = gain_sizes(skeleton(model.config), hooks.family)
+        self.gains = nn.Parameter(torch.ones(sum(self.sizes.values())))
+        self.gates: Sequence[Tensor] = ()
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.gains]
+
+    def reset(self) -> None:
+        nn.init.ones_(self.gains)
+
+    def applied(self) -> AbstractContextManager[None]:
+        gates: list[Any] = [gate_I.to(self.gains) for gate_I in self.gates]
+        return self.hooks.applied(gates, named_gains(self.gains, self.sizes))
+
+
+@dataclass(frozen=True)
+class Settle:
+    """What follows once the masks are chosen: the model is cut, refitted, and trained.
+
+    Where ranks divide the model, or its weights are packed, it is not cut: gains are trained under
+    the masks, and nothing is refitted.
+
+    Args:
+        fraction: Fraction of the training steps that the settled model trains, in [0, 1).
+        train: What trains: `Gains` (no weight does), `LowRank` or `AllWeights`.
+        refit: Closed-form refit of the cut weights before they train; None leaves them as they are.
+        refit_windows: Windows of the training text that weights are refitted on, 1 or more.
+        held_back_windows: Further windows; refit and training are undone where they raise the
+            perplexity of these, 1 or more.
+        loss: What is trained.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    fraction: float = 0.3
+    train: Trained = field(default_factory=Gains)
+    refit: Refit | None = field(default_factory=Refit)
+    refit_windows: int = 256
+    held_back_windows: int = 32
+    loss: LossWeights = field(default_factory=lambda: LossWeights(0.0, 1.0))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"`fraction` must be in [0, 1), got {self.fraction}.")
+        for name in ("refit_windows", "held_back_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+
+
+def cut_and_refitted(
+    dense: PreTrainedModel, plan: Plan, settle: Settle, windows_WT: Int[Tensor, "W T"]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Cut a model down to a plan, and refit it where that helps.
+
+    Args:
+        dense: The model, with open gates.
+        plan: What stays of it.
+        settle: What is asked for.
+        windows_WT: Token ids: those that are held back first, then those to refit on.
+
+    Returns:
+        The cut model, and for the report: perplexity of the windows that are held back when the
+        model is cut, when it is refitted, and of the better of both.
+
+    Raises:
+        ExportError: The cut model is not the masked one.
+        ValueError: There is too little text to refit on.
+    """
+    held_WT, refit_WT = windows_WT.split([settle.held_back_windows, settle.refit_windows])
+    narrow = cut(dense, plan)
+    verify_cut(dense, plan, narrow, held_WT[:2])
+    best = perplexity(narrow, held_WT).value
+    notes: dict[str, Any] = {"perplexity_cut": best}
+    if settle.refit is not None:
+        refitted = cut(dense, plan)
+        settle.refit(dense, refitted, plan, refit_WT)
+        found = perplexity(refitted, held_WT).value
+        notes |= {"perplexity_refitted": found, "refit": "kept" if found < best else "left out"}
+        if found < best:
+            narrow, best = refitted, found
+    return narrow, notes | {"perplexity_settled": best}

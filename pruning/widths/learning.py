@@ -1,0 +1,225 @@
+"""What decides how gates are learned: the pull to the budget, the loss, and where they start.
+
+Sources: the log-ratio penalty is DISP-LLM's (arXiv 2410.11988, eq. 8). Samples that meet the budget
+by themselves, with the gradient of soft gates, follow "GRASPrune" (arXiv 2604.19398).
+
+Legend: N = all gates, S = sites, I = entries of a site.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.pruning.costs import CostTable
+from secateur.pruning.losses import LossWeights
+from secateur.pruning.sites import Site
+from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.widths.gate_gradient import Fisher
+from secateur.pruning.widths.gates import GateSampler
+from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.scores import WidthScore
+
+
+class Pressure(ABC):
+    """How gates are brought to the budget while they are learned."""
+
+    @abstractmethod
+    def draw(
+        self,
+        sampler: GateSampler,
+        logits_N: Float[Tensor, " N"],
+        step: int,
+        rank: int,
+        budget: Budget,
+        sites: Sequence[Site],
+        table: CostTable,
+    ) -> Float[Tensor, " N"]:
+        """Draw the gates of a step, in [0, 1], differentiable in the logits.
+
+        Args:
+            sampler: Noise and relaxation.
+            logits_N: Logits, without the offset of the sampler.
+            step: Optimiser step, 0 or more.
+            rank: Rank of this process.
+            budget: The budget of this step.
+            sites: The sites, in order.
+            table: Cost table of the same sites.
+        """
+
+    @abstractmethod
+    def keep_probability(
+        self,
+        sampler: GateSampler,
+        logits_N: Float[Tensor, " N"],
+        budget: Budget,
+        sites: Sequence[Site],
+        table: CostTable,
+    ) -> Float[Tensor, " N"]:
+        """Return P(keep) of every gate, or what comes near to it; arguments as for `draw`."""
+
+    def penalty(self, fraction: Tensor, keep: float) -> Tensor:
+        """Return what is added to the loss: a scalar, 0 unless overridden.
+
+        Args:
+            fraction: Fraction of the cost that the gates of the step keep.
+            keep: Fraction that the budget of the step allows.
+        """
+        return torch.zeros_like(fraction)
+
+
+@dataclass(frozen=True)
+class Penalty(Pressure):
+    """Draw every gate by itself, and add the log-ratio of cost and budget to the loss.
+
+    Args:
+        strength: Factor of the log-ratio (the paper's lambda), above 0; 6 in the paper.
+
+    Raises:
+        ValueError: `strength` is not above 0.
+    """
+
+    strength: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.strength > 0:
+            raise ValueError(f"`strength` must be above 0, got {self.strength}.")
+
+    def draw(
+        self,
+        sampler: GateSampler,
+        logits_N: Float[Tensor, " N"],
+        step: int,
+        rank: int,
+        budget: Budget,
+        sites: Sequence[Site],
+        table: CostTable,
+    ) -> Float[Tensor, " N"]:
+        return sampler(logits_N, step, rank)
+
+    def keep_probability(
+        self,
+        sampler: GateSampler,
+        logits_N: Float[Tensor, " N"],
+        budget: Budget,
+        sites: Sequence[Site],
+        table: CostTable,
+    ) -> Float[Tensor, " N"]:
+        return sampler.keep_probability(logits_N)
+
+    def penalty(self, fraction: Tensor, keep: float) -> Tensor:
+        return log_ratio_penalty(fraction, keep, self.strength)
+
+
+@dataclass(frozen=True)
+class ExactBudget(Pressure):
+    """Rank the noisy logits and keep as many as the budget pays for: every sample is on budget.
+
+    Forward, gates are exactly 0 or 1; backward, they have the slope of
+    sigmoid((noisy logit - threshold) / temperature), the threshold between what stays and what
+    goes. No gate is far from it for long, since only the order of logits matters.
+
+    Args:
+        temperature: Softness of the gradient, above 0; 1 or more gives every gate a gradient.
+
+    Raises:
+        ValueError: `temperature` is not above 0.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
+
+    def draw(
+        self,
+        sampler: GateSampler,
+        logits_N: Float[Tensor, " N"],
+        step: int,
+        rank: int,
+        budget: Budget,
+        sites: Sequence[Site],
+        table: CostTable,
+    ) -> Float[Tensor, " N"]:
+        noisy_N = logits_N + sampler.noise_of(logits_N, step, rank)
+        hard_N, threshold = _on_budget(noisy_N.detach(), budget, sites, table)
+        soft_N = ((noisy_N - threshold) / self.temperature).sigmoid()
+        return hard_N + (soft_N - soft_N.detach())
+
+    def keep_probability(
+        self,
+        sampler: GateSampler,
+        logits_N: Float[Tensor, " N"],
+        budget: Budget,
+        sites: Sequence[Site],
+        table: CostTable,
+    ) -> Float[Tensor, " N"]:
+        _, threshold = _on_budget(logits_N, budget, sites, table)
+        return sampler.noise.keep_probability(logits_N - threshold)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Start from a ranking of the gates instead of from nothing.
+
+    Args:
+        score: What gates are ranked by.
+        search: How they are ranked.
+        scale: Distance in logits between the best and the middle gate at the start, above 0.
+        seed: Seed of the draw of the windows that are read, 0 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    score: WidthScore = field(default_factory=Fisher)
+    search: GradualRanking = field(default_factory=GradualRanking)
+    scale: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"`scale` must be above 0, got {self.scale}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must be 0 or more, got {self.seed}.")
+
+
+@dataclass(frozen=True)
+class GateLearning:
+    """What is learned while the weights are frozen.
+
+    Args:
+        pressure: How gates are brought to the budget: `ExactBudget` or `Penalty`.
+        loss: What the gates learn from.
+        start: The ranking that they start from; None starts from gates that are all open.
+    """
+
+    pressure: Pressure = field(default_factory=ExactBudget)
+    loss: LossWeights = field(default_factory=LossWeights)
+    start: Importance | None = field(default_factory=Importance)
+
+
+def _on_budget(
+    scores_N: Tensor, budget: Budget, sites: Sequence[Site], table: CostTable
+) -> tuple[Tensor, Tensor]:
+    """Masks of the best entries that the budget pays for, and the score between both kinds."""
+    kept = budget.finalise(scores_N.float().cpu(), sites, table)
+    hard_N = masks_of(kept, sites).to(scores_N)
+    place = min(int(hard_N.sum()), len(hard_N) - 1)
+    return hard_N, scores_N.sort(descending=True).values[place]
+
+
+def masks_of(kept: Sequence[Tensor], sites: Sequence[Site]) -> Float[Tensor, " N"]:
+    """Return 1 for kept entries and 0 for others, all sites one after the other."""
+    return torch.cat(
+        [
+            torch.zeros(site.size).index_fill(0, index_W, 1.0)
+            for site, index_W in zip(sites, kept, strict=True)
+        ]
+    )
