@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from secateur.modules.device_memory import check_memory, optimizer_bytes
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
-from secateur.modules.loading import (
+from secateur.modules.quantisation import (
     Quantisation,
-    check_base,
     check_optimizer,
     check_quantised_run,
-    load_config,
     load_original,
     load_quantised,
-    refuse_quantised,
-    resolve,
 )
+from secateur.pruning.chains import Step
 from secateur.pruning.export.deliver import check_folder, deliver, report_alignment
 from secateur.pruning.export.ranks import AllRanks, OneRank
 from secateur.pruning.export.sources import FromFiles
 from secateur.pruning.export.stages import Origin
-from secateur.pruning.families import family_of, skeleton
-from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.shares import dtype_of
+from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import LossWeights, head_of, token_losses
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import Site, gain_sizes, split
@@ -122,7 +117,8 @@ class MaskLearning(LanguageModelling):
             raise ValueError(f"`gain_lr` must be above 0, got {gain_lr}.")
         if loss_chunk_tokens < 1:
             raise ValueError(f"`loss_chunk_tokens` must be 1 or more, got {loss_chunk_tokens}.")
-        check_base(base)
+        self.base_model = BaseModel(base)
+        self.base_model.check()
         self.base, self.budget = base, budget
         self.sampler = sampler or GateSampler()
         self.penalty = penalty
@@ -148,21 +144,19 @@ class MaskLearning(LanguageModelling):
                 torch.nn.init.ones_(self.gains)
                 torch.nn.init.zeros_(self.settled_N)
             return
-        family_of(load_config(self.base_folder))  # an unknown family is told before the weights
+        # An unknown family is told before the weights are read.
+        family = self.budget.family(self.base_model.config)
         if self.quantisation is None:
-            self.model = self.read_model(self.base_folder, self.dtype_name)
+            self.model = self.read_model(self.base_model, self.dtype_name)
         else:
             device = self.trainer.strategy.root_device
-            self.model = load_quantised(
-                self.base_folder, self.quantisation, self.dtype_name, device
-            )
+            self.model = load_quantised(self.base_model, self.quantisation, self.dtype_name, device)
         freeze(self.model)
         if self.gradient_checkpointing:
             # Renamed in transformers 5.23, which deprecates the old name.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
             enable = getattr(self.model, new if hasattr(self.model, new) else old)
             enable({"use_reentrant": False, "context_fn": self._contexts})
-        family = self.budget.family(self.model.config)
         self.hooks = GateHooks(self.model, family)
         self.sites = self.hooks.sites
         self.table = self.budget.cost.table(skeleton(self.model.config), family)
@@ -180,8 +174,8 @@ class MaskLearning(LanguageModelling):
             ValueError: They do not.
         """
         self.check_strategy()
-        config = load_config(self.base_folder)
-        refuse_quantised(config)
+        config = self.base_model.config
+        self.base_model.refuse(Step.UNIFORM_WIDTHS if self.budget.uniform else Step.WIDTHS)
         if self.quantisation is not None:
             check_quantised_run(self.quantisation, self.trainer.strategy)
         self.check_data(config)
@@ -223,15 +217,15 @@ class MaskLearning(LanguageModelling):
             )
         return steps
 
-    @cached_property
+    @property
     def base_folder(self) -> Path:
         """Local folder of the base model."""
-        return resolve(self.base)
+        return self.base_model.folder
 
-    @cached_property
+    @property
     def base_fingerprint(self) -> str:
         """Content hash of the base model."""
-        return fingerprint(self.base_folder)
+        return self.base_model.fingerprint
 
     @property
     def temperature(self) -> float:
@@ -364,7 +358,7 @@ class MaskLearning(LanguageModelling):
             return
         dense = self.model
         if self.quantisation is not None:  # packed weights are neither cut nor compared with
-            dense = load_original(base, self.device, copies=2)
+            dense = load_original(self.base_model, self.device, copies=2)
         one = OneRank(base, device)
         deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
         if self.budget.width_multiple > 1:
@@ -411,7 +405,7 @@ class MaskLearning(LanguageModelling):
         """What decides the memory of a step."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return Run(
-            dtype=dtype_of(self.base_folder, self.dtype_name),
+            dtype=self.base_model.dtype_of(self.dtype_name),
             storage=self.quantisation.storage if self.quantisation else ORIGINAL,
             batch_size=data.batch_size,
             window_tokens=data.window_tokens,

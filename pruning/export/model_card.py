@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from secateur import __version__
 from secateur.pruning.costs import Cost, Flops, Parameters
 from secateur.pruning.export.stages import Origin, figures, stages_table
-from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report
 from secateur.pruning.plan import Plan
 
@@ -179,10 +178,11 @@ def _what_stays(plan: Plan | None) -> list[str]:
 def _gone(plan: Plan) -> str:
     """A sentence on the parts that go as a whole, nothing where none does."""
     keep, blocks = plan.kept_blocks(), range(len(plan.widths_by_block()))
+    gone_parts = plan.removed_parts
     gone = {
         "all of blocks": [block for block in blocks if block not in keep],
-        "the attention of blocks": [block for block in keep if not plan.keeps(block, "attn")],
-        "the MLP of blocks": [block for block in keep if not plan.keeps(block, "mlp")],
+        "the attention of blocks": [block for block in keep if (block, "attn") in gone_parts],
+        "the MLP of blocks": [block for block in keep if (block, "mlp") in gone_parts],
     }
     found = [f"{what} {', '.join(map(str, places))}" for what, places in gone.items() if places]
     return f"Gone as a whole, counted as in the base model: {'; '.join(found)}." if found else ""
@@ -190,7 +190,7 @@ def _gone(plan: Plan) -> str:
 
 def _plan_budget(origin: Origin, plan: Plan) -> Table:
     widths_S = torch.tensor([float(width) for width in plan.widths])
-    model, rows = skeleton(AutoConfig.from_pretrained(origin.folder)), [_BUDGET]
+    model, rows = BaseModel(origin.folder).skeleton(), [_BUDGET]
     for cost in _COSTS:
         table = cost.table(model, plan.family)
         rows.append(_kept(cost.label, float(table.dense), float(table(widths_S))))
@@ -245,7 +245,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-`trust_remote_code` runs `modeling_secateur.py` from the folder, which needs nothing but torch and
+`trust_remote_code` runs the Python files of the folder, which need nothing but torch and
 transformers."""
 
 _LOADING = """\
