@@ -163,9 +163,10 @@ def _complete(
     """Add to weights and configuration what else belongs into a model folder."""
     tokenizer.save_pretrained(folder)
     if plan is not None:
-        write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
-        write_code(folder)
+        if plan.stock_mlp_width() is None:
+            write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
         plan.save(folder / IN_MODEL)
+    write_code(folder)
     copy_companions(origin.folder, folder)  # those of the base, if it has any
 
 
