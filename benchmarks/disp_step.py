@@ -23,12 +23,12 @@ from torch import Tensor
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, write_figures
 from secateur.modules import MaskLearning
-from secateur.modules.loading import load_config, load_model
+from secateur.pruning.files.base_model import BaseModel
 
 
 def plain_step(folder: str) -> Callable[[Tensor], None]:
     """Forward with labels and backward to the embeddings of the frozen stock model."""
-    model = load_model(Path(folder), dtype=torch.float32)
+    model = BaseModel(Path(folder)).load(torch.float32)
     model.requires_grad_(False)
 
     def step(input_BT: Tensor) -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = args.model or str(data_folder() / "models" / "llama7m_mha")
     generator = torch.Generator().manual_seed(0)
-    vocabulary = load_config(Path(folder)).vocab_size
+    vocabulary = BaseModel(Path(folder)).config.vocab_size
     input_BT = torch.randint(vocabulary, (args.batch, WINDOW_TOKENS), generator=generator)
 
     # Memory first: forked children must not inherit the memory of the timed steps.

@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
 from secateur.modules import MaskLearning
-from secateur.modules.loading import EightBit, FourBit, Quantisation, load_config
+from secateur.modules.quantisation import EightBit, FourBit, Quantisation
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.widths.hypernetwork import SharedHeads
 from secateur.pruning.widths.live_bytes import LiveBytes
@@ -146,7 +147,7 @@ def main() -> None:
             setting = SETTINGS[name]
             found = measure(tiny, folder, setting, args.tokens)
             need = footprint(
-                load_config(folder),
+                BaseModel(folder).config,
                 Run(
                     dtype=getattr(torch, setting.dtype),
                     storage=setting.quantisation.storage if setting.quantisation else ORIGINAL,

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedModel
 
 from secateur.callbacks.prune import Prune, check_at_least
 from secateur.pruning.depth import (
@@ -30,6 +30,7 @@ from secateur.pruning.depth import (
 from secateur.pruning.depth.plots import plot_scores
 from secateur.pruning.depth.search import names
 from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.protocols import TrainsWeights
 
 
@@ -143,8 +144,7 @@ class PruneBlocks(Prune):
             ValueError: It cannot.
         """
         module = self.pruned(pl_module)
-        config = AutoConfig.from_pretrained(module.base_folder)
-        self._total = units_to_remove(config, self.search, self.target)
+        self._total = units_to_remove(module.base_model.skeleton(), self.search, self.target)
         last, steps = self.removals.last_step(self._total), trainer.estimated_stepping_batches
         if last >= steps:
             raise ValueError(
@@ -234,11 +234,11 @@ class PruneBlocks(Prune):
         }
 
 
-def units_to_remove(config: PreTrainedConfig, search: Search, target: Target) -> int:
+def units_to_remove(model: PreTrainedModel, search: Search, target: Target) -> int:
     """Units of the base model, all of one size, that reach a target.
 
     Args:
-        config: Configuration of the base model.
+        model: The base model, live or on the meta device.
         search: Says which units may go.
         target: How much to remove.
 
@@ -246,11 +246,13 @@ def units_to_remove(config: PreTrainedConfig, search: Search, target: Target) ->
         ValueError: All that may go are not enough, or units differ in size, so that their number
             depends on which ones go.
     """
-    candidates, _ = search.check(config, search.units.all(config.num_hidden_layers), target)
+    config = model.config
+    candidates, _ = search.check(config, search.units.of(model), target)
     sizes = target.sizes(config, candidates)
     if max(sizes) > min(sizes) * (1 + 1e-9):
+        units = "blocks" if is_narrow(config.model_type) else "attention and MLP"
         raise ValueError(
-            f"`target` {target} weighs attention and MLP differently, so that nobody can tell how "
-            "many of them go; choose Blocks or BlockFraction."
+            f"`target` {target} weighs {units} differently, so that nobody can tell how many of "
+            "them go; choose Blocks or BlockFraction."
         )
     return next(count for count in range(1, len(sizes) + 1) if target.reached(sizes[:count]))

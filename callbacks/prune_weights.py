@@ -18,7 +18,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import AutoConfig
 
 from secateur.callbacks._held_masks import HeldMasks, take_out_updates
 from secateur.callbacks._trial import is_trial
@@ -26,7 +25,7 @@ from secateur.callbacks._weight_blocks import shown_progress, store_of
 from secateur.callbacks.prune import Prune, check_at_least
 from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.blocks.source import LiveBlocks
-from secateur.pruning.families import blocks_of, family_of, skeleton
+from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.protocols import TrainsWeights
 from secateur.pruning.weights import (  # noqa: F401 # the command line knows by name what is imported
@@ -150,7 +149,7 @@ class PruneWeights(Prune):
                 "which has divided weights or optimiser among the ranks. Use one device or ddp, "
                 "with `--model.lora.rank 8` where memory is short."
             )
-        self.recipe.check(linears_of(skeleton(AutoConfig.from_pretrained(trained.base_folder))))
+        self.recipe.check(linears_of(trained.base_model.skeleton()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune what is due at once; hold the masks of a checkpoint.

@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,21 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from secateur.modules.architecture import make_config
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
-from secateur.modules.loading import check_base, load_config, load_model, make_config, resolve
 from secateur.modules.recompute import recompute
 from secateur.modules.removal import check_undivided, let_go
 from secateur.modules.teacher import Teacher, predicting_states
 from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
 from secateur.pruning.depth.compensation import untie
-from secateur.pruning.depth.remaining import Depth
+from secateur.pruning.depth.remaining import Depth, lacking_parts
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import check_folder, deliver
 from secateur.pruning.export.ranks import AllRanks, OneRank
 from secateur.pruning.export.sources import FromFiles, FromModel, FromShares, Source
 from secateur.pruning.export.stages import Origin, write_mark
-from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.model_folder import replaced_folder
-from secateur.pruning.files.shares import dtype_of
 from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights, head_of, token_losses
 from secateur.pruning.plan import Plan
@@ -107,9 +106,11 @@ class CausalLM(LanguageModelling):
                 "`teacher` is given and `loss.distillation` is 0, so that nothing is learned from "
                 "it; raise the one or leave out the other."
             )
-        for model in (base, teacher):
+        self._base = None if base is None else BaseModel(base)
+        other = None if teacher is None else BaseModel(teacher, "teacher")
+        for model in (self._base, other):
             if model is not None:
-                check_base(model)
+                model.check()
         self.architecture, self.base, self.dtype_name = architecture, base, dtype
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
         self.loss, self.lora = loss, lora
@@ -120,19 +121,19 @@ class CausalLM(LanguageModelling):
         self._cuts: list[Plan] = []
         self.provenance: dict[str, Any] = {}
         self._make_optimizer = optimizer
-        name = teacher or base
-        self._teacher = Teacher(name) if loss.distillation and name is not None else None
+        taught_by = other or self._base
+        self._teacher = Teacher(taught_by) if loss.distillation and taught_by else None
 
     def configure_model(self) -> None:
         """Make or read the model, and the teacher; called once, on every rank."""
         if self.model is not None:
             return
         if self.base is not None:
-            self.model = self.read_model(self.base_folder, self.dtype_name)
+            self.model = self.read_model(self.base_model, self.dtype_name)
         else:
             self.model = AutoModelForCausalLM.from_config(self._config)
-        self._depth, self.provenance = Depth(self.model.config.num_hidden_layers), {}
-        self._cuts = []
+        self._depth = Depth(self.model.config.num_hidden_layers, lacking_parts(self.model))
+        self._cuts, self.provenance = [], {}
         self._prepare()
         if self._teacher is not None and self._teacher.model is None:
             self._teacher.load(self)
@@ -205,24 +206,29 @@ class CausalLM(LanguageModelling):
             "optimizer": describe_optimizer(self._optimizer()),
         }
 
-    @cached_property
-    def base_folder(self) -> Path:
-        """Local folder of the base model.
+    @property
+    def base_model(self) -> BaseModel:
+        """The base model.
 
         Raises:
             ValueError: There is none: training starts from an `architecture`.
         """
-        if self.base is None:
+        if self._base is None:
             raise ValueError(
                 "A model that starts from `architecture` has no base that could be pruned; train "
                 "it, and give the exported folder as `base`."
             )
-        return resolve(self.base)
+        return self._base
 
-    @cached_property
+    @property
+    def base_folder(self) -> Path:
+        """Local folder of the base model; ValueError where there is none."""
+        return self.base_model.folder
+
+    @property
     def base_fingerprint(self) -> str:
-        """Content hash of the base model."""
-        return fingerprint(self.base_folder)
+        """Content hash of the base model; ValueError where there is none."""
+        return self.base_model.fingerprint
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
@@ -413,7 +419,7 @@ class CausalLM(LanguageModelling):
                     write_mark(partial, Origin("", partial, "", command, self.global_step), None)
             return
         windows_NT = torch.stack([data.validation_set[n] for n in range(len(data.validation_set))])
-        dtype, origin = dtype_of(self.base_folder, self.export_dtype), self._origin(command)
+        dtype, origin = self.base_model.dtype_of(self.export_dtype), self._origin(command)
         strategy: Any = self.trainer.strategy
         if self.divided:
             what: Source = FromShares(self.model, strategy.whole, data.tokenizer, dtype)
@@ -433,7 +439,7 @@ class CausalLM(LanguageModelling):
         """What stays of the base model; None if nothing was taken out."""
         plans = list(self._cuts)
         if self._depth.removals:
-            plans.insert(0, self._depth.plan(self.base_folder, self.base_fingerprint))
+            plans.insert(0, self._depth.plan(self.base_model))
         return reduce(Plan.then, plans) if plans else None
 
     def _only_shortened(self) -> bool:
@@ -452,7 +458,7 @@ class CausalLM(LanguageModelling):
             given = ("loss", "lora", "warmup_steps", "optimizer")
             recipe = self.recipe()
             training = {name: recipe[name] for name in given}
-            training["teacher"] = self._teacher and self._teacher.name
+            training["teacher"] = self._teacher and str(self._teacher.name)
         steps = self.global_step
         return Origin(
             self.base, self.base_folder, self.base_fingerprint, command, steps, provenance, training
@@ -462,19 +468,19 @@ class CausalLM(LanguageModelling):
         """The base model as it was, where this rank computes."""
         dense = self._teacher.model if self._teacher and self._teacher.name == self.base else None
         if dense is None:
-            dense = load_model(self.base_folder, dtype=self.dtype_name)
+            dense = self.base_model.load(self.dtype_name)
         dense.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
         dense.eval()
         return dense
 
     def _fingerprint_of(self, teacher: Teacher) -> str:
-        return self.base_fingerprint if teacher.name == self.base else teacher.fingerprint
+        return self.base_fingerprint if teacher.name == self.base else teacher.base.fingerprint
 
     @property
     def _config(self) -> Any:
         """The configuration of the model."""
-        if self.base is not None:
-            return load_config(self.base_folder)
+        if self._base is not None:
+            return self._base.config
         return make_config(self.architecture or {})
 
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +17,7 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from secateur.modules.data.text_data import check_vocabulary, check_window
-from secateur.modules.loading import load_model
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.settings import refuse_other
 
 
@@ -29,8 +28,8 @@ class ReadsModels(Protocol):
     divides_models: bool
     """Whether a model that was read lies in shares on the ranks."""
 
-    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
-        """This rank's share of the model in a folder."""
+    def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
+        """This rank's share of a model."""
 
     def fetching(self, model: nn.Module) -> Any:
         """A module of models that were read, no part of what trains, that can be called."""
@@ -59,18 +58,18 @@ class LanguageModelling(LightningModule, ABC):
     def recipe(self) -> dict[str, Any]:
         """The settings that decide a run: a checkpoint goes on only under the same ones."""
 
-    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
+    def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
         """Read a model as the strategy keeps it: whole, or this rank's share of it.
 
         Args:
-            folder: Model folder.
+            base: Where it lies.
             dtype: "auto" or the name of a torch type.
 
         Raises:
             ValueError: The folder cannot be read as a causal language model.
         """
         reader = self._reader
-        return reader.read_model(folder, dtype) if reader else load_model(folder, dtype=dtype)
+        return reader.read_model(base, dtype) if reader else base.load(dtype)
 
     def fetching(self, model: nn.Module) -> Any:
         """What to call instead of a module of models that were read but are no part of this one:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,12 @@ from transformers import PreTrainedModel
 
 from secateur.modules.device_memory import check_memory, optimizer_bytes
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
-from secateur.modules.loading import (
+from secateur.modules.quantisation import (
     Quantisation,
-    check_base,
     check_optimizer,
     check_quantised_run,
-    load_config,
     load_original,
     load_quantised,
-    refuse_quantised,
-    resolve,
 )
 from secateur.modules.recompute import recompute
 from secateur.modules.removal import train_instead
@@ -55,14 +50,14 @@ from secateur.modules.settling import (
     named_gains,
 )
 from secateur.modules.teacher import predicting_states
+from secateur.pruning.chains import Step
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import check_folder, deliver, report_alignment
 from secateur.pruning.export.ranks import AllRanks, OneRank
 from secateur.pruning.export.sources import FromFiles, FromModel
 from secateur.pruning.export.stages import Origin
-from secateur.pruning.families import family_of, skeleton
-from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.shares import dtype_of
+from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import head_of, token_losses
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.modes import evaluation
@@ -142,7 +137,8 @@ class MaskLearning(LanguageModelling):
         frozen: FrozenBase = FrozenBase(),
     ) -> None:
         super().__init__()
-        check_base(base)
+        self.base_model = BaseModel(base)
+        self.base_model.check()
         self.base, self.budget = base, budget
         self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
         self.learning, self.settle, self.frozen = learning, settle, frozen
@@ -165,15 +161,15 @@ class MaskLearning(LanguageModelling):
             if fitting and self.trainer.ckpt_path is None:  # a second fit starts afresh
                 self._begin()
             return
-        family_of(load_config(self.base_folder))  # an unknown family is told before the weights
+        # An unknown family is told before the weights are read.
+        family = self.budget.family(self.base_model.config)
         dtype, quantisation = self.frozen.dtype, self.frozen.quantisation
         if quantisation is None:
-            self.model = self.read_model(self.base_folder, dtype)
+            self.model = self.read_model(self.base_model, dtype)
         else:
             device = self.trainer.strategy.root_device
-            self.model = load_quantised(self.base_folder, quantisation, dtype, device)
+            self.model = load_quantised(self.base_model, quantisation, dtype, device)
         freeze(self.model)
-        family = self.budget.family(self.model.config)
         self.hooks = GateHooks(self.model, family)
         if self.frozen.gradient_checkpointing:
             recompute(self.model, self.hooks)
@@ -207,8 +203,8 @@ class MaskLearning(LanguageModelling):
             ValueError: They do not.
         """
         self.check_strategy()
-        config = load_config(self.base_folder)
-        refuse_quantised(config)
+        config = self.base_model.config
+        self.base_model.refuse(Step.UNIFORM_WIDTHS if self.budget.uniform else Step.WIDTHS)
         if self.frozen.quantisation is not None:
             check_quantised_run(self.frozen.quantisation, self.trainer.strategy)
         if self.settle is not None and not self._cuts and not isinstance(self.settle.train, Gains):
@@ -259,15 +255,15 @@ class MaskLearning(LanguageModelling):
             )
         return steps
 
-    @cached_property
+    @property
     def base_folder(self) -> Path:
         """Local folder of the base model."""
-        return resolve(self.base)
+        return self.base_model.folder
 
-    @cached_property
+    @property
     def base_fingerprint(self) -> str:
         """Content hash of the base model."""
-        return fingerprint(self.base_folder)
+        return self.base_model.fingerprint
 
     @property
     def temperature(self) -> float:
@@ -311,7 +307,7 @@ class MaskLearning(LanguageModelling):
             head_of(model),
             teacher_ND=teacher_ND,
             teacher_head=head_of(self.model),
-            parameters=head or None,
+            parameters=head,
             weights=weights,
             chunk_tokens=self.frozen.loss_chunk_tokens,
         )
@@ -496,13 +492,13 @@ class MaskLearning(LanguageModelling):
             return
         dense = self.model
         if self.frozen.quantisation is not None:  # packed weights are neither cut nor compared with
-            dense = load_original(base, self.device, copies=2)
+            dense = load_original(self.base_model, self.device, copies=2)
         one = OneRank(base, device)
         if self.settled is None or isinstance(self.settled, MaskedGains):
             deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
         else:
             tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-            dtype = dtype_of(base, "auto")
+            dtype = self.base_model.dtype_of("auto")
             with self.settled.plain() as model, evaluation(model):
                 what = FromModel(model, tokenizer, dtype, dense, plan)
                 deliver(what, origin, folder, windows_NT, one, measured=True)
@@ -586,7 +582,7 @@ class MaskLearning(LanguageModelling):
         """What decides the memory of a step."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return Run(
-            dtype=dtype_of(self.base_folder, self.frozen.dtype),
+            dtype=self.base_model.dtype_of(self.frozen.dtype),
             storage=self.frozen.quantisation.storage if self.frozen.quantisation else ORIGINAL,
             batch_size=data.batch_size,
             window_tokens=data.window_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.modules.language_modelling import LanguageModelling
-from secateur.modules.loading import resolve
-from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import Head, head_of
 
 
@@ -19,18 +17,13 @@ class Teacher:
     """A frozen model, no part of the module that learns from it: not trained, saved or sharded.
 
     Args:
-        name: A folder or a hub id.
+        base: Where it lies.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, base: BaseModel) -> None:
+        self.base, self.name = base, base.name
         self.model: PreTrainedModel | None = None
         self._states: Any = None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Content hash of the model."""
-        return fingerprint(resolve(self.name))
 
     def load(self, student: LanguageModelling) -> None:
         """Read the model, in the type of its files, as the strategy of the student keeps it.
@@ -41,11 +34,11 @@ class Teacher:
         Raises:
             ValueError: Its vocabulary is another one.
         """
-        model = student.read_model(resolve(self.name), "auto")
+        model = student.read_model(self.base, "auto")
         theirs, ours = model.config.vocab_size, student.model.config.vocab_size
         if theirs != ours:
             raise ValueError(
-                f"`teacher` {self.name!r} has a vocabulary of {theirs} and the model one of "
+                f"`teacher` {str(self.name)!r} has a vocabulary of {theirs} and the model one of "
                 f"{ours}; distillation needs the same."
             )
         model.requires_grad_(False)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from secateur.pruning.costs import CostTable
 from secateur.pruning.depth.units import Unit
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.plan import Plan
 from secateur.pruning.sites import Site
 from secateur.pruning.widths.budget import Budget
@@ -95,8 +96,10 @@ class TrainsWeights(Protocol):
 
     model: Any
     """The live model."""
+    base_model: BaseModel
+    """The base model; ValueError where training started from nothing."""
     base_folder: Path
-    """Folder of the base model; ValueError where training started from nothing."""
+    """Its folder."""
     base_fingerprint: str
     """Content hash of the base model."""
     kept_blocks: list[int]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import secateur.modules
-from secateur.modules.loading import load_model
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Counts, count
 from secateur.pruning.plan import Plan
 from secateur.pruning.protocols import LearnsMasks
@@ -98,7 +98,7 @@ def test_it_keeps_its_structure(run: tuple[Method, Path]) -> None:
 
 def test_it_exports_what_it_masked(run: tuple[Method, Path], inputs: Path) -> None:
     _, root = run
-    dense: Any = load_model(inputs / "base")
+    dense: Any = BaseModel(inputs / "base").load()
     ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
     plan = Plan.load(root / "plan")
     with GateHooks(dense).applied(plan.gates(), plan.gains), torch.no_grad():

@@ -244,7 +244,7 @@ def test_settings_are_named_as_they_are_typed(
         ("surgery", "required: BASE, PLAN, OUT. `python -m secateur surgery --help`", 2),
         ("depth BASE OUT --remov 3", "no option `--remov`. Did you mean `--remove`?", 2),
         ("depth BASE OUT --rem 3", "no option `--rem`", 2),
-        ("depth /no/such OUT --remove 3", "/no/such is not a model folder", 1),
+        ("depth /no/such OUT --remove 3", "`base` '/no/such' does not exist", 1),
         ("compare BASE --tex a", "no option `--tex`. Did you mean `--text`?", 2),
         ("compare /no/such --text /no/such", "/no/such does not exist", 2),
         ("memory 7B --batch-siz 1", "Did you mean `--batch-size`?", 2),

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import secateur.pruning.export.rewrite
 from secateur import callbacks, modules
-from secateur.modules.loading import load_model
 from secateur.pruning import schedules
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import count
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths import (
@@ -89,7 +89,7 @@ def test_fit_leaves_plan_model_report_plots_metrics_and_checkpoints(fitted: Path
 def test_the_exported_model_is_exactly_on_budget_by_an_independent_count(
     inputs: Path, fitted: Path
 ) -> None:
-    dense = count(load_model(inputs / "base"))
+    dense = count(BaseModel(inputs / "base").load())
     pruned = count(AutoModelForCausalLM.from_pretrained(fitted / "model", trust_remote_code=True))
     kept = pruned.block_flops_per_token / dense.block_flops_per_token
     # A unit of the finest site costs at most 3 projections of 37 columns, 2 FLOPs a weight.

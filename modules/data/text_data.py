@@ -22,7 +22,7 @@ from secateur.modules.data.tokens import (
     tokenise,
     tokenizer_fingerprint,
 )
-from secateur.modules.loading import load_tokenizer
+from secateur.pruning.files.base_model import load_tokenizer
 from secateur.pruning.files.settings import refuse_other
 
 

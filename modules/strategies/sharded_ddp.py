@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.modules.loading import load_config
 from secateur.pruning.families import blocks_of, family_of
-from secateur.pruning.files.shares import dtype_of, read_shares
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.shares import read_shares
 
 
 class ShardedDDP(DDPStrategy):
@@ -64,11 +63,11 @@ class ShardedDDP(DDPStrategy):
             )
         super().connect(model)
 
-    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
+    def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
         """This rank's share of a causal language model, frozen.
 
         Args:
-            folder: Model folder.
+            base: Where it lies.
             dtype: "auto" or the name of a torch type.
 
         Raises:
@@ -76,9 +75,9 @@ class ShardedDDP(DDPStrategy):
         """
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
-        wanted = dtype_of(folder, dtype)
+        wanted = base.dtype_of(dtype)
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(load_config(folder), dtype=wanted)
+            model: Any = AutoModelForCausalLM.from_config(base.config, dtype=wanted)
         assert isinstance(model, PreTrainedModel)
         model.requires_grad_(False)
         model.tie_weights()
@@ -86,7 +85,7 @@ class ShardedDDP(DDPStrategy):
         for part in _parts(model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         _allocate(model, self.root_device)
-        read_shares(model, folder, _share)
+        read_shares(model, base, _share)
         return model
 
     def fetching(self, model: nn.Module) -> nn.Module:

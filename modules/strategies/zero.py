@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.modules.loading import load_config, load_model
-from secateur.pruning.files.shares import dtype_of, numel_of, read_shares
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.shares import numel_of, read_shares
 from secateur.pruning.widths.memory import LIVE_PARAMETERS
 
 
@@ -152,25 +151,23 @@ class Zero(DeepSpeedStrategy):
 
     # Reading models.
 
-    def read_model(self, folder: Path, dtype: str) -> PreTrainedModel:
+    def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
         """A causal language model: in stage 3 this rank's share of it, otherwise whole.
 
         Args:
-            folder: Model folder.
+            base: Where it lies.
             dtype: "auto" or the name of a torch type.
 
         Raises:
             ValueError: The folder cannot be read as a causal language model.
         """
         if self.stage != 3:
-            return load_model(folder, dtype=dtype)
-        wanted = dtype_of(folder, dtype)
+            return base.load(dtype)
+        wanted = base.dtype_of(dtype)
         with self._partitioned(wanted):
-            model: Any = AutoModelForCausalLM.from_config(
-                load_config(folder), dtype=wanted, trust_remote_code=True
-            )
+            model: Any = AutoModelForCausalLM.from_config(base.config, dtype=wanted)
         model.tie_weights()  # left out with the initialisation
-        read_shares(model, folder, _share)
+        read_shares(model, base, _share)
         assert isinstance(model, PreTrainedModel)
         return model
 

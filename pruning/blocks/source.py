@@ -22,12 +22,13 @@ import torch
 from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.pruning.blocks.linears import BlockCall, PrunableLinear, linears_of
-from secateur.pruning.families import blocks_of, family_of, skeleton
-from secateur.pruning.files.fingerprint import fingerprint, live_fingerprint
-from secateur.pruning.files.model_folder import weight_files
+from secateur.pruning.chains import Step, kinds_of, refuse
+from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.fingerprint import live_fingerprint
 from secateur.pruning.measure.perplexity import MeasuredPerplexity, perplexity
 from secateur.pruning.modes import evaluation
 
@@ -79,7 +80,7 @@ class LiveBlocks(BlockSource):
     keeps_changes = True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        _refuse_quantised(model.config)
+        refuse(kinds_of(model.config), Step.WEIGHTS)
         self.model = model
         self.linears = linears_of(model)
         self.device = next(model.parameters()).device
@@ -108,16 +109,10 @@ class StreamedBlocks(BlockSource):
     keeps_changes = False
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
-        self.folder, self.device = Path(folder), torch.device(device)
-        weight_files(self.folder)  # transformers would take a folder that is not there for a name
-        config = AutoConfig.from_pretrained(folder)
-        _refuse_quantised(config)
-        self.model = skeleton(config).eval()
+        self.base, self.device = BaseModel(Path(folder)), torch.device(device)
+        self.base.refuse(Step.WEIGHTS)
+        self.model = self.base.skeleton().eval()
         self.linears = linears_of(self.model)
-        self._files: dict[str, Path] = {}
-        for path in weight_files(self.folder):
-            with safe_open(path, framework="pt") as file:
-                self._files |= dict.fromkeys(file.keys(), path)
         self._load_what_is_not_in_blocks()
 
     def block(self, index: int) -> nn.Module:
@@ -127,7 +122,7 @@ class StreamedBlocks(BlockSource):
         return block.requires_grad_(False)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.folder)
+        return self.base.fingerprint
 
     def _load_what_is_not_in_blocks(self) -> None:
         model: Any = self.model
@@ -139,32 +134,25 @@ class StreamedBlocks(BlockSource):
                 model._init_weights(module)  # buffers that no checkpoint holds, such as rotations
         outside = {name for name in model.state_dict() if not name.startswith(self.prefix)}
         tied = set(model.all_tied_weights_keys)  # files hold the other name of the same tensor
-        names = {name: name for name in outside if name in self._files or name not in tied}
+        names = {name: name for name in outside if name in self.base.tensors or name not in tied}
         model.load_state_dict(self._read(names), assign=True, strict=False)
         model.tie_weights()
         model.requires_grad_(False)
 
     def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
         """Tensors of the checkpoint, under other names."""
-        if missing := [name for name in names.values() if name not in self._files]:
+        if missing := [name for name in names.values() if name not in self.base.tensors]:
             raise ValueError(
-                f"{self.folder} lacks {len(missing)} tensors of a "
+                f"{self.base.folder} lacks {len(missing)} tensors of a "
                 f"{self.model.config.model_type!r} causal language model, {missing[0]!r} first. "
                 "Save it as a causal language model."
             )
         tensors = {}
         for ours, theirs in names.items():
-            with safe_open(self._files[theirs], framework="pt", device=str(self.device)) as file:
+            path = self.base.tensors[theirs]
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
                 tensors[ours] = file.get_tensor(theirs)
         return tensors
-
-
-def _refuse_quantised(config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "The model is quantised: its numbers cannot be set to zero one by one. Prune the "
-            "original checkpoint, then quantise."
-        )
 
 
 class CalibrationStates:

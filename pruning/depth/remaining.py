@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
 from secateur.pruning.depth import Unit
-from secateur.pruning.families import PARTS, skeleton
+from secateur.pruning.families import PARTS, blocks_of, family_of
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.plan import Plan, plan_without
+
+
+def lacking_parts(model: PreTrainedModel) -> set[tuple[int, str]]:
+    """Block and part of what a model does not have; of one of an unknown family, nothing."""
+    if not is_narrow(model.config.model_type):
+        return set()
+    family = family_of(model.config)
+    return {
+        (number, part)
+        for number, block in enumerate(blocks_of(model, family))
+        for part in PARTS
+        if not family.has(block, part)
+    }
 
 
 class Depth:
@@ -18,10 +33,11 @@ class Depth:
 
     Args:
         num_blocks: Blocks of the base model, 0 or more.
+        lacking: Block and part, `attn` or `mlp`, of what the base model does not have.
     """
 
-    def __init__(self, num_blocks: int = 0) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int = 0, lacking: Collection[tuple[int, str]] = ()) -> None:
+        self.num_blocks, self.lacking = num_blocks, frozenset(lacking)
         self.removals: list[dict[str, Any]] = []
         """What went, in order: names of units, and why; JSON values only."""
 
@@ -38,7 +54,7 @@ class Depth:
     @property
     def leaves_halves(self) -> bool:
         """Whether half of a block that stays is gone, so that the model is no stock one."""
-        return len(self._gone) > len(PARTS) * (self.num_blocks - len(self.kept_blocks))
+        return any(block in self.kept_blocks for block, _ in self._gone - self.lacking)
 
     def places(self, units: Sequence[Unit]) -> list[Unit]:
         """Where units are in the model as it is now.
@@ -58,16 +74,16 @@ class Depth:
         keys = [unit.key for unit in units]
         self.removals.append({"units": keys, "provenance": dict(provenance)})
 
-    def plan(self, base_folder: Path, base: str) -> Plan:
-        """Make the plan of what is left, for the base model whose fingerprint is `base`."""
-        model = skeleton(AutoConfig.from_pretrained(base_folder))
+    def plan(self, base: BaseModel) -> Plan:
+        """Make the plan of what is left of the base model."""
         why = {"method": "depth", "removals": self.removals}
-        return plan_without(model, base, sorted(self._gone), why)
+        gone = sorted(self._gone - self.lacking)
+        return plan_without(base.skeleton(), base.fingerprint, gone, why)
 
     @property
-    def _gone(self) -> set[tuple[int, str]]:
-        """Block and part of everything that is gone."""
-        return {
+    def _gone(self) -> AbstractSet[tuple[int, str]]:
+        """Block and part of everything that is gone or was never there."""
+        return self.lacking | {
             (unit.block, part)
             for unit in self.removed
             for part in (PARTS if unit.part == "block" else [unit.part])

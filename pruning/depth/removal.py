@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.pruning.chains import Step, kinds_of, refuse
 from secateur.pruning.depth.units import HalfBlocks, Unit
 from secateur.pruning.families import family_of
 
@@ -61,7 +62,7 @@ def remove_blocks(
             would stay, the model is quantised, or its configuration has a rule that follows the
             index of a block.
     """
-    refuse_quantised(model.config)
+    refuse(kinds_of(model.config), Step.BLOCKS)
     config, family = model.config, family_of(model.config)
     gone = _as_units(units)
     checked_units(gone, config.num_hidden_layers)
@@ -240,16 +241,3 @@ def checked_units(units: Sequence[Unit], num_blocks: int) -> None:
     repeated = {unit.key for unit in units if units.count(unit) > 1} | halves
     if repeated:
         raise ValueError(f"Block {', '.join(sorted(repeated))} is named more than once.")
-
-
-def refuse_quantised(config: PreTrainedConfig) -> None:
-    """Packed weights cannot be cut or written back.
-
-    Raises:
-        ValueError: The model is quantised.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "The model is quantised (`quantization_config`): score blocks on it, and remove them "
-            "from the original checkpoint, as prune_blocks does."
-        )

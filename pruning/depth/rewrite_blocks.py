@@ -3,7 +3,7 @@
 A safetensors file is a JSON header of names, types, shapes and offsets, and the bytes they mean.
 Tensors of removed blocks are left out, those of later blocks get their new number, everything else
 is copied as it is, whatever its type. Files become shorter, and those with nothing left disappear.
-The result is a stock model of its family. Equal inputs give equal folders, byte for byte.
+The result is stock or narrow as the base model is. Equal inputs give equal folders, byte for byte.
 
 Memory: one header and `_CHUNK` bytes, whatever the size of the model. Time: that of copying what
 stays, and of reading everything once for the fingerprint of the base model.
@@ -18,16 +18,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
+from secateur.pruning.chains import Step
 from secateur.pruning.depth.removal import (
     PROVENANCE,
     checked_blocks,
-    refuse_quantised,
     shortened_fields,
 )
-from secateur.pruning.families import Family, family_of
-from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.families import Family
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.model_folder import (
     CONFIG,
     INDEX,
@@ -37,7 +35,7 @@ from secateur.pruning.files.model_folder import (
     refuse_base,
     refuse_missing,
     replaced_folder,
-    weight_files,
+    write_code,
     write_json,
 )
 
@@ -75,25 +73,18 @@ def prune_blocks(
             `folder`.
         OSError: Reading or writing failed, as when the disk is full.
     """
-    base_folder, folder = Path(base_folder), Path(folder)
-    refuse_base(folder, base_folder)
-    if not (base_folder / CONFIG).is_file():
-        raise ValueError(
-            f"{base_folder} is not a model folder: it holds no {CONFIG}. For a model of the hub "
-            "give the folder that `hf download` puts it in."
-        )
-    config = AutoConfig.from_pretrained(base_folder)
-    refuse_quantised(config)
-    family = family_of(config)
-    staying = _staying(config.num_hidden_layers, remove, keep)
-    base = fingerprint(base_folder)
-    fields = shortened_fields(config, staying, {"base": base} | dict(provenance or {}))
+    base, folder = BaseModel(Path(base_folder)), Path(folder)
+    refuse_base(folder, base.name)
+    base.refuse(Step.BLOCKS)
+    staying = _staying(base.config.num_hidden_layers, remove, keep)
+    why = {"base": base.fingerprint} | dict(provenance or {})
+    fields = shortened_fields(base.config, staying, why)
     with replaced_folder(folder, is_shortened_model) as partial:
-        _copy_weights(base_folder, partial, family, staying, progress)
-        raw = json.loads((base_folder / CONFIG).read_text(encoding="utf-8"))
-        write_json(partial / CONFIG, raw | fields)
+        _copy_weights(base, partial, staying, progress)
+        write_json(partial / CONFIG, base.settings | fields)
+        write_code(partial)
         write_json(partial / RECORD, fields[PROVENANCE])
-        copy_companions(base_folder, partial)
+        copy_companions(base.folder, partial)
 
 
 def is_shortened_model(folder: Path) -> bool:
@@ -122,21 +113,20 @@ def _staying(
 
 
 def _copy_weights(
-    base_folder: Path,
+    base: BaseModel,
     folder: Path,
-    family: Family,
     staying: list[int],
     progress: Callable[[int, int], None] | None,
 ) -> None:
     files: list[tuple[Path, int, dict[str, Any]]] = []
     names: set[str] = set()
-    for path in weight_files(base_folder):
+    for path in base.weight_files:
         header, start = _read_header(path)
         names |= header.keys()
-        kept = {_renamed(name, family, staying): entry for name, entry in header.items()}
+        kept = {_renamed(name, base.family, staying): entry for name, entry in header.items()}
         if own := {name: entry for name, entry in kept.items() if name is not None}:
             files.append((path, start, own))
-    refuse_missing(base_folder, names, family)
+    refuse_missing(base.folder, names, base.skeleton())
     total = sum(_size(entry) for _, _, own in files for entry in own.values())
     done, weight_map = 0, {}
     for number, (path, start, own) in enumerate(files, start=1):

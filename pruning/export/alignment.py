@@ -15,9 +15,10 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report, measure
 from secateur.pruning.plan import Plan
 
@@ -49,8 +50,5 @@ def compare_alignment(
         for name, plan in (("free widths", free), ("aligned widths", aligned)):
             folders[name] = Path(scratch) / name
             prune_checkpoint(base_folder, replace(plan, gains=None), folders[name])
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folders[name], trust_remote_code=True, dtype=dense.dtype
-            )
-            models[name] = model.to(dense.device)
+            models[name] = BaseModel(Path(folders[name])).load(dense.dtype, dense.device)
         return measure(models, {"validation": windows_NT}, folders, speed=speed)

@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.export.alignment import compare_alignment
 from secateur.pruning.export.model_card import card
 from secateur.pruning.export.ranks import OneRank, Ranks, speed_settings
 from secateur.pruning.export.sources import FromFiles, Source
-from secateur.pruning.export.stages import Origin, read_stages, stages_table, write_mark
+from secateur.pruning.export.stages import Origin, stages_table, write_mark
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.model_folder import (
     is_plan,
+    read_stages,
     refuse_base,
     refuse_foreign,
     replaced_folder,
@@ -108,8 +110,7 @@ def export(
     """
     base_folder = Path(base_folder)
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype="auto")
-        assert isinstance(model, PreTrainedModel)
+        model = BaseModel(base_folder).load()
     if windows_BT is None:
         windows_BT = _random_windows(model.config)
     origin = Origin(

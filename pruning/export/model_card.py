@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from secateur import __version__
 from secateur.pruning.costs import Cost, Flops, Parameters
 from secateur.pruning.export.stages import Origin, figures, stages_table
-from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.plan import Plan
 
 Table = Sequence[Sequence[str]]
@@ -114,19 +114,23 @@ def card(
     Returns:
         The text of README.md.
     """
+    before = BaseModel(origin.folder)
     tables = {
-        "Budget": _plan_budget(origin, plan) if plan else _counted_budget(report),
+        "Budget": _plan_budget(before, plan) if plan else _counted_budget(report),
         "Quality": _quality(report),
         "Stages": stages_table(stages) if len(stages) > 1 else (),
     }
-    stock = plan is None or plan.stock_mlp_width() is not None
+    if plan is None:
+        stock = not is_narrow(before.config.model_type)
+    else:
+        stock = plan.stock_mlp_width() is not None
     training = {"training": dict(origin.training)} if origin.training else {}
     versions = {"secateur": __version__} | {name: version(name) for name in _PACKAGES}
     return ModelCard(
         title=_title(origin, plan, report),
         base_model=origin.name,
         fingerprint=origin.fingerprint,
-        summary=" ".join((_what_was_done(origin), *_what_stays(plan), _VERIFIED)),
+        summary=" ".join((_what_was_done(origin), *_what_stays(plan, stock), _VERIFIED)),
         stock=stock,
         tables=tables,
         widths=plan.describe() if plan else None,
@@ -165,32 +169,35 @@ def _what_was_done(origin: Origin) -> str:
     return f"`{plain(origin.name)}`, {' and '.join(done)} by Secateur."
 
 
-def _what_stays(plan: Plan | None) -> list[str]:
+def _what_stays(plan: Plan | None, stock: bool) -> list[str]:
     """Sentences on widths, gains, and parts that go as a whole."""
-    if plan is None:
-        return ["This is a stock model of its family."]
-    gains = "" if plan.gains is None else ", and each kept entry a learned gain in the weights"
-    gone = [_gone(plan)] if _gone(plan) else []
-    if (width := plan.stock_mlp_width()) is not None:
-        return [_STOCK_WIDTHS.format(width=width, gains=gains), *gone]
-    return [_OWN_WIDTHS.format(gains=gains), *gone]
+    gains = ""
+    if plan is not None and plan.gains is not None:
+        gains = ", and each kept entry a learned gain in the weights"
+    gone = [_gone(plan)] if plan is not None and _gone(plan) else []
+    if not stock:
+        return [_OWN_WIDTHS.format(gains=gains), *gone]
+    if plan is None or all(w in (0, s.size) for s, w in zip(plan.sites, plan.widths, strict=True)):
+        return ["This is a stock model of its family.", *gone]
+    return [_STOCK_WIDTHS.format(width=plan.stock_mlp_width(), gains=gains), *gone]
 
 
 def _gone(plan: Plan) -> str:
     """A sentence on the parts that go as a whole, nothing where none does."""
     keep, blocks = plan.kept_blocks(), range(len(plan.widths_by_block()))
+    gone_parts = plan.removed_parts
     gone = {
         "all of blocks": [block for block in blocks if block not in keep],
-        "the attention of blocks": [block for block in keep if not plan.keeps(block, "attn")],
-        "the MLP of blocks": [block for block in keep if not plan.keeps(block, "mlp")],
+        "the attention of blocks": [block for block in keep if (block, "attn") in gone_parts],
+        "the MLP of blocks": [block for block in keep if (block, "mlp") in gone_parts],
     }
     found = [f"{what} {', '.join(map(str, places))}" for what, places in gone.items() if places]
     return f"Gone as a whole, counted as in the base model: {'; '.join(found)}." if found else ""
 
 
-def _plan_budget(origin: Origin, plan: Plan) -> Table:
+def _plan_budget(base: BaseModel, plan: Plan) -> Table:
     widths_S = torch.tensor([float(width) for width in plan.widths])
-    model, rows = skeleton(AutoConfig.from_pretrained(origin.folder)), [_BUDGET]
+    model, rows = base.skeleton(), [_BUDGET]
     for cost in _COSTS:
         table = cost.table(model, plan.family)
         rows.append(_kept(cost.label, float(table.dense), float(table(widths_S))))
@@ -245,7 +252,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-`trust_remote_code` runs `modeling_secateur.py` from the folder, which needs nothing but torch and
+`trust_remote_code` runs the Python files of the folder, which need nothing but torch and
 transformers."""
 
 _LOADING = """\

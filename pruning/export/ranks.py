@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.pruning.export.streamed import streamed
 from secateur.pruning.export.verify import ExportError
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.perplexity import of_windows, window_nll
 from secateur.pruning.measure.report import Report, Row, count, file_bytes, measure
 
@@ -78,10 +79,7 @@ class OneRank(Ranks):
         self, dense: PreTrainedModel | Path, folder: Path, name: str, windows_NT: Tensor
     ) -> Report:
         assert isinstance(dense, PreTrainedModel)
-        made: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=dense.dtype
-        )
-        made.to(dense.device)
+        made = BaseModel(folder).load(dense.dtype, dense.device)
         return measure(
             {"dense": dense, name: made},
             {"validation": windows_NT},
@@ -127,7 +125,7 @@ class AllRanks(Ranks):
         num_ranks = distributed.get_world_size()
         rows, dtype = [], None
         for label, place in (("dense", dense), (name, folder)):
-            with streamed(place, self.device, trust_remote_code=label != "dense") as model:
+            with streamed(place, self.device) as model:
                 nll_N = self._nll(model, windows_NT)
                 quality = {"validation": of_windows(nll_N, windows_NT.shape[1])}
                 rows.append(Row(label, quality, count(model), file_bytes=file_bytes(place)))

@@ -15,7 +15,6 @@ As a command: `python -m secateur surgery --help`.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,12 +28,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.slices import Slice, Slices
 from secateur.pruning.families import PARTS, part_of
-from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.model_folder import (
     CONFIG,
     INDEX,
@@ -45,10 +43,10 @@ from secateur.pruning.files.model_folder import (
     refuse_base,
     refuse_missing,
     replaced_folder,
-    weight_files,
+    write_code,
     write_json,
 )
-from secateur.pruning.modelling import config_class, narrow_type, write_code
+from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.modelling.secateur_narrow import auto_map
 from secateur.pruning.plan import IN_MODEL, Plan
 
@@ -96,59 +94,54 @@ def write_pruned(
     Raises:
         ValueError: As for `prune_checkpoint`.
     """
-    base_folder = Path(base_folder)
     if max_shard_bytes < 1:
         raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes}.")
-    if not (base_folder / CONFIG).is_file():
-        raise ValueError(
-            f"{base_folder} is not a model folder: it holds no {CONFIG}. For a model of the hub "
-            "give the folder that `hf download` puts it in."
-        )
-    with _hashed(base_folder, plan.base):
-        plan.verify(AutoConfig.from_pretrained(base_folder))
-        cuts = _find_cuts(base_folder, plan)
+    base = BaseModel(Path(base_folder))
+    with _hashed(base, plan.base):
+        plan.verify(base.config)
+        cuts = _find_cuts(base, plan)
         _write_weights(cuts, folder, max_shard_bytes, progress)
-    write_json(folder / CONFIG, exported_config(base_folder, plan))
-    copy_companions(base_folder, folder)
-    if plan.stock_mlp_width() is None:
-        write_code(narrow_type(plan.model_type), folder)
+    write_json(folder / CONFIG, exported_config(base, plan))
+    write_code(folder)
+    copy_companions(base.folder, folder)
     plan.save(folder / IN_MODEL)
 
 
 @contextmanager
-def _hashed(base_folder: Path, expected: str) -> Iterator[None]:
+def _hashed(base: BaseModel, expected: str) -> Iterator[None]:
     """Take the fingerprint of the base model beside the work of a `with` block.
 
     Raises:
         ValueError: It is not the expected one, whatever else went wrong because of that.
     """
+    base.check()
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(fingerprint, base_folder)
+        found = pool.submit(lambda: base.fingerprint)
         try:
             yield
         finally:
             if found.result() != expected:
                 raise ValueError(
                     f"The plan was made for the base model with fingerprint {expected[:16]}..., "
-                    f"and {base_folder} has {found.result()[:16]}...; give the base model that the "
+                    f"and {base.folder} has {found.result()[:16]}...; give the base model that the "
                     "plan was made for."
                 )
 
 
-def exported_config(base_folder: str | Path, plan: Plan) -> dict[str, Any]:
+def exported_config(base: BaseModel, plan: Plan) -> dict[str, Any]:
     """The configuration of the smaller model: that of the base model and its new widths.
 
     They are one field of a stock model where the plan leaves one, else `block_widths`, one entry
     per block that stays: a part that goes has width 0.
     """
-    config: dict[str, Any] = json.loads((Path(base_folder) / CONFIG).read_text(encoding="utf-8"))
-    config.pop("auto_map", None)  # code of the base model's own, which was not used either
+    config = dict(base.settings)
+    config.pop("auto_map", None)  # code in the folder of the base model was not used either
     by_block, keep = plan.widths_by_block(), plan.kept_blocks()
     if len(keep) < len(by_block):
         from secateur.pruning.depth.removal import shortened_fields  # which imports this module
 
         method = {"method": plan.provenance.get("method", "a plan")}
-        config |= shortened_fields(AutoConfig.from_pretrained(base_folder), keep, method)
+        config |= shortened_fields(base.config, keep, method)
     if (width := plan.stock_mlp_width()) is not None:
         return config | {plan.family.mlp_width: width}
     return config | own_code(plan)
@@ -192,11 +185,11 @@ class _Cut:
     make: Callable[[], Tensor]
 
 
-def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
+def _find_cuts(base: BaseModel, plan: Plan) -> list[_Cut]:
     """All tensors of the smaller model: those of the base model, then the index buffers."""
     family, slices = plan.family, Slices(plan)
     cuts, names = [], set()
-    for path in weight_files(base_folder):
+    for path in base.weight_files:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
                 names.add(name)
@@ -217,7 +210,7 @@ def _find_cuts(base_folder: Path, plan: Plan) -> list[_Cut]:
                     )
                 num_bytes = own.num_entries * _bytes_of(dtype)
                 cuts.append(_Cut(own.name, num_bytes, partial(_read, path, name, own)))
-    refuse_missing(base_folder, names, family)
+    refuse_missing(base.folder, names, base.skeleton())
     done = {cut.name for cut in cuts}  # with the buffers of a base model that is narrow
     for name, index_W in slices.index_buffers().items():
         if name not in done:

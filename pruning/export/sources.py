@@ -22,9 +22,9 @@ from secateur.pruning.files.model_folder import (
     SHARD_BYTES,
     copy_companions,
     read_json,
+    write_code,
     write_json,
 )
-from secateur.pruning.modelling import narrow_type, write_code
 from secateur.pruning.plan import IN_MODEL, Plan
 
 Proof = Callable[[Path], object]
@@ -163,9 +163,10 @@ def _complete(
     """Add to weights and configuration what else belongs into a model folder."""
     tokenizer.save_pretrained(folder)
     if plan is not None:
-        write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
-        write_code(narrow_type(plan.model_type), folder)
+        if plan.stock_mlp_width() is None:
+            write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
         plan.save(folder / IN_MODEL)
+    write_code(folder)
     copy_companions(origin.folder, folder)  # those of the base, if it has any
 
 

@@ -6,14 +6,13 @@ names the files that were written: a folder with anything else in it is left alo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.pruning.files.model_folder import MARK, write_json
+from secateur.pruning.files.model_folder import MARK, read_stages, write_json
 from secateur.pruning.measure.report import Report, Row
 
 
@@ -79,22 +78,6 @@ def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict
     files = sorted({path.name for path in folder.iterdir()} | {MARK, "README.md"})
     mark = {"command": origin.command, "steps": origin.steps, "stages": stages, "files": files}
     write_json(folder / MARK, mark)
-    return stages
-
-
-def read_stages(folder: Path) -> list[dict[str, Any]]:
-    """Read the stages that led to a model; none if Secateur did not write it.
-
-    Raises:
-        ValueError: `secateur.json` is damaged.
-    """
-    path = folder / MARK
-    if not path.is_file():
-        return []
-    try:
-        stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; export the model again.") from error
     return stages
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.pruning.export.verify import (
     ROUNDINGS,
@@ -28,6 +28,7 @@ from secateur.pruning.export.verify import (
     _largest_difference,
     compare_recorded,
 )
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 
@@ -37,7 +38,6 @@ def streamed(
     folder: str | Path,
     device: torch.device,
     dtype: torch.dtype | str = "auto",
-    trust_remote_code: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """A causal language model in evaluation mode whose weights stay in the files of its folder.
 
@@ -45,24 +45,17 @@ def streamed(
         folder: Model folder.
         device: Where it computes.
         dtype: Type in which it computes; "auto" is that of the files.
-        trust_remote_code: Whether a modelling file in the folder may run.
 
     Raises:
         ExportError: The folder cannot be read as a causal language model.
     """
+    base = BaseModel(Path(folder))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map=_places(config, device, trust_remote_code),
-                offload_folder=scratch,
-                trust_remote_code=trust_remote_code,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
+            places = _places(base.skeleton(), device)
+            model = base.load(dtype, device_map=places, offload_folder=scratch)
+        except ValueError as error:
             raise ExportError(f"{folder} cannot be loaded: {error}") from error
-        assert isinstance(model, PreTrainedModel)
         yield model.eval()
 
 
@@ -93,10 +86,10 @@ def verify_streamed(
     """
     with (
         streamed(base_folder, device, torch.float32) as dense,
-        streamed(folder, device, torch.float32, trust_remote_code=True) as exported,
+        streamed(folder, device, torch.float32) as exported,
         torch.no_grad(),
     ):
-        stored = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
+        stored = BaseModel(Path(folder)).dtype_of()
         _check_parameters(dense, plan, exported)
         hooks = GateHooks(dense, plan.family)
         with hooks.applied(plan.gates(), plan.gains):
@@ -139,12 +132,12 @@ def verify_recorded(
         ExportError: The folder cannot be loaded, has another number of parameters, or computes
             something else.
     """
-    with streamed(folder, device, torch.float32, trust_remote_code=True) as saved:
+    with streamed(folder, device, torch.float32) as saved:
         if (found := saved.num_parameters()) != num_parameters:
             raise ExportError(
                 f"The saved model has {found} parameters and the trained one {num_parameters}."
             )
-        stored = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
+        stored = BaseModel(Path(folder)).dtype_of()
         narrow = max(dtype, stored, key=lambda kind: torch.finfo(kind).eps)
         # A low-rank update that computes on its own is another order of sums in every layer, and is
         # rounded otherwise: in bf16, models of 3 to 40 blocks were off by 2 to 11 roundings.
@@ -161,10 +154,8 @@ def verify_recorded(
         )
 
 
-def _places(config: Any, device: torch.device, trust_remote_code: bool) -> dict[str, str]:
+def _places(model: Any, device: torch.device) -> dict[str, str]:
     """All parts of a model on the disk, but for the smallest: it says where the others compute."""
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     parts = dict(decoder.named_children())

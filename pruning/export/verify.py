@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from secateur.pruning.costs import Parameters
 from secateur.pruning.depth import HalfBlocks, remove_blocks
 from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
@@ -272,7 +272,7 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
     copy: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    if gone := set(HalfBlocks().all(model.config.num_hidden_layers)) - set(HalfBlocks().of(model)):
+    if gone := set(HalfBlocks().of(copy)) - set(HalfBlocks().of(model)):
         remove_blocks(copy, gone)
     copy.load_state_dict(model.state_dict())
     copy.to(model.device)  # type: ignore[arg-type]
@@ -281,16 +281,9 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        exported = BaseModel(Path(folder)).load(dtype)
+    except ValueError as error:
         raise ExportError(f"{folder} cannot be loaded: {error}") from error
-    exported, report = loaded
-    assert isinstance(exported, PreTrainedModel)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            raise ExportError(f"{folder} has {kind.replace('_', ' ')}: {sorted(report[kind])}.")
     exported.eval()
     return exported
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
-from secateur.pruning.families import FAMILIES, Family, skeleton
-from secateur.pruning.modelling import is_narrow
+from secateur.pruning.families import FAMILIES, Family, family_of
+from secateur.pruning.modelling import code_files, config_class, is_narrow
+from secateur.pruning.modelling.secateur_narrow import auto_map
 from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -188,9 +189,15 @@ def in_block(family: Family, name: str) -> tuple[int, str]:
     return int(block), relative
 
 
-def refuse_missing(base_folder: Path, names: Set[str], family: Family) -> None:
-    """Every prunable tensor must be there under its own name, or it would be left out silently."""
-    model = skeleton(AutoConfig.from_pretrained(base_folder))
+def refuse_missing(base_folder: Path, names: Set[str], model: PreTrainedModel) -> None:
+    """Every prunable tensor must be there under its own name, or it would be left out silently.
+
+    Args:
+        base_folder: A model folder.
+        names: The tensors in its files.
+        model: Its skeleton.
+    """
+    family = family_of(model.config)
     wanted = [name for name in model.state_dict() if any(family.axes(in_block(family, name)[1]))]
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(
@@ -209,6 +216,21 @@ def copy_companions(base_folder: Path, folder: Path, patterns: Sequence[str] = C
                 shutil.copyfile(path, folder / path.name)
 
 
+def write_code(folder: Path) -> None:
+    """Put the code of a narrow model beside its configuration, which names it.
+
+    Args:
+        folder: A model folder that has its configuration; a stock model, which needs no code, stays
+            as it is.
+    """
+    settings = read_json(folder / CONFIG)
+    if is_narrow(model_type := str(settings.get("model_type"))):
+        for path in code_files(model_type):
+            shutil.copyfile(path, folder / path.name)
+        classes = config_class(model_type).auto_classes
+        write_json(folder / CONFIG, settings | {"auto_map": auto_map(classes)})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read an object.
 
@@ -217,6 +239,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Read the stages that led to a model; none if Secateur did not write it.
+
+    Raises:
+        ValueError: `secateur.json` is damaged.
+    """
+    path = folder / MARK
+    if not path.is_file():
+        return []
+    try:
+        stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; export the model again.") from error
+    return stages
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,53 +6,56 @@ mapped, not read: memory and disk are touched where the share lies and nowhere e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from secateur.pruning.files.base_model import BaseModel
+
 Share = Callable[[nn.Parameter], tuple[Tensor, int]]
 """Of a parameter: where this rank keeps its share (flat), and the entry that it begins with."""
 
 
-def read_shares(model: nn.Module, folder: Path, share: Share) -> None:
-    """Fill the shares of all parameters of a model from the safetensors of its folder.
+def read_shares(model: nn.Module, base: BaseModel, share: Share) -> None:
+    """Fill the shares of all parameters of a model, and its buffers, from its files.
 
     Args:
-        model: The model; tied parameters are read once.
-        folder: Its folder.
+        model: The model; tied parameters are read once. Buffers are whole on every rank.
+        base: Where it lies.
         share: Finds the share of a parameter.
 
     Raises:
         ValueError: The files lack a tensor of the model, or it has another size there.
     """
     with ExitStack() as stack, torch.no_grad():
-        files = [
-            stack.enter_context(safe_open(path, framework="pt"))
-            for path in sorted(folder.glob("*.safetensors"))
-        ]
-        place = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt")) for path in base.weight_files
+        }
         for names, parameter in _by_parameter(model):
-            name = next((name for name in names if name in place), None)
+            name = next((name for name in names if name in base.tensors), None)
             if name is None:
-                raise ValueError(f"{folder} has no tensor {' or '.join(names)}; is it complete?")
+                raise ValueError(
+                    f"{base.folder} has no tensor {' or '.join(names)}; is it complete?"
+                )
             target, start = share(parameter)
-            tensor = place[name].get_slice(name)
+            tensor = files[base.tensors[name]].get_slice(name)
             numel = prod(tensor.get_shape())
             if numel != numel_of(parameter):
                 raise ValueError(
-                    f"{folder} has {numel} entries in {name}, its config.json promises "
+                    f"{base.folder} has {numel} entries in {name}, its config.json promises "
                     f"{numel_of(parameter)}."
                 )
             stop = min(start + target.numel(), numel)
             if start < stop:
                 target[: stop - start].copy_(flat_range(tensor, start, stop))
+        for name, buffer in model.named_buffers():
+            if name in base.tensors:  # those of a narrow model; others are computed
+                buffer.copy_(files[base.tensors[name]].get_tensor(name))
 
 
 def flat_range(tensor: Any, start: int, stop: int) -> Tensor:
@@ -68,28 +71,6 @@ def flat_range(tensor: Any, start: int, stop: int) -> Tensor:
     first = start // row
     rows: Tensor = tensor[first : -(-stop // row)] if shape else tensor[:]
     return rows.flatten()[start - first * row : stop - first * row]
-
-
-def dtype_of(folder: Path, dtype: str) -> torch.dtype:
-    """The torch type that a name stands for; "auto" is the type that the files have.
-
-    Raises:
-        ValueError: There is no such type, or there is no file.
-    """
-    if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"`dtype` must be auto or a torch type, got {dtype!r}.")
-        return found
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if name := said.get("dtype") or said.get("torch_dtype"):
-        return dtype_of(folder, str(name))
-    path = next(folder.glob("*.safetensors"), None)
-    if path is None:
-        raise ValueError(f"{folder} holds no *.safetensors file.")
-    with safe_open(path, framework="pt") as file:
-        first: Tensor = file.get_tensor(next(iter(file.keys())))
-        return first.dtype
 
 
 def numel_of(parameter: Any) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.pruning.commands import CommandParser
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.perplexity import cut_windows
 from secateur.pruning.measure.report import Report, measure
 from secateur.pruning.measure.zero_shot import read_questions
@@ -64,18 +64,17 @@ def compare_folders(
     """
     if num_windows is not None and num_windows < 1:
         raise ValueError(f"`num_windows` must be 1 or more, got {num_windows}.")
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(folders.values())), trust_remote_code=True)
+    bases = {name: BaseModel(Path(folder), "folders") for name, folder in folders.items()}
+    tokenizer: Any = next(iter(bases.values())).tokenizer()
     windows = {}
     for name, path in texts.items():
         ids = tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"]
         windows[name] = cut_windows(ids, window_tokens)[:num_windows]
     questions = {name: read_questions(path, tokenizer) for name, path in (tasks or {}).items()}
     models: dict[str, Any] = {}
-    for name, folder in folders.items():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=dtype
-        )
-        models[name] = model.to(device)
+    for name, base in bases.items():
+        model: Any = base.load(dtype, device)
+        models[name] = model
         if window_tokens > (positions := model.config.max_position_embeddings):
             raise ValueError(
                 f"`window_tokens` {window_tokens} is more than the {positions} positions of {name}."

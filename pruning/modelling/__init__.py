@@ -9,7 +9,6 @@ copies the right files by itself.
 from __future__ import annotations
 
 import importlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,3 @@ def code_files(model_type: str) -> list[Path]:
     """The files of code that the folder of a model of a narrow type carries."""
     entry = Path(__file__).with_name(f"modeling_{model_type}.py")
     return [entry, *map(Path, get_relative_import_files(entry))]
-
-
-def write_code(model_type: str, folder: Path) -> None:
-    """Copy the code of a narrow type into the folder of a model."""
-    for path in code_files(model_type):
-        shutil.copyfile(path, folder / path.name)

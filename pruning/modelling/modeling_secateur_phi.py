@@ -54,7 +54,7 @@ class ParallelBlock(NarrowBlock):
 
     input_layernorm: Any
     resid_dropout: Any
-    attn_in: Any
+    attn_in: Any  # None where the part is gone
     mlp_in: Any
 
     linears = {  # noqa: RUF012

@@ -10,24 +10,22 @@ On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig
 
-from secateur.pruning.families import family_of
-from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.model_folder import (
     COMPANIONS,
     CONFIG,
     INDEX,
     copy_companions,
     replaced_folder,
-    weight_files,
+    write_code,
 )
 from secateur.pruning.weights.masks import FILE, WeightMasks
 from secateur.pruning.weights.sparsity import fits_2of4
@@ -65,11 +63,9 @@ def write_pruned_checkpoint(
         ValueError: The blocks or masks are of another model, a block is not finished, or something
             else lies at `folder`.
     """
-    base_folder = Path(base_folder)
-    config = AutoConfig.from_pretrained(base_folder)
-    prefix = f"{family_of(config).blocks}."
-    files = weight_files(base_folder)
-    _refuse_other_base(base_folder, files, store, masks)
+    base = BaseModel(Path(base_folder))
+    prefix, files = f"{base.family.blocks}.", base.weight_files
+    _refuse_other_base(base, store, masks)
     with replaced_folder(folder, is_masked_model) as partial:
         for number, path in enumerate(files, start=1):
             with safe_open(path, framework="pt") as file:
@@ -81,26 +77,21 @@ def write_pruned_checkpoint(
             save_file(tensors, partial / path.name, metadata={"format": "pt"})
             if progress is not None:
                 progress(number, len(files))
-        copy_companions(base_folder, partial, (CONFIG, INDEX, *COMPANIONS))
+        copy_companions(base.folder, partial, (CONFIG, INDEX, *COMPANIONS))
+        write_code(partial)
         masks.save(partial / MASKS)
 
 
-def _refuse_other_base(
-    base_folder: Path, files: Sequence[Path], store: BlockStore, masks: WeightMasks
-) -> None:
-    if store.settings.get("model") != fingerprint(base_folder):
+def _refuse_other_base(base: BaseModel, store: BlockStore, masks: WeightMasks) -> None:
+    if store.settings.get("model") != base.fingerprint:
         raise ValueError(
-            f"`store` {store.folder} holds no blocks of {base_folder}: those of another model were "
+            f"`store` {store.folder} holds no blocks of {base.folder}: those of another model were "
             "pruned, or of this one in memory, or it has changed since. Give the folder that "
             "StreamedBlocks read; a model in memory is written by its `save_pretrained`."
         )
-    names: set[str] = set()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    if missing := [name for name in masks if name not in names]:
+    if missing := [name for name in masks if name not in base.tensors]:
         raise ValueError(
-            f"`masks` name {len(missing)} tensors that {base_folder} lacks, {missing[0]!r} first; "
+            f"`masks` name {len(missing)} tensors that {base.folder} lacks, {missing[0]!r} first; "
             "give those that `prune_weights` returned."
         )
 

@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.families import blocks_of, family_of, skeleton
+from secateur.pruning.files.base_model import read_config
 from secateur.pruning.sites import find_sites, gain_sizes
 from secateur.pruning.widths.hypernetwork import GRUHypernetwork, SharedHeads
 from secateur.pruning.widths.live_bytes import loss_peak, model_step
@@ -357,10 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         window_tokens=args.window_tokens,
         hypernetwork=GRUHypernetwork if args.reference_heads else SharedHeads,
     )
-    configs = {
-        name: llama2(name) if name in _SHAPES else AutoConfig.from_pretrained(name)
-        for name in args.models
-    }
+    configs = {name: llama2(name) if name in _SHAPES else read_config(name) for name in args.models}
     (heading, *rows), caption = (
         memory_table(configs, run),
         f"{args.batch_size} x {args.window_tokens}",

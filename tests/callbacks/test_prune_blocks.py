@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from secateur.callbacks import PruneBlocks
 from secateur.callbacks.prune_blocks import AtOnce, OneByOne, units_to_remove
@@ -34,6 +34,7 @@ from secateur.pruning.depth import (
     bypassed,
 )
 from secateur.pruning.depth.perplexity_score import Perplexity
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.lora import LoRA
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.protocols import calibration_windows
@@ -148,8 +149,8 @@ def test_scoring_leaves_the_model_and_its_updates_as_they_were(
 def test_targets_are_counted_on_the_base_model(
     inputs: Path, target: Any, search: Any, count: int
 ) -> None:
-    config = AutoConfig.from_pretrained(inputs / "base")
-    assert units_to_remove(config, search, target) == count
+    model = BaseModel(inputs / "base").skeleton()
+    assert units_to_remove(model, search, target) == count
 
 
 @pytest.mark.parametrize(
@@ -340,10 +341,7 @@ def test_halves_go_from_the_files_of_the_base_and_in_pairs_as_blocks(
 
 
 def test_halves_of_unlike_size_need_a_target_that_counts_them(inputs: Path) -> None:
-    config, search = (
-        AutoConfig.from_pretrained(inputs / "base"),
-        OneShot(Falling(), units=HalfBlocks()),
-    )
-    assert units_to_remove(config, search, BlockFraction(0.3)) == 3
+    model, search = BaseModel(inputs / "base").skeleton(), OneShot(Falling(), units=HalfBlocks())
+    assert units_to_remove(model, search, BlockFraction(0.3)) == 3
     with pytest.raises(ValueError, match="weighs attention and MLP differently"):
-        units_to_remove(config, search, ParameterFraction(0.1))
+        units_to_remove(model, search, ParameterFraction(0.1))

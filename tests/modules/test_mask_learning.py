@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from secateur.modules.data.text_data import TextData
-from secateur.modules.loading import load_model
 from secateur.modules.mask_learning import MaskLearning
 from secateur.pruning.costs import Parameters
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.sites import split
@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_one_sample_of_gates_on_the_whole(
     module = make(loss=LossWeights(ce, kl), penalty=4.0)
     loss = module.training_step(batch(), 0)
 
-    dense: Any = load_model(inputs / "base")
+    dense: Any = BaseModel(inputs / "base").load()
     gates = split(module.sampler(module.hypernetwork(), step=0), module.sites)
     input_BT = batch()["input_ids"]
     open_BTV = dense(input_BT).logits[:, :-1].log_softmax(-1)
@@ -173,7 +173,7 @@ def test_validation_measures_the_hard_plan(inputs: Path, data: TextData, tmp_pat
     module = MaskLearning(str(inputs / "base"))
     run = trainer(tmp_path)
     (measured,) = run.validate(module, data, verbose=False)
-    dense: Any = load_model(inputs / "base")
+    dense: Any = BaseModel(inputs / "base").load()
     windows_NT = torch.cat([piece["input_ids"] for piece in data.val_dataloader()])
     with GateHooks(dense).applied(module.plan().gates(), module.plan().gains):
         expected = perplexity(dense, windows_NT).value
@@ -185,7 +185,7 @@ def test_validation_measures_the_hard_plan(inputs: Path, data: TextData, tmp_pat
 def test_gates_are_open_outside_of_training_and_validation(make: Make, inputs: Path) -> None:
     module = make()
     module.training_step(batch(), 0)
-    dense: Any = load_model(inputs / "base")
+    dense: Any = BaseModel(inputs / "base").load()
     input_BT = batch()["input_ids"]
     torch.testing.assert_close(module.model(input_BT).logits, dense(input_BT).logits)
 

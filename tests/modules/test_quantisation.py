@@ -9,22 +9,21 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import LlamaConfig
 
-from secateur.modules import ShardedDDP, Zero, loading
+from secateur.modules import ShardedDDP, Zero
 from secateur.modules.device_memory import optimizer_bytes
-from secateur.modules.loading import (
+from secateur.modules.quantisation import (
     EightBit,
     FourBit,
     Quantisation,
     check_optimizer,
     check_quantised_run,
-    load_config,
-    load_model,
     load_original,
     load_quantised,
-    refuse_quantised,
 )
+from secateur.pruning.chains import Step, kinds_of, refuse
 from secateur.pruning.costs import Flops, Parameters
 from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
@@ -50,7 +49,7 @@ def quantisation(request: pytest.FixtureRequest) -> Quantisation:
 
 @pytest.fixture
 def packed(inputs: Path, quantisation: Quantisation) -> Any:
-    model = load_quantised(inputs / "base", quantisation, "auto", CPU)
+    model = load_quantised(BaseModel(inputs / "base"), quantisation, "auto", CPU)
     return model.requires_grad_(False)
 
 
@@ -63,14 +62,14 @@ def test_what_is_packed_are_the_projections_of_the_blocks(
             name
         )
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
-    dense: Any = load_model(inputs / "base")
+    dense: Any = BaseModel(inputs / "base").load()
     with torch.no_grad():
         difference = (packed(ids).logits - dense(ids).logits).std() / dense(ids).logits.std()
     assert 1e-4 < float(difference) < (0.35 if isinstance(quantisation, FourBit) else 0.05)
 
 
 def test_sites_and_costs_are_those_of_the_original(packed: Any, inputs: Path) -> None:
-    dense = load_model(inputs / "base")
+    dense = BaseModel(inputs / "base").load()
     hooks = GateHooks(packed)
     assert hooks.sites == GateHooks(dense).sites
     for cost in (Flops(), Parameters(whole_model=True)):
@@ -104,7 +103,7 @@ def test_packed_weights_take_what_the_prediction_says(
     quantisation: Quantisation, tmp_path: Path
 ) -> None:
     tiny_folder(tmp_path, hidden_size=384, intermediate_size=1000, num_hidden_layers=1)
-    model: Any = load_quantised(tmp_path, quantisation, "bfloat16", CPU)
+    model: Any = load_quantised(BaseModel(tmp_path), quantisation, "bfloat16", CPU)
     found = 0
     for parameter in model.parameters():
         found += parameter.nbytes
@@ -113,10 +112,10 @@ def test_packed_weights_take_what_the_prediction_says(
         elif (scales := getattr(parameter, "SCB", None)) is not None:
             found += scales.nbytes
     run = Run(dtype=torch.bfloat16, storage=quantisation.storage)
-    predicted = footprint(load_config(tmp_path), run).weights
+    predicted = footprint(BaseModel(tmp_path).config, run).weights
     assert found == pytest.approx(predicted, rel=0.01)
     assert predicted < (0.4 if isinstance(quantisation, FourBit) else 0.6) * 2 * (
-        sum(p.numel() for p in load_model(tmp_path).parameters())
+        sum(p.numel() for p in BaseModel(tmp_path).load().parameters())
     )
 
 
@@ -161,7 +160,7 @@ def test_a_run_exports_the_original_weights_and_resumes_bitwise(
     assert plan.base == fingerprint(inputs / "base")
     assert plan.provenance["learned_on"] == "FourBit()"
     ids = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
-    dense, exported = load_model(inputs / "base"), loaded(root / "model")
+    dense, exported = BaseModel(inputs / "base").load(), loaded(root / "model")
     with GateHooks(dense).applied(plan.gates(), plan.gains), torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, dense(ids).logits, atol=1e-4, rtol=0)
 
@@ -194,9 +193,10 @@ def test_strategies_that_keep_the_model_whole_are_not() -> None:
 
 
 def test_a_base_that_is_stored_packed_is_refused(inputs: Path) -> None:
-    refuse_quantised(load_config(inputs / "base"))
+    BaseModel(inputs / "base").refuse(Step.WIDTHS)
+    config = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match="`base` is stored quantised, which cannot be cut"):
-        refuse_quantised(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}))
+        refuse(kinds_of(config), Step.WIDTHS)
 
 
 def test_paged_optimisers_are_refused_on_the_cpu() -> None:
@@ -215,12 +215,12 @@ def test_a_missing_library_is_named(inputs: Path, monkeypatch: pytest.MonkeyPatc
     def load(*_: Any, **__: Any) -> None:
         raise ImportError("Using `bitsandbytes` 4-bit quantization requires accelerate")
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(BaseModel, "load", load)
     with pytest.raises(
         ValueError, match="`quantisation` FourBit needs bitsandbytes and accelerate"
     ):
-        load_quantised(inputs / "base", FourBit(), "auto", CPU)
+        load_quantised(BaseModel(inputs / "base"), FourBit(), "auto", CPU)
 
 
 def test_an_original_is_read_in_the_type_of_its_files(inputs: Path) -> None:
-    assert load_original(inputs / "base", CPU, copies=2).dtype == torch.float32
+    assert load_original(BaseModel(inputs / "base"), CPU, copies=2).dtype == torch.float32

@@ -232,7 +232,7 @@ def test_a_removal_of_nothing_and_a_folder_that_is_no_model_are_refused(
     for which in ({"remove": []}, {"keep": range(5)}):
         with pytest.raises(ValueError, match="All 5 blocks would stay; name one that goes"):
             prune_blocks(base, tmp_path / "short", **which)
-    with pytest.raises(ValueError, match="nowhere is not a model folder"):
+    with pytest.raises(ValueError, match="nowhere' does not exist; check the path"):
         prune_blocks(tmp_path / "nowhere", tmp_path / "short", remove=[1])
 
 

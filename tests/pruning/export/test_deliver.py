@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import secateur.pruning.export.ranks
-from secateur.modules.loading import load_model
 from secateur.pruning.costs import Parameters
 from secateur.pruning.export.deliver import deliver
 from secateur.pruning.export.ranks import OneRank
 from secateur.pruning.export.sources import FromFiles
 from secateur.pruning.export.stages import MARK, Origin, read_stages
 from secateur.pruning.families import family_of
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import find_sites
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_plan(base: Path) -> Plan:
-    model = load_model(base)
+    model = BaseModel(base).load()
     sites = find_sites(model, family_of(model.config))
     budget = Budget(keep=0.5, cost=Parameters())
     scores_N = torch.rand(
@@ -43,7 +43,7 @@ def make_plan(base: Path) -> Plan:
 
 def run(base: Path, folder: Path, model: Any = None) -> Any:
     windows_NT = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(1))
-    plan, dense = make_plan(base), load_model(base) if model is None else model
+    plan, dense = make_plan(base), BaseModel(base).load() if model is None else model
     masks = {"masks": dict(plan.provenance)}
     origin = Origin(str(base), base, plan.base, "python train.py fit", 0, masks)
     one = OneRank(base, torch.device("cpu"))
@@ -91,7 +91,7 @@ def test_a_failure_while_measuring_leaves_nothing_and_keeps_the_old(
 
 
 def test_a_model_that_is_not_the_base_is_found_out(base: Path, tmp_path: Path) -> None:
-    other = load_model(base)
+    other = BaseModel(base).load()
     with torch.no_grad():
         other.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.5)
     with pytest.raises(ValueError, match="differs from the masked one.*block 1"):

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.modules.loading import load_model
-from secateur.pruning.files.shares import dtype_of, flat_range, read_shares
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.shares import flat_range, read_shares
 from tests.tiny import tiny_folder
 
 
@@ -27,7 +27,7 @@ def test_a_range_of_a_tensor_in_a_file(shape: tuple[int, ...], tmp_path: Path) -
 @pytest.mark.parametrize("tied", [False, True])
 def test_shares_of_all_ranks_make_the_model(tied: bool, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, tie_word_embeddings=tied)
-    model, num_ranks = load_model(folder), 4
+    model, num_ranks = BaseModel(folder).load(), 4
     shares: dict[nn.Parameter, list[Tensor]] = {}
     for rank in range(num_ranks):
 
@@ -36,7 +36,7 @@ def test_shares_of_all_ranks_make_the_model(tied: bool, tmp_path: Path) -> None:
             shares.setdefault(parameter, []).append(torch.zeros(size))
             return shares[parameter][-1], rank * size
 
-        read_shares(model, folder, share)
+        read_shares(model, BaseModel(folder), share)
     for parameter in model.parameters():
         whole = torch.cat(shares[parameter])[: parameter.numel()]
         assert torch.equal(whole.view_as(parameter), parameter)
@@ -48,17 +48,10 @@ def test_a_file_that_lacks_a_tensor_or_has_another_size_is_named(tmp_path: Path)
     def share(parameter: nn.Parameter) -> tuple[Tensor, int]:
         return parameter.view(-1), 0
 
+    (tmp_path / "config.json").write_text("{}")
     save_file({"weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has no tensor bias"):
-        read_shares(model, tmp_path, share)
+        read_shares(model, BaseModel(tmp_path), share)
     save_file({"weight": torch.zeros(4, 3), "bias": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has 12 entries in weight.* promises 6"):
-        read_shares(model, tmp_path, share)
-
-
-def test_the_type_of_a_model(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path)
-    assert dtype_of(folder, "auto") == torch.float32
-    assert dtype_of(folder, "bfloat16") == torch.bfloat16
-    with pytest.raises(ValueError, match="`dtype` must be auto or a torch type, got 'big'"):
-        dtype_of(folder, "big")
+        read_shares(model, BaseModel(tmp_path), share)

@@ -374,7 +374,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_streamed_blocks_need_a_place_for_the_result(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="base is not a model folder"):
+    with pytest.raises(ValueError, match="base' does not exist; check the path"):
         StreamedBlocks(tmp_path / "base")
     source = StreamedBlocks(tiny_family_folder(tmp_path / "base", "llama"))
     with pytest.raises(ValueError, match="`store` is needed"):

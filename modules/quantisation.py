@@ -1,134 +1,18 @@
-"""Find and read base models, with errors that a person can act on."""
+"""Models whose weights are packed while masks are learned, by bitsandbytes."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from secateur.pruning.files.shares import dtype_of
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.widths.memory import INT8, NF4, Storage
-
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
-
-
-def check_base(base: str) -> None:
-    """Check what can be told at once; what may be a hub id is left to `resolve`.
-
-    Raises:
-        ValueError: A path does not exist or is not a model folder.
-    """
-    folder = Path(base).expanduser()
-    if not folder.exists():
-        if folder.is_absolute():
-            raise ValueError(f"`base` {base!r} does not exist; check the path.")
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"`base` {base!r} is not a model folder: it has no config.json.")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"`base` {base!r} holds no *.safetensors file; save the model with "
-            "`save_pretrained` (safe serialisation is its default) first."
-        )
-
-
-def resolve(base: str) -> Path:
-    """The local folder of a model given by a path or a hub id; hub models are fetched once.
-
-    Raises:
-        ValueError: The path is not a model folder, or the hub has no such model.
-    """
-    check_base(base)
-    folder = Path(base).expanduser()
-    if folder.exists():
-        return folder
-    try:
-        return Path(snapshot_download(base, allow_patterns=_FILES))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"`base` {base!r} is neither a folder nor a model that the hub gives: {error}"
-        ) from error
-
-
-def load_model(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
-    """A causal language model from its folder.
-
-    Args:
-        folder: Model folder, see `resolve`.
-        dtype: Type of the weights; "auto" keeps that of the file.
-        options: Passed to `from_pretrained`.
-
-    Raises:
-        ValueError: The folder cannot be read as a causal language model.
-    """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as a causal language model: {error}") from error
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def load_config(folder: Path) -> Any:
-    """The configuration in a model folder.
-
-    Raises:
-        ValueError: There is none that transformers knows.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} has no readable config.json: {error}") from error
-
-
-def make_config(architecture: Mapping[str, Any]) -> Any:
-    """The configuration of a model to start from scratch.
-
-    Args:
-        architecture: `model_type` and whatever the configuration of the family takes.
-
-    Raises:
-        ValueError: It names no model, or none that transformers knows.
-    """
-    settings = dict(architecture)
-    model_type = settings.pop("model_type", None)
-    if model_type is None:
-        raise ValueError("`architecture` needs a `model_type`, such as llama.")
-    try:
-        return AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
-        raise ValueError(f"`architecture` is not one that transformers knows: {error}") from error
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder.
-
-    Raises:
-        ValueError: There is none.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} has no readable tokenizer: {error}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
 
 
 class Quantisation(ABC):
@@ -185,12 +69,12 @@ def _without_cast_note(record: logging.LogRecord) -> bool:
 
 
 def load_quantised(
-    folder: Path, quantisation: Quantisation, dtype: str, device: torch.device
+    base: BaseModel, quantisation: Quantisation, dtype: str, device: torch.device
 ) -> PreTrainedModel:
     """A causal language model with packed weights, on its device.
 
     Args:
-        folder: Model folder with the original weights, see `resolve`.
+        base: The model with its original weights.
         quantisation: How the linear layers of the blocks are packed.
         dtype: Type of all else and of computation; "auto" is that of the file.
         device: Where the model goes; what is packed stays there.
@@ -198,12 +82,11 @@ def load_quantised(
     Raises:
         ValueError: A library is missing, or the folder cannot be read.
     """
-    compute = dtype_of(folder, dtype)
+    compute = base.dtype_of(dtype)
     try:
         from bitsandbytes.nn.modules import Int8Params
 
-        model = load_model(
-            folder,
+        model = base.load(
             dtype=compute,
             quantization_config=quantisation.config(compute),
             device_map={"": device},
@@ -236,36 +119,23 @@ def _forget_input(layer: nn.Module, inputs: Any, output: Tensor) -> None:
         node.A = None
 
 
-def load_original(folder: Path, device: torch.device, copies: int) -> PreTrainedModel:
+def load_original(base: BaseModel, device: torch.device, copies: int) -> PreTrainedModel:
     """A model in the type of its files, on the device if it has room and else on the host.
 
     Args:
-        folder: Model folder.
+        base: The model.
         device: Where it would go.
         copies: Models of its size that must find room, itself included, 1 or more.
 
     Raises:
         ValueError: The folder cannot be read as a causal language model.
     """
-    model = load_model(folder)
+    model = base.load()
     if device.type == "cuda":
         needed = copies * model.get_memory_footprint()
         if needed < torch.cuda.mem_get_info(device)[0]:
             model.to(device)  # type: ignore[arg-type]
     return model
-
-
-def refuse_quantised(config: Any) -> None:
-    """Refuse a base whose own files are packed: there is nothing to cut the export from.
-
-    Raises:
-        ValueError: The configuration says that it is.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "`base` is stored quantised, which cannot be cut. Give the original weights; "
-            "`quantisation` FourBit packs them while masks are learned."
-        )
 
 
 def check_quantised_run(quantisation: Quantisation, strategy: Any) -> None:

@@ -1,0 +1,27 @@
+"""Configurations of models that are made from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig
+
+
+def make_config(architecture: Mapping[str, Any]) -> Any:
+    """The configuration of a model to start from scratch.
+
+    Args:
+        architecture: `model_type` and whatever the configuration of the family takes.
+
+    Raises:
+        ValueError: It names no model, or none that transformers knows.
+    """
+    settings = dict(architecture)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("`architecture` needs a `model_type`, such as llama.")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(f"`architecture` is not one that transformers knows: {error}") from error
