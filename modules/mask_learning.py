@@ -334,6 +334,7 @@ class MaskLearning(LanguageModelling):
             "width_multiple": self.budget.width_multiple,
             "uniform": self.budget.uniform,
             "parts": self.budget.parts,
+            "sites": None if self.budget.sites is None else list(self.budget.sites),
             "gains": gains is not None,
             "settle": self.settle,
             "learned_on": repr(self.quantisation or self.model.dtype),

@@ -9,6 +9,7 @@ imported, which takes longest.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,10 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
+
+JOB: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+if JOB["eager"]:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the sampler is compiled otherwise
 
 from vllm import LLM, SamplingParams  # what it reads from the environment, it reads now
 
@@ -41,12 +46,15 @@ def answer(folder: str, job: dict[str, Any]) -> dict[str, Any]:
             max_model_len=job["positions"],
             max_num_batched_tokens=job["chunk"],
             max_num_seqs=8,
-            max_logprobs=-1,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
         )
         wanted = SamplingParams(
-            temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=-1
+            temperature=0,
+            max_tokens=job["new_tokens"],
+            ignore_eos=True,
+            logprobs=20,
+            detokenize=False,
         )
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         llm.generate(prompts[:1], wanted, use_tqdm=False)  # its blocks are in the cache then
@@ -58,11 +66,12 @@ def answer(folder: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    answers = {}
+    job, out = JOB, Path(sys.argv[2])
+    answers: dict[str, dict[str, Any]] = {}
     for name, folder in job["folders"].items():
         partial = out.with_suffix(".partial")
         partial.write_text(json.dumps({"error": "the process died"}))
+        gc.freeze()  # vLLM collects garbage many times, and all that is imported is none
         if (child := os.fork()) == 0:
             said = answer(folder, job) | {"modules": [*sys.modules]}
             partial.write_text(json.dumps(said))

@@ -1,8 +1,8 @@
-"""Every family and kind of plan in the real vLLM and the real llama.cpp, compared with transformers.
+"""Every family and kind of plan in the real vLLM and llama.cpp, compared with transformers.
 
-`make test-serving` makes their environment and runs this file; its name keeps it out of `make test`,
-which needs neither. Prompts are of four lengths in one batch, one of them longer than a chunk of
-vLLM's prefill, with prefix caching on.
+`make test-serving` makes their environment and runs this file; its name keeps it out of
+`make test`, which needs neither. Prompts are of four lengths in one batch, one of them longer than
+a chunk of vLLM's prefill, with prefix caching on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +73,21 @@ def ask_vllm(folders: dict[str, Path], place: Path, eager: bool = True) -> dict[
     return answers
 
 
-@pytest.fixture(scope="module")
-def expected(folders: dict[str, Path]) -> Iterator[Any]:
-    """What transformers computes: greedy tokens and first log-probabilities of every prompt."""
-    known: dict[Path, list[tuple[list[int], torch.Tensor]]] = {}
+@cache
+def expected(folder: Path, half_gelu: bool = False) -> list[tuple[list[int], torch.Tensor]]:
+    """What transformers computes: greedy tokens and first log-probabilities of every prompt.
 
-    def compute(folder: Path) -> list[tuple[list[int], torch.Tensor]]:
-        if folder not in known:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=True, dtype=torch.float32
-            ).eval()
-            known[folder] = [greedy(model, prompt) for prompt in PROMPTS]
-        return known[folder]
-
-    yield compute
+    The GELU of llama.cpp is a table from float16 to float16.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    if half_gelu:
+        for module in model.modules():
+            if type(module).__name__.startswith("GELU"):
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].half().float(),))
+                module.register_forward_hook(lambda _, inputs, output: output.half().float())
+    return [greedy(model, prompt) for prompt in PROMPTS]
 
 
 @torch.inference_mode()
@@ -103,7 +104,7 @@ def greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_vllm(name: str, folders: dict[str, Path], vllm: dict[str, Any], expected: Any) -> None:
+def test_vllm(name: str, folders: dict[str, Path], vllm: dict[str, Any]) -> None:
     said = vllm[name]
     if name.endswith("no attention in block 2"):
         assert NO_VLLM in said["error"]
@@ -118,22 +119,29 @@ def test_vllm(name: str, folders: dict[str, Path], vllm: dict[str, Any], expecte
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_llama_cpp(name: str, folders: dict[str, Path], expected: Any, tmp_path: Path) -> None:
+def test_llama_cpp(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     if (reason := refusal(name)) is not None:
         with pytest.raises(ValueError, match=reason):
             write_gguf(folders[name], tmp_path / "model.gguf")
         return
-    # Its GELU is a table of float16.
-    tolerance = 2e-2 if name.startswith("gemma") else 1e-3
+    known = expected(folders[name], half_gelu=name.startswith("gemma"))
     server = LlamaCpp()
     with running(server, PYTHON, folders[name], "float32", tmp_path) as url:
-        for prompt, (tokens, first_V) in zip(PROMPTS, expected(folders[name]), strict=True):
+        for prompt, (tokens, first_V) in zip(PROMPTS, known, strict=True):
             answer = server.ask(url, prompt, "", NEW_TOKENS)
             assert answer.logprobs is not None
             for token, value in answer.logprobs.items():
-                assert value == pytest.approx(float(first_V[token]), abs=tolerance)
-            if 2 not in tokens and not name.startswith("gemma"):  # it never ends a text here
+                assert value == pytest.approx(float(first_V[token]), abs=1e-3)
+            if 2 not in tokens:  # llama.cpp is told never to end a text
                 assert answer.tokens == tokens
+
+
+def test_q8_0_has_its_size(folders: dict[str, Path], tmp_path: Path) -> None:
+    sizes = {}
+    for kind in ("f32", "q8_0"):
+        write_gguf(folders["llama, dense"], tmp_path / kind, kind)
+        sizes[kind] = (tmp_path / kind).stat().st_size
+    assert sizes["q8_0"] < sizes["f32"] / 2  # rows of 37 stay float16, and so do not shrink as far
 
 
 def test_both_serve_one_folder_over_http(folders: dict[str, Path]) -> None:
