@@ -123,7 +123,7 @@ def _reference(folder: Path, dtype: str) -> tuple[list[_Prompt], int]:
                 min_new_tokens=_NEW_TOKENS,
             )[0, len(ids) :].tolist()
         logprobs = dict(enumerate(first_V.tolist()))
-        prompts.append(_Prompt(text, ids, Answer(tokens, tokenizer.decode(tokens), logprobs)))
+        prompts.append(_Prompt(text, ids, Answer(tokens, str(tokenizer.decode(tokens)), logprobs)))
     if not prompts:
         raise ValueError(f"{folder} has {positions} positions; {_NEW_TOKENS + 8} are needed.")
     return prompts, positions

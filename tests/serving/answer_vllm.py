@@ -30,7 +30,7 @@ JOB: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
 if JOB["eager"]:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the sampler is compiled otherwise
 
-from vllm import LLM, SamplingParams  # what it reads from the environment, it reads now
+from vllm import LLM, SamplingParams  # noqa: E402 (it reads the environment now)
 
 
 def answer(folder: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -79,11 +79,12 @@ def main() -> None:
             os._exit(0)
         os.waitpid(child, 0)
         answers[name] = json.loads(partial.read_text())
-        for module in answers[name].pop("modules", []):
+        modules = answers[name].pop("modules", [])
+        out.write_text(json.dumps(answers))
+        for module in modules:
             if module.startswith(("vllm.", "transformers.")):  # once here, for all later ones
                 with suppress(ImportError):
                     importlib.import_module(module)
-    out.write_text(json.dumps(answers))
 
 
 main()
