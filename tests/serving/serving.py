@@ -124,14 +124,16 @@ def test_llama_cpp(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             write_gguf(folders[name], tmp_path / "model.gguf")
         return
-    known = expected(folders[name], half_gelu=name.startswith("gemma"))
+    gemma = name.startswith("gemma")
+    known = expected(folders[name], half_gelu=gemma)
+    tolerance = 3e-3 if gemma else 1e-3  # what is nearly between two float16 falls either way
     server = LlamaCpp()
     with running(server, PYTHON, folders[name], "float32", tmp_path) as url:
         for prompt, (tokens, first_V) in zip(PROMPTS, known, strict=True):
             answer = server.ask(url, prompt, "", NEW_TOKENS)
             assert answer.logprobs is not None
             for token, value in answer.logprobs.items():
-                assert value == pytest.approx(float(first_V[token]), abs=1e-3)
+                assert value == pytest.approx(float(first_V[token]), abs=tolerance)
             if 2 not in tokens:  # llama.cpp is told never to end a text
                 assert answer.tokens == tokens
 
