@@ -11,7 +11,7 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help setup demo test test-fast test-cluster test-oldest check clean
+.PHONY: help setup demo test test-fast test-cluster test-serving test-oldest check clean
 
 help:
 	@echo "make setup      the environment, in .venv"
@@ -19,6 +19,7 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make test-cluster  runs on a local SLURM of two nodes, from Debian packages"
+	@echo "make test-serving  exported models in vLLM and llama.cpp, in .venv-serving"
 	@echo "make test-oldest  exported models with the oldest transformers"
 	@echo "make check      format, lint, types, direction of imports"
 	@echo "make clean      remove caches and runs; .venv stays"
@@ -65,6 +66,10 @@ test-oldest: $(OLDEST_READY)
 test-cluster: setup
 	tests/cluster/install
 	$(RUN) -m pytest -o faulthandler_timeout=3600 tests/cluster/preemption.py
+
+test-serving: setup
+	tests/serving/install
+	$(RUN) -m pytest -o faulthandler_timeout=3600 tests/serving/serving.py
 
 check: setup
 	$(RUN) -m ruff format --check .

@@ -402,6 +402,7 @@ class MaskLearning(LanguageModelling):
             "width_multiple": self.budget.width_multiple,
             "uniform": self.budget.uniform,
             "parts": self.budget.parts,
+            "sites": None if self.budget.sites is None else list(self.budget.sites),
             "learning": repr(self.learning),
             "settle": repr(self.settle),
             "learned_on": repr(self.frozen.quantisation or self.model.dtype),

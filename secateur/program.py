@@ -27,6 +27,7 @@ _COMMANDS = {
     "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),
     "gguf": ("pruning.export.gguf_file", "write a model folder as one file for llama.cpp"),
+    "serve-check": ("pruning.export.serve_check", "try a model folder in real servers"),
     "repair": ("pruning.export.repair", "bring an earlier pruned model up to date"),
     "memory": ("pruning.widths.memory", "predict the memory of learning masks"),
 }
@@ -105,5 +106,5 @@ def train() -> TrainCLI:
 
 def _page() -> str:
     summaries = _TRAINING | {name: summary for name, (_, summary) in _COMMANDS.items()}
-    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in summaries.items())
+    commands = "\n".join(f"  {name:<13}{summary}" for name, summary in summaries.items())
     return _HELP.format(commands=commands)

@@ -51,9 +51,12 @@ class Budget:
             its family, without code of its own. Which neurons stay still differs per block.
         parts: Let attentions and MLPs go as a whole, too, by one gate each. What such a part leaves
             unspent, the widths of the others get.
+        sites: Names of the sites that may be cut; the others stay whole, but for parts that go.
+            None is all. With `[mlp_mid]` alone, the residual stream and the heads stay, which
+            servers without the modelling file ask for (docs/serving.md).
 
     Raises:
-        ValueError: A setting is outside its range, or `uniform` and `parts` are both set.
+        ValueError: A setting is outside its range, or `uniform` is set beside `parts` or `sites`.
     """
 
     keep: float = 0.5
@@ -62,6 +65,7 @@ class Budget:
     width_multiple: int = 1
     uniform: bool = False
     parts: bool = False
+    sites: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -71,6 +75,13 @@ class Budget:
                 "`uniform` and `parts` cannot both be true: a block without attention or MLP is "
                 "no stock block. Remove blocks first, then learn uniform widths of the rest."
             )
+        if self.uniform and self.sites is not None:
+            raise ValueError(
+                "`uniform` and `sites` cannot both be set: `uniform` cuts `mlp_mid` only. Leave "
+                "one out."
+            )
+        if self.sites is not None and not self.sites:
+            raise ValueError("`sites` must name one site or more, such as `mlp_mid`, got none.")
         for name in ("min_width", "width_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
@@ -86,15 +97,21 @@ class Budget:
 
     def prunes(self, site: Site) -> bool:
         """Whether the site may lose entries; the gates of the others stay open."""
-        return not self.uniform or site.name == "mlp_mid"
+        if self.uniform:
+            return site.name == "mlp_mid"
+        return self.sites is None or site.is_part or site.name in self.sites
 
     def check(self, sites: Sequence[Site], table: CostTable) -> None:
         """Find out before training whether the budget can be met.
 
         Raises:
             ValueError: The minimum widths alone cost more than the budget, a site is smaller than
-                the minimum width or the width multiple, or `uniform` meets MLPs of several sizes.
+                the minimum width or the width multiple, `uniform` meets MLPs of several sizes, or
+                `sites` names one that the model does not have.
         """
+        names = list(dict.fromkeys(site.name for site in sites if not site.is_part))
+        if strange := [name for name in self.sites or () if name not in names]:
+            raise ValueError(f"`sites` names {strange[0]!r}; the model has {', '.join(names)}.")
         prunable = [site for site in sites if self.prunes(site)]
         if not prunable or (self.uniform and len({site.size for site in prunable}) > 1):
             found = ", ".join(f"{site.key} {site.size}" for site in prunable)
@@ -118,6 +135,8 @@ class Budget:
             cure = "Raise `keep` or lower the widths."
             if self.uniform:
                 shape, cure = f"`uniform`, {shape}", f"{cure[:-1]}, or set `uniform` to false."
+            if self.sites is not None:
+                shape, cure = f"these `sites`, {shape}", f"{cure[:-1]}, or name more `sites`."
             raise ValueError(
                 f"`keep` {self.keep} cannot be reached: with {shape} at least {reachable:.4f} of "
                 f"the cost stays. {cure}"

