@@ -22,7 +22,7 @@ from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
     FOLDER,
     best_checkpoint,
-    check_readable,
+    check_whole,
     latest_checkpoint,
 )
 from secateur.pruning.protocols import ChecksFirst
@@ -93,7 +93,7 @@ class TrainCLI(LightningCLI):
                 rank_zero_info(f"No checkpoint in {root}/{FOLDER}: starting at step 0.")
             config.ckpt_path = str(found) if found else None
         elif config.ckpt_path:
-            check_readable(Path(config.ckpt_path))
+            check_whole(Path(config.ckpt_path))
 
     def _explain(self, arguments: list[str], message: str) -> str:
         """What is wrong with arguments that the parser has not taken, in its words if need be."""
