@@ -153,7 +153,8 @@ class SaveCheckpoint(Checkpoint):
             )
         if trainer.is_global_zero:
             remove_partial(_folder(trainer))
-        if self._ended_early and trainer.ckpt_path:
+        self._ended_early = self._ended_early and bool(trainer.ckpt_path)
+        if self._ended_early:
             trainer.should_stop = True
             rank_zero_info(
                 f"Training has ended early, at the step of {trainer.ckpt_path}: nothing more is "
@@ -162,13 +163,17 @@ class SaveCheckpoint(Checkpoint):
         elif trainer.max_steps == 0:  # no step will end at which to save
             self._save(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether training has ended before its last step."""
-        return {"ended_early": self._ended_early}
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store whether training has ended before its last step."""
+        checkpoint["ended_early"] = self._ended_early
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Know it again."""
-        self._ended_early = state_dict["ended_early"]
+        self._ended_early = checkpoint.get("ended_early", False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take signals over from Lightning."""

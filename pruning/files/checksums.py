@@ -46,7 +46,7 @@ def tensor_checksum(tensors: Mapping[str, Tensor], notes: str = "") -> str:
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(flat.numpy())
+        found.update(flat.numpy().data)
     return found.hexdigest()
 
 
