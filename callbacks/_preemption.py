@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import distributed
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ASKED = "SaveCheckpoint/asked"
 _ANSWER_SECONDS = 60  # what a command of SLURM may take
 
@@ -26,10 +26,11 @@ class Preempted(SystemExit):
 
 
 class Signals:
-    """Notes SIGUSR1 and SIGTERM, which would end the program where it stands.
+    """Notes signals that would end the program where it stands.
 
-    Lightning has handlers of its own, which save in the middle of whatever runs; `listen` takes
-    their place and has to be called again after they were set.
+    Those that are ignored stay so: SIGHUP by `nohup`, SIGINT in the background of a script. A
+    second Ctrl-C works at once. Lightning has handlers of its own, which save in the middle of
+    whatever runs; `listen` takes their place and has to be called again after they were set.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,9 @@ class Signals:
             self.arrived = self.at_once = False
         self._listening = True
         for number in SIGNALS:
-            previous = signal.signal(number, self._note)
-            if previous != self._note:
+            previous = signal.getsignal(number)
+            if previous not in (self._note, signal.SIG_IGN):
+                signal.signal(number, self._note)
                 self._before.setdefault(number, previous)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # train.py makes early ones wait
 
@@ -64,6 +66,8 @@ class Signals:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
             return
+        if number == signal.SIGINT and self.arrived:
+            raise KeyboardInterrupt
         self.arrived = True
         if self.at_once:
             raise Preempted

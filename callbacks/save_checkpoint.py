@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -18,8 +18,10 @@ from secateur.callbacks._trial import is_trial
 from secateur.pruning.files.checkpoints import (
     FOLDER,
     newest_first,
+    next_run,
     read_figures,
     remove_partial,
+    seal,
     step_of,
     write_figures,
     write_whole,
@@ -27,26 +29,43 @@ from secateur.pruning.files.checkpoints import (
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, straight into the file: Lightning's own way holds
-    the file in memory first.
+    """Writes checkpoints whole or not at all, with a checksum, and straight into the file:
+    Lightning's own way holds the file in memory first.
+
+    Args:
+        run: Number of this launch in the folder, 1 or more: its checkpoints are newer than those of
+            lower ones.
     """
+
+    def __init__(self, run: int) -> None:
+        super().__init__()
+        self.run = run
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """Write on this rank; returns when the file outlasts a loss of power."""
-        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+
+        def write(file: BinaryIO) -> None:
+            torch.save(checkpoint, file)
+            seal(file, self.run, checkpoint["global_step"])
+
+        write_whole(Path(path), write)
 
 
 class SaveCheckpoint(Checkpoint):
     """Save every few steps, and at the end, into `<trainer.default_root_dir>/checkpoints`.
 
     A checkpoint holds what trains, the optimiser, the loops and the position in the data; the
-    frozen base model is named by its fingerprint. Files are written whole or not at all.
+    frozen base model is named by its fingerprint. Files are written whole or not at all, and carry
+    a checksum.
 
-    A run that is asked to stop, by SIGUSR1 or SIGTERM on any of its ranks, ends the step, saves,
-    and exits with code 75. If it is a step of a SLURM job, the job is requeued first; see
-    docs/slurm.md.
+    A run that is asked to stop, by Ctrl-C, SIGHUP, SIGUSR1 or SIGTERM on any of its ranks, ends the
+    step, saves, and exits with code 75; a second Ctrl-C ends it at once. If it is a step of a SLURM
+    job, the job is requeued first; see docs/slurm.md.
+
+    Training that ended before its last step, as early stopping makes it, has ended for good: from
+    its last checkpoint the export is repeated, and nothing more is trained.
 
     Beside the newest checkpoints, those with the lowest figures of a validation can stay. They are
     noted in `checkpoints/best.json`, and `--ckpt_path best` is the first of them.
@@ -83,6 +102,7 @@ class SaveCheckpoint(Checkpoint):
         self.last_model_path = ""
         """The newest checkpoint of this run, under the name that Lightning looks for."""
         self._figures: dict[str, float] = {}  # of the best checkpoints, lowest first
+        self._ended_early = False
         self._step = 0
         self._signals = Signals()
 
@@ -119,7 +139,7 @@ class SaveCheckpoint(Checkpoint):
                 f"`trainer.plugins` has {type(io).__name__}, which SaveCheckpoint cannot tell to "
                 "write files whole; remove it."
             )
-        trainer.strategy.checkpoint_io = WholeFiles()
+        trainer.strategy.checkpoint_io = WholeFiles(next_run(_folder(trainer)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run starts over where an earlier one could be resumed."""
@@ -133,6 +153,27 @@ class SaveCheckpoint(Checkpoint):
             )
         if trainer.is_global_zero:
             remove_partial(_folder(trainer))
+        self._ended_early = self._ended_early and bool(trainer.ckpt_path)
+        if self._ended_early:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Training has ended early, at the step of {trainer.ckpt_path}: nothing more is "
+                "trained. To train on, resume from a checkpoint before it."
+            )
+        elif trainer.max_steps == 0:  # no step will end at which to save
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store whether training has ended before its last step."""
+        checkpoint["ended_early"] = self._ended_early
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Know it again."""
+        self._ended_early = checkpoint.get("ended_early", False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take signals over from Lightning."""
@@ -211,8 +252,13 @@ class SaveCheckpoint(Checkpoint):
                 f"`keep_best` is {self.keep_best}, and no validation has given a figure; lower "
                 "`trainer.val_check_interval`."
             )
+        stop = self._asked_to_stop(trainer)
+        early = trainer.global_step < trainer.estimated_stepping_batches
+        if early and not (stop or self._ended_early or _out_of_time(trainer)):
+            self._ended_early = True
+            self.last_model_path = ""  # that of this step does not know
         self._save(trainer)
-        if self._asked_to_stop(trainer):
+        if stop:
             self._leave(trainer)
         self._signals.at_once = True
 
@@ -301,6 +347,12 @@ class SaveCheckpoint(Checkpoint):
             for name, figure in read_figures(folder, self._chosen_by).items()
             if (step_of(name) or 0) <= trainer.global_step and (folder / name).exists()
         }
+
+
+def _out_of_time(trainer: Trainer) -> bool:
+    """Whether training ends because of `trainer.max_time`, of which there may be more next time."""
+    timers = (c for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 
 
 def _folder(trainer: Trainer) -> Path:

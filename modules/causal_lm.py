@@ -396,10 +396,7 @@ class CausalLM(LanguageModelling):
             )
         if "compensation" in self.provenance:  # the embeddings were scaled, their copy was not
             untie(self.model)
-        # Nobody else looks where frozen weights may be missing, or ranks take shares.
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        if missing := sorted(trained - checkpoint["state_dict"].keys()):
-            raise ValueError(f"The checkpoint lacks {len(missing)} weights, {missing[0]} first.")
+        self.refuse_incomplete(checkpoint["state_dict"])
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""

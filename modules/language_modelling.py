@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -146,13 +146,17 @@ class LanguageModelling(LightningModule, ABC):
         checkpoint["batches_per_step"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base model or configuration.
+        """Refuse a checkpoint of another base model or configuration, or an incomplete one.
 
         Raises:
-            ValueError: The settings differ.
+            ValueError: The settings differ, or something is missing.
         """
-        saved, current = dict(checkpoint.get("secateur", {})), self.recipe()
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        needed = ["secateur", "state_dict", *(["loops", "optimizer_states"] if fitting else [])]
+        if missing := [key for key in needed if not checkpoint.get(key)]:
+            raise ValueError(f"The checkpoint lacks {', '.join(missing)}; take another one.")
+        saved, current = dict(checkpoint["secateur"]), self.recipe()
+        if fitting:
             current |= self._length()
             if saved.get("ranks") != current["ranks"]:  # as many windows per rank, or in all
                 for key in ("ranks", "windows_per_step"):
@@ -162,8 +166,34 @@ class LanguageModelling(LightningModule, ABC):
             for key in self._length():
                 saved.pop(key, None)
         refuse_other(saved, current, type(self).__name__)
+        if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
+            raise ValueError("The checkpoint lacks the state of the optimiser; take another one.")
+        if self.frozen:  # else it may have to become smaller first
+            self.refuse_incomplete(checkpoint["state_dict"])
         batches = self.trainer.accumulate_grad_batches
         _count_batches(checkpoint, checkpoint.get("batches_per_step", batches), batches)
+
+    def refuse_incomplete(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse weights of a checkpoint in which something is missing that trains, or that
+        training has left: nobody else looks where frozen weights may be missing.
+
+        Args:
+            state: Weights by name.
+
+        Raises:
+            ValueError: One is missing or has another shape.
+        """
+        own: dict[str, Tensor] = dict(self.named_buffers(recurse=False))
+        own |= {name: p for name, p in self.named_parameters() if p.requires_grad}
+        for name, tensor in own.items():
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # of DeepSpeed, in shares
+            if name not in state:
+                raise ValueError(f"The checkpoint lacks the weights {name}; take another one.")
+            if tuple(state[name].shape) != shape:
+                raise ValueError(
+                    f"The checkpoint has {name} in shape {tuple(state[name].shape)} instead of "
+                    f"{shape}; take another one."
+                )
 
     def check_strategy(self) -> None:
         """Refuse, before anything is read, a strategy that nobody has made this work under.

@@ -6,26 +6,30 @@ import csv
 import re
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 import secateur.callbacks
-import secateur.modules  # noqa: F401 (configs name what is in these two)
+import secateur.modules
 from secateur import typed, yaml_text
 from secateur.explain import as_typed, wrong_setting
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
     FOLDER,
     best_checkpoint,
-    check_readable,
+    check_whole,
     latest_checkpoint,
 )
+from secateur.pruning.files.lock import locked
 from secateur.pruning.protocols import ChecksFirst
+from secateur.ranks import CompareRanks
 
 DEFAULTS = {
     "default_root_dir": "runs/default",
@@ -54,12 +58,13 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._typed: dict[str, typed.Node] = {}
-        try:
-            super().__init__(*args, **kwargs)
-        except ValueError as error:
-            if type(error) is ValueError:  # others have more than words
-                error.args = (as_typed(str(error), error.__traceback__, self._typed),)
-            raise
+        with ExitStack() as self._held:
+            try:
+                super().__init__(*args, **kwargs)
+            except ValueError as error:
+                if type(error) is ValueError:  # others have more than words
+                    error.args = (as_typed(str(error), error.__traceback__, self._typed),)
+                raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find out which checkpoint is meant before anybody reads it.
@@ -93,7 +98,7 @@ class TrainCLI(LightningCLI):
                 rank_zero_info(f"No checkpoint in {root}/{FOLDER}: starting at step 0.")
             config.ckpt_path = str(found) if found else None
         elif config.ckpt_path:
-            check_readable(Path(config.ckpt_path))
+            check_whole(Path(config.ckpt_path))
 
     def _explain(self, arguments: list[str], message: str) -> str:
         """What is wrong with arguments that the parser has not taken, in its words if need be."""
@@ -128,6 +133,8 @@ class TrainCLI(LightningCLI):
                 _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=root, name="logs"),
             ]
         strategy = config.trainer.strategy
+        if isinstance(strategy, str) and strategy in secateur.modules.__all__:
+            strategy = f"secateur.{strategy}"
         if isinstance(strategy, str) and "." in strategy:  # a class, where a name is expected
             config.trainer.strategy = _object(strategy)
         limits = (config.trainer.max_steps, config.trainer.max_epochs)
@@ -167,10 +174,22 @@ class TrainCLI(LightningCLI):
                 )
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             kwargs["enable_checkpointing"] = False  # else Lightning adds its own
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:
+            told = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            trainer.callbacks.insert(0, CompareRanks(yaml.safe_load(told)))  # type: ignore[attr-defined]
+        return trainer
 
     def before_fit(self) -> None:
-        """Ask callbacks that may refuse to, before text is tokenised and a model is read."""
+        """Take the output folder, and ask callbacks that may refuse to, before text is tokenised
+        and a model is read.
+
+        Raises:
+            ValueError: The folder is in use, or a callback refuses.
+        """
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            root = Path(self.trainer.default_root_dir)
+            self._held.enter_context(locked(root, "trainer.default_root_dir"))
         if not self.trainer.checkpoint_callbacks:  # nobody to whom signals could wait
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ def start(
 
     Args:
         folder: Where everything goes.
-        runs: Name to arguments of the command line.
+        runs: Name to arguments of the command line, in which `{rank}` stands for the rank.
         num_ranks: Number of ranks.
     """
     (folder / "runs.json").write_text(json.dumps(dict(runs)), encoding="utf-8")
@@ -75,7 +75,7 @@ def main() -> None:
     path, rank = Path(sys.argv[1]), os.environ["LOCAL_RANK"]
     for name, arguments in json.loads(path.read_text(encoding="utf-8")).items():
         try:
-            module = call(arguments).model
+            module = call([each.replace("{rank}", rank) for each in arguments]).model
             with module.whole():
                 state = trained(module)
         except Exception as error:

@@ -361,7 +361,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_export_can_be_repeated(
             call(learn_masks(inputs, tmp_path))
     assert "repeat the export without training" in failure.value.__notes__[0]
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoints", "logs", "metrics", "plots"}
+    assert left == {".lock", "checkpoints", "logs", "metrics", "plots"}
     line = call([*learn_masks(inputs, tmp_path), "--ckpt_path=last"])
     assert line.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 8  # none was added
     assert content(tmp_path / "plan") == content(fitted / "plan")
@@ -381,20 +381,18 @@ def started(fitted: Path, tmp_path: Path) -> Path:
     for step in (6, 8):
         path = folder / f"step={step}.ckpt"
         path.write_bytes((fitted / "checkpoints" / path.name).read_bytes())
-        os.utime(path, (step, step))
     return folder
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    os.utime(path, (8, 8))
 
 
 def test_a_truncated_checkpoint_is_named_with_the_good_one(inputs: Path, started: Path) -> None:
     truncate(started / "step=8.ckpt")
     refuses(
         [*learn_masks(inputs, started.parent), f"--ckpt_path={started / 'step=8.ckpt'}"],
-        r"step=8.ckpt is damaged \(truncated\?\); resume from .*step=6.ckpt",
+        r"step=8.ckpt is damaged \(truncated\?\), or .*; resume from .*step=6.ckpt",
     )
 
 

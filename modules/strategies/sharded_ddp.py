@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -96,10 +96,14 @@ class ShardedDDP(DDPStrategy):
         """What trains is whole anyway."""
         return nullcontext()
 
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-        return super()._setup_model(model)
+    def setup(self, trainer: Trainer) -> None:
+        """Set up DDP, which sends what trains from rank 0 to the others, and leaves out what lies
+        in shares.
+        """
+        assert self.model is not None
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+        super().setup(trainer)
 
     def teardown(self) -> None:
         """Leave the model where it is: what comes after training, an export, uses it."""

@@ -6,34 +6,96 @@ import json
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from secateur.pruning.files.checksums import checksum
 
 FOLDER = "checkpoints"
 """Where a run keeps its checkpoints, in its output folder."""
 
 _BEST = "best.json"
 _PARTIAL = ".{}.partial"
+_SEAL_BYTES = 128
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
+@dataclass(frozen=True, order=True)
+class Seal:
+    """What the end of a checkpoint tells of it.
+
+    Args:
+        run: Number of the launch that wrote it, 1 or more: every launch in a folder has a higher
+            one than those before.
+        step: Optimiser steps taken, 0 or more.
+        checksum: Of these two and everything before the seal, hex, 32 digits.
+    """
+
+    run: int
+    step: int
+    checksum: str
+
+
+def seal(file: BinaryIO, run: int, step: int) -> None:
+    """End a checkpoint with its seal, as the comment of the zip archive that it is.
+
+    Clocks differ between machines and copies lose times, so order and content are told by the file.
+
+    Args:
+        file: The archive, complete, open for reading and writing.
+        run: Number of the launch.
+        step: Optimiser steps taken.
+    """
+    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+    file.write(_SEAL_BYTES.to_bytes(2, "little"))
+    found = Seal(run, step, checksum(file, notes=f"{run} {step}"))
+    file.seek(0, os.SEEK_END)
+    file.write(json.dumps(asdict(found)).encode().ljust(_SEAL_BYTES))
+
+
+def read_seal(path: Path) -> Seal | None:
+    """The seal of a checkpoint, None if it has none; whether it holds `is_whole` tells."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-_SEAL_BYTES, os.SEEK_END)
+            told = json.loads(file.read())
+        return Seal(int(told["run"]), int(told["step"]), str(told["checksum"]))
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is as it was written, by its checksum, and under its own name."""
+    found = read_seal(path)
+    if found is None or step_of(path.name) not in (None, found.step):
+        return False
+    sealed, notes = path.stat().st_size - _SEAL_BYTES, f"{found.run} {found.step}"
+    with path.open("rb") as file:
+        return checksum(file, sealed, notes) == found.checksum
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest readable checkpoint below an output folder, None if there is none at all.
+    """The newest checkpoint below an output folder that is whole, None if there is none at all.
 
     A damaged file is passed over with a warning that names it.
 
     Raises:
-        ValueError: There are checkpoints and none of them is readable.
+        ValueError: There are checkpoints and none of them is whole.
     """
-    found = newest_first(folder / FOLDER)
+    found, unsealed = newest_first(folder / FOLDER), _unsealed(folder / FOLDER)
+    for path in unsealed:
+        warnings.warn(f"{path} is damaged (truncated?) and passed over.", stacklevel=2)
     for path in found:
-        if is_readable(path):
+        if is_whole(path):
             return path
-        warnings.warn(f"{path} is damaged (truncated?); trying the one before it.", stacklevel=2)
-    if found:
-        raise ValueError(f"None of the {len(found)} checkpoints in {folder / FOLDER} can be read.")
+        warnings.warn(f"{path} is damaged; trying the one before it.", stacklevel=2)
+    if found or unsealed:
+        raise ValueError(
+            f"None of the {len(found + unsealed)} checkpoints in {folder / FOLDER} is whole. Start "
+            "without `--ckpt_path`, or bring back a copy of one."
+        )
     return None
 
 
@@ -47,30 +109,24 @@ def best_checkpoint(folder: Path) -> Path | None:
     if not figures:
         return None
     path = folder / FOLDER / min(figures, key=figures.__getitem__)
-    check_readable(path)
+    check_whole(path)
     return path
 
 
-def check_readable(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """Check a checkpoint before anything is loaded.
 
     Raises:
         ValueError: It is missing or damaged; names the newest good one beside it.
     """
-    if is_readable(path):
+    if is_whole(path):
         return
-    what = "is damaged (truncated?)" if path.exists() else "does not exist"
-    good = [other for other in newest_first(path.parent) if is_readable(other)]
-    cure = f"resume from {good[0]}" if good else "there is no good one beside it; start again"
+    what = "does not exist"
+    if path.exists():
+        what = "is damaged (truncated?), or nothing that SaveCheckpoint of this version has written"
+    good = next((other for other in newest_first(path.parent) if is_whole(other)), None)
+    cure = f"resume from {good}" if good else "there is no good one beside it; start again"
     raise ValueError(f"`ckpt_path` {path} {what}; {cure}.")
-
-
-def is_readable(path: Path) -> bool:
-    """Whether a checkpoint is whole: every member of the archive is there with its checksum."""
-    try:
-        return zipfile.ZipFile(path).testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 def step_of(name: str) -> int | None:
@@ -80,12 +136,24 @@ def step_of(name: str) -> int | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Checkpoints by the time they were written: an earlier run may have got further in steps."""
-    steps = {path: step_of(path.name) for path in folder.glob("step=*.ckpt")}
-    found = [
-        (path.stat().st_mtime_ns, step, path) for path, step in steps.items() if step is not None
-    ]
-    return [path for *_, path in sorted(found, reverse=True)]
+    """Checkpoints by launch and step: an earlier run may have got further in steps."""
+    seals = {path: found for path in _named(folder) if (found := read_seal(path))}
+    return sorted(seals, key=seals.__getitem__, reverse=True)
+
+
+def next_run(folder: Path) -> int:
+    """Number of a launch that begins now."""
+    found = newest_first(folder)
+    newest = read_seal(found[0]) if found else None
+    return newest.run + 1 if newest else 1
+
+
+def _unsealed(folder: Path) -> list[Path]:
+    return [path for path in _named(folder) if read_seal(path) is None]
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step=*.ckpt") if step_of(path.name) is not None)
 
 
 def read_figures(folder: Path, monitor: str | None = None) -> dict[str, float]:
@@ -135,14 +203,24 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: The file, replaced if it exists; its folder is made.
-        write: Writes the content.
+        write: Writes the content into a file that is open for reading and writing.
+
+    Raises:
+        OSError: Nothing was written, as when the disk is full; names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_PARTIAL.format(path.name))
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):  # that torch was writing to the disk then says less
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

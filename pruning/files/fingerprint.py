@@ -10,12 +10,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import xxhash
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.pruning.files.checksums import tensor_checksum
 from secateur.pruning.files.model_folder import CONFIG, weight_files
 
 
@@ -53,12 +53,8 @@ def live_fingerprint(model: PreTrainedModel) -> str:
         for name, value in model.config.to_dict().items()
         if name not in ("_name_or_path", "dtype", "transformers_version")
     }
-    found = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(flat.numpy())
-    return found.hexdigest()
+    notes = json.dumps(config, sort_keys=True, default=str)
+    return tensor_checksum(model.state_dict(), notes)
 
 
 def data_fingerprint(windows_NT: Int[Tensor, "N T"]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -21,15 +22,23 @@ from torch import distributed
 from secateur.callbacks import SaveCheckpoint
 from secateur.callbacks._preemption import SIGNALS, Preempted, requeue
 from secateur.callbacks.save_checkpoint import WholeFiles
-from secateur.pruning.files.checkpoints import best_checkpoint, latest_checkpoint, read_figures
+from secateur.pruning.files.checkpoints import (
+    best_checkpoint,
+    latest_checkpoint,
+    next_run,
+    read_figures,
+)
 from tests.callbacks.fakes import fake_trainer
 
 
 class _Strategy:
     """Of one rank; or of two, of which the other has got a signal or starts at another step."""
 
-    def __init__(self, other_asked: bool = False, first: int | None = None) -> None:
+    def __init__(
+        self, other_asked: bool = False, first: int | None = None, io: WholeFiles | None = None
+    ) -> None:
         self.other_asked, self.first = other_asked, first
+        self.checkpoint_io = io or WholeFiles(1)
 
     def barrier(self, name: str) -> None:
         pass
@@ -48,6 +57,8 @@ def trainer_at(root: Path, step: int, **more: Any) -> Any:
     settings.setdefault("accumulate_grad_batches", 1)
     settings.setdefault("val_check_interval", 1)
     settings.setdefault("limit_val_batches", 1)
+    settings.setdefault("max_steps", 100)
+    settings.setdefault("callbacks", [])
     between = settings.pop("between_batches", False)
     loop = SimpleNamespace(_should_accumulate=lambda: between)
     settings["fit_loop"] = SimpleNamespace(epoch_loop=loop)
@@ -55,7 +66,8 @@ def trainer_at(root: Path, step: int, **more: Any) -> Any:
 
     def save(path: Path, weights_only: bool) -> None:
         assert weights_only is False
-        WholeFiles().save_checkpoint({"step": trainer.global_step, "x": torch.arange(1000)}, path)
+        content = {"global_step": trainer.global_step, "x": torch.arange(1000)}
+        trainer.strategy.checkpoint_io.save_checkpoint(content, path)
 
     trainer.save_checkpoint = save
     return trainer
@@ -63,11 +75,13 @@ def trainer_at(root: Path, step: int, **more: Any) -> Any:
 
 def train(callback: SaveCheckpoint, root: Path, steps: range) -> None:
     module = LightningModule()
+    run = WholeFiles(next_run(root / "checkpoints"))
     callback.on_fit_start(trainer_at(root, steps[0]), module)
     for step in steps:
-        callback.on_train_batch_end(trainer_at(root, step), module, None, None, 0)
-    callback.on_train_end(trainer_at(root, steps[-1]), module)
-    callback.teardown(trainer_at(root, steps[-1]), module, "fit")
+        trainer = trainer_at(root, step, strategy=_Strategy(io=run))
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    callback.on_train_end(trainer, module)
+    callback.teardown(trainer, module, "fit")
 
 
 def names(root: Path) -> set[str]:
@@ -79,6 +93,35 @@ def test_the_newest_stay_and_the_end_is_saved_too(tmp_path: Path) -> None:
     train(callback, tmp_path, range(1, 23))
     assert names(tmp_path) == {"step=15.ckpt", "step=20.ckpt", "step=22.ckpt"}
     assert Path(callback.last_model_path).name == "step=22.ckpt"
+
+
+def test_training_that_ended_early_has_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint of its last step, written at that step, is written again at the end."""
+    callback = SaveCheckpoint(every_n_steps=5)
+    train(callback, tmp_path, range(1, 11))
+    saved: dict[str, Any] = {}
+    callback.on_save_checkpoint(trainer_at(tmp_path, 10), LightningModule(), saved)
+    again = SaveCheckpoint(every_n_steps=5)
+    trainer = trainer_at(tmp_path, 10, ckpt_path=callback.last_model_path)
+    again.on_load_checkpoint(trainer, LightningModule(), saved)
+    with caplog.at_level(logging.INFO):
+        again.on_fit_start(trainer, LightningModule())
+    assert trainer.should_stop
+    assert "Training has ended early" in caplog.text
+    again.teardown(trainer, LightningModule(), "fit")
+    whole = SaveCheckpoint(every_n_steps=5)
+    train(whole, tmp_path / "other", range(91, 101))
+    whole.on_save_checkpoint(trainer_at(tmp_path, 100), LightningModule(), saved)
+    assert saved == {"ended_early": False}
+
+
+def test_without_steps_there_is_a_checkpoint_to_repeat_the_export_from(tmp_path: Path) -> None:
+    callback, trainer = SaveCheckpoint(), trainer_at(tmp_path, 0, max_steps=0)
+    callback.on_fit_start(trainer, LightningModule())
+    callback.teardown(trainer, LightningModule(), "fit")
+    assert names(tmp_path) == {"step=0.ckpt"}
 
 
 def test_a_step_is_saved_once_though_it_has_several_batches(tmp_path: Path) -> None:
@@ -112,13 +155,14 @@ def course(
     """A run whose validations after these steps give these figures."""
     module = LightningModule()
     ckpt_path = root / "checkpoints" / f"step={start}.ckpt" if start else None
-    at_start = trainer_at(root, start, ckpt_path=ckpt_path)
+    run = _Strategy(io=WholeFiles(next_run(root / "checkpoints")))
+    at_start = trainer_at(root, start, ckpt_path=ckpt_path, strategy=run)
     try:
         for hook in (callback.on_fit_start, callback.on_train_start):
             hook(at_start, module)
         for step, figure in figures.items():
             metrics = {"val_perplexity": torch.tensor(figure)}
-            trainer = trainer_at(root, step, callback_metrics=metrics)
+            trainer = trainer_at(root, step, callback_metrics=metrics, strategy=run)
             callback.on_train_batch_end(trainer, module, None, None, 0)
             callback.on_validation_end(trainer, module)
     finally:
@@ -220,24 +264,21 @@ def test_a_write_that_is_cut_off_leaves_nothing_under_the_name(
     with pytest.raises(OSError, match="No space left"):
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert callback.last_model_path.endswith("step=2.ckpt")
-    assert names(tmp_path) == {"step=2.ckpt", ".step=4.ckpt.partial"}
-    again = SaveCheckpoint()
-    again.on_fit_start(trainer_at(tmp_path, 0, ckpt_path="step=2.ckpt"), module)
-    again.teardown(trainer, module, "fit")
     assert names(tmp_path) == {"step=2.ckpt"}
 
 
 def test_a_checkpoint_is_not_put_together_in_memory_first(tmp_path: Path) -> None:
     """What a write holds beside the tensors does not grow with them."""
-    content = {"x": torch.zeros(2**24)}  # 64 MB, in memory before
+    content = {"x": torch.zeros(2**24), "global_step": 3}  # 64 MB, in memory before
     peaks = []
-    for io in (TorchCheckpointIO(), WholeFiles()):
+    for io in (TorchCheckpointIO(), WholeFiles(1)):
         tracemalloc.start()
         io.save_checkpoint(content, tmp_path / f"{len(peaks)}.ckpt")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[0] > 2**26 > 50 * peaks[1]
-    assert (tmp_path / "0.ckpt").read_bytes() == (tmp_path / "1.ckpt").read_bytes()
+    plain, sealed = ((tmp_path / f"{n}.ckpt").read_bytes() for n in (0, 1))
+    assert plain[:-2] == sealed[: len(plain) - 2]  # then come the length of the seal and the seal
 
 
 def test_another_way_to_write_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -289,6 +330,25 @@ def test_a_signal_of_one_rank_stops_all(running: SaveCheckpoint, tmp_path: Path)
     with pytest.raises(Preempted):
         running.on_train_batch_end(trainer, LightningModule(), None, None, 0)
     assert names(tmp_path) == {"step=2.ckpt"}
+
+
+def test_a_second_interrupt_works_at_once(running: SaveCheckpoint) -> None:
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_a_signal_that_is_ignored_stays_so(number: int, tmp_path: Path) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    callback = SaveCheckpoint()
+    try:
+        callback.on_fit_start(trainer_at(tmp_path, 0), LightningModule())
+        assert signal.getsignal(number) == signal.SIG_IGN
+        callback.teardown(trainer_at(tmp_path, 0), LightningModule(), "fit")
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_after_training_there_is_nothing_to_wait_for(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -10,37 +12,55 @@ import torch
 
 from secateur.pruning.files.checkpoints import (
     FOLDER,
-    check_readable,
-    is_readable,
+    check_whole,
+    is_whole,
     latest_checkpoint,
+    newest_first,
+    next_run,
     remove_partial,
+    seal,
     write_whole,
 )
 
 
-def write(root: Path, *steps: int) -> Path:
-    """Checkpoints of these steps, one second apart, in this order; the last one's path."""
+def write(root: Path, *steps: int, run: int = 1) -> Path:
+    """Checkpoints of these steps, by one launch; the last one's path."""
     folder = root / FOLDER
-    folder.mkdir(exist_ok=True)
-    newest = max((path.stat().st_mtime_ns for path in folder.iterdir()), default=10**18)
-    for place, step in enumerate(steps, 1):
+    for step in steps:
         path = folder / f"step={step}.ckpt"
-        torch.save({"step": step, "x": torch.arange(1000)}, path)
-        os.utime(path, ns=(newest + place * 10**9,) * 2)
+
+        def content(file: BinaryIO, step: int = step) -> None:
+            torch.save({"step": step, "x": torch.arange(1000)}, file)
+            seal(file, run, step)
+
+        write_whole(path, content)
     return path
 
 
 def damage(path: Path) -> None:
-    times = path.stat()
     path.write_bytes(path.read_bytes()[:-200])
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_last_is_the_newest_written_even_if_an_earlier_run_got_further(tmp_path: Path) -> None:
-    write(tmp_path, 40, 30, 10)
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "step=10.ckpt"
+def test_last_is_that_of_the_last_launch_even_if_an_earlier_one_got_further(tmp_path: Path) -> None:
+    assert next_run(tmp_path / FOLDER) == 1
+    write(tmp_path, 30, 40)
+    assert next_run(tmp_path / FOLDER) == 2
+    write(tmp_path, 5, 10, run=2)
+    assert latest_checkpoint(tmp_path) == tmp_path / FOLDER / "step=10.ckpt"
+    assert [path.name for path in newest_first(tmp_path / FOLDER)] == [
+        "step=10.ckpt",
+        "step=5.ckpt",
+        "step=40.ckpt",
+        "step=30.ckpt",
+    ]
+
+
+@pytest.mark.parametrize("seconds", [[9, 5, 1], [5, 5, 5], [10**10, 5, 1]])
+def test_clocks_and_copies_without_times_change_nothing(seconds: list[int], tmp_path: Path) -> None:
+    write(tmp_path, 4, 8, 12)
+    for step, time in zip((4, 8, 12), seconds, strict=True):
+        os.utime(tmp_path / FOLDER / f"step={step}.ckpt", (time, time))
+    assert latest_checkpoint(tmp_path) == tmp_path / FOLDER / "step=12.ckpt"
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
@@ -50,13 +70,30 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> N
     assert found == tmp_path / FOLDER / "step=5.ckpt"
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In numbers, names and padding, in the directory of the archive, in the seal itself."""
     path = write(tmp_path, 5)
-    assert is_readable(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # in the numbers of the tensor
+    assert is_whole(path)
+    assert torch.load(path, weights_only=True)["step"] == 5
+    content = path.read_bytes()
+    for place in [*range(0, len(content), 97), *range(len(content) - 400, len(content) - 50)]:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert not is_whole(path), place
     path.write_bytes(content)
-    assert not is_readable(path)
+    assert is_whole(path)
+
+
+def test_what_has_another_name_or_no_seal_is_not_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    assert is_whole(path.rename(path.with_name("copy.ckpt")))
+    path.with_name("copy.ckpt").rename(path.with_name("step=9.ckpt"))
+    assert not is_whole(path.with_name("step=9.ckpt"))
+    torch.save({"step": 5}, path)
+    assert not is_whole(path)
+    with pytest.raises(
+        ValueError, match="damaged .*, or nothing that SaveCheckpoint .* start again"
+    ):
+        check_whole(path)
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
@@ -64,30 +101,39 @@ def test_nothing_readable_is_an_error_and_nothing_at_all_is_none(tmp_path: Path)
     assert latest_checkpoint(tmp_path) is None
     for step in (5, 10):
         damage(write(tmp_path, step))
-    with pytest.raises(ValueError, match="None of the 2 checkpoints .* can be read"):
+    with pytest.raises(ValueError, match="None of the 2 checkpoints .* is whole"):
         latest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="there is no good one beside it"):
-        check_readable(tmp_path / FOLDER / "step=5.ckpt")
+        check_whole(tmp_path / FOLDER / "step=5.ckpt")
 
 
 def test_a_missing_checkpoint_is_named_with_the_one_that_is_there(tmp_path: Path) -> None:
     write(tmp_path, 5)
     with pytest.raises(ValueError, match="step=7.ckpt does not exist; resume from .*step=5.ckpt"):
-        check_readable(tmp_path / FOLDER / "step=7.ckpt")
+        check_whole(tmp_path / FOLDER / "step=7.ckpt")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "step=5.ckpt"
-    write_whole(path, lambda file: file.write(b"old"))
+def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk; torch, which writes, says nothing of
+    it.
+    """
+    path = write(tmp_path, 5)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: .*step=5.ckpt"):
+            write(tmp_path, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
-    def fill_the_disk(file: BinaryIO) -> None:
-        file.write(b"half of")
-        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, fill_the_disk)
-    assert path.read_bytes() == b"old"
-    assert len(list(path.parent.iterdir())) == 2
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    (path.parent / ".step=6.ckpt.partial").write_bytes(b"half of")
     remove_partial(path.parent)
     assert list(path.parent.iterdir()) == [path]
 

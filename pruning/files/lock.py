@@ -1,0 +1,61 @@
+"""One run per output folder: a lock that the system releases when its holder ends, however."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from errno import EACCES, EAGAIN
+from pathlib import Path
+
+LOCK = ".lock"
+"""The file that is locked, in an output folder; it stays, and says who was there last."""
+
+
+@contextmanager
+def locked(folder: Path, setting: str) -> Iterator[None]:
+    """Hold an output folder for one run.
+
+    The lock is one of POSIX, which file systems of clusters share between machines and which no
+    process inherits.
+
+    Args:
+        folder: The folder, made if needed.
+        setting: The setting that names it, for the message.
+
+    Raises:
+        ValueError: Another process holds it; says which one, and since when.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (EACCES, EAGAIN):
+                raise ValueError(
+                    f"`{setting}` {folder} is in use by {_holder(folder / LOCK)}. Wait for its end "
+                    "or stop it, or choose another folder."
+                ) from None
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes "
+                "there.",
+                stacklevel=2,
+            )
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "process": os.getpid(), "since": since}, file)
+        file.flush()
+        yield
+
+
+def _holder(path: Path) -> str:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {told['process']} on {told['host']}, since {told['since']}"
+    except (OSError, KeyError, TypeError, ValueError):
+        return "another run"

@@ -1,0 +1,118 @@
+"""Ranks that were given different things are told; measuring works where the model is divided."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from secateur.ranks import flat, refuse_differences
+from tests.ranks import finish, start
+from tests.runs import (
+    NOISE,
+    call,
+    learn_masks,
+    make_inputs,
+    on_text,
+    with_callbacks,
+    write_text,
+)
+
+pytestmark = NOISE
+
+
+def test_settings_are_named_as_they_are_typed() -> None:
+    settings = {
+        "seed_everything": 0,
+        "trainer": {
+            "max_steps": 8,
+            "callbacks": [{"class_path": "secateur.SaveCheckpoint", "init_args": {"keep": 2}}],
+        },
+        "model": {"class_path": "A", "init_args": {"budget": {"keep": 0.5}}},
+        "data": {"init_args": {"train": ["a", "b"]}},
+    }
+    found = dict(flat(settings))
+    assert found["model.budget.keep"] == "0.5"
+    assert found["data.train"] == "['a', 'b']"
+    assert found["trainer.callbacks.keep of SaveCheckpoint"] == "2"
+    assert found["seed_everything"] == "0"
+
+
+def test_the_rank_and_every_setting_that_differs_are_named() -> None:
+    same = ("node1", {"data.seed": "0", "model.penalty": "6"})
+    refuse_differences([same, same])
+    other = ("node2", {"data.seed": "1"})
+    message = (
+        r"Rank 2 \(node2\) .*: `--data.seed` is 1 there and 0 on rank 0; "
+        "`--model.penalty` is None there and 6 on rank 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        refuse_differences([same, same, other])
+
+
+STRATEGY = "--trainer.strategy=ShardedDDP"
+REFUSED = {
+    "refused_seed": ("--data.seed={rank}", "`--data.seed` is 1 there and 0 on rank 0"),
+    "refused_everything": ("--seed_everything={rank}", "`--seed_everything` is 1 there and 0"),
+    "refused_steps": ("--trainer.max_steps=1{rank}", "`--trainer.max_steps` is 11 there and 10"),
+    "refused_base": ("--model.base=FOLDER/base{rank}", "`--model.base` is [0-9a-f]{64} there"),
+    "refused_data": ("--data.train=FOLDER/text{rank}.json", "`--data.train` is [0-9a-f]{64} there"),
+    "refused_checkpoint": ("--ckpt_path=FOLDER/{rank}.ckpt", "`--ckpt_path` is [0-9a-f]{32} there"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("ranks"))
+    make_inputs(folder / "other", intermediate_size=40)
+    for rank, base in enumerate((folder / "base", folder / "other" / "base")):
+        shutil.copytree(base, folder / f"base{rank}")
+        write_text(folder / f"text{rank}.json", seed=rank)
+        run = learn_masks(folder, folder / f"alone{rank}", 2 + rank, ["SaveCheckpoint"])
+        call([*run, "--trainer.logger=false", "--trainer.limit_val_batches=0"])
+        path = folder / f"alone{rank}" / "checkpoints" / f"step={2 + rank}.ckpt"
+        shutil.copy(path, folder / f"{rank}.ckpt")
+    two = ["--trainer.devices=2", STRATEGY, "--trainer.logger=false"]
+    fit = [*learn_masks(folder, folder / "fit", 3, ["AnnealSparsity", "SaveCheckpoint"]), *two]
+    all_runs = {"fit": fit}
+    for name in ("validate", "test", "predict"):
+        all_runs[name] = [*measure(folder, name, folder / "fit"), *two]
+    for name, (setting, _) in REFUSED.items():
+        run = [*learn_masks(folder, folder / name, 3, ["SaveCheckpoint"]), *two]
+        all_runs[name] = [*run, setting.replace("FOLDER", str(folder))]
+    finish(folder, start(folder, all_runs), timeout=400)
+    return folder
+
+
+def measure(folder: Path, name: str, root: Path) -> list[str]:
+    model = ["--model=MaskLearning", f"--model.base={folder / 'base'}"]
+    callbacks = with_callbacks(["AnnealSparsity"])
+    return [name, *model, *on_text(folder, root), *callbacks, "--ckpt_path=last"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_ranks_of_different_settings_are_refused_by_all(name: str, runs: Path) -> None:
+    said = [(runs / f"{name}.{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0].startswith("Rank 1 (")
+    _, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(said[0])
+    assert not (runs / name / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_divided_model_is_measured_as_one_that_is_whole(runs: Path) -> None:
+    """Every window by one of the ranks."""
+    path = f"--ckpt_path={runs / 'fit' / 'checkpoints' / 'step=3.ckpt'}"
+    call([*measure(runs, "predict", runs / "one"), path])
+    expected, found = {}, {}
+    for path, into in ((runs / "one", expected), (runs / "fit", found)):
+        for rows in path.glob("predictions_*.csv"):
+            with rows.open(encoding="utf-8") as file:
+                into |= {row["window"]: float(row["nll"]) for row in csv.DictReader(file)}
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-5)
