@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.pruning.export.cut import cut
-from secateur.pruning.export.slices import Slices
-from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.plan import Plan, plan_without
 from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.slices import Slices
+from secateur.pruning.plan import Plan, plan_without
+from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.tiny import VARIANTS, VOCABULARY, tiny_family_folder, tiny_folder, tiny_llama, tiny_model
 
@@ -73,7 +73,9 @@ def test_weights_that_have_changed_are_cut(tmp_path: Path) -> None:
     plan = uneven_plan(tiny_folder(tmp_path / "base", num_hidden_layers=4))
     changed = tiny_llama(seed=1, num_hidden_layers=4)
     expected_BTV = masked(changed, plan)
-    torch.testing.assert_close(cut(changed, plan)(TOKENS_BT).logits, expected_BTV, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        cut(changed, plan)(TOKENS_BT).logits, expected_BTV, atol=1e-4, rtol=0
+    )
 
 
 def test_types_gradients_mode_and_ties_are_kept_and_no_memory_is_shared(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.pruning.widths.budget import Budget
 from secateur.pruning.costs import Parameters
 from secateur.pruning.sites import Site, find_sites
+from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking
-from secateur.pruning.widths.width_magnitude import Magnitude, RandomOrder
+from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 from tests.tiny import VOCABULARY, tiny_llama
 
 SEARCH = GradualRanking(rounds=4, batches_per_round=2, batch_size=2)
@@ -89,8 +89,8 @@ def test_positions_are_by_round_and_then_by_score() -> None:
     torch.testing.assert_close(open_N, torch.arange(5) / 5)
 
 
-@pytest.mark.parametrize("score", [Magnitude(), RandomOrder()])
-def test_scores_without_text_read_none(score: Magnitude | RandomOrder) -> None:
+@pytest.mark.parametrize("score", [WidthMagnitude(), RandomOrder()])
+def test_scores_without_text_read_none(score: WidthMagnitude | RandomOrder) -> None:
     model = tiny_llama()
     budget = Budget()
     ranking = SEARCH.choose(model, budget, score)

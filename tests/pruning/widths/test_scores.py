@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.pruning.widths.budget import Budget
 from secateur.pruning.families import FAMILIES, family_of
-from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.measure.perplexity import window_nll
 from secateur.pruning.sites import Site, find_sites
-from secateur.pruning.widths.gate_gradient import Fisher, GateGradient, gate_gradients, scores_per_cost
-from secateur.pruning.widths.width_magnitude import Magnitude, RandomOrder
+from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.gate_gradient import (
+    Fisher,
+    GateGradient,
+    gate_gradients,
+    scores_per_cost,
+)
+from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.scores import ranks_within_sites
+from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 from tests.tiny import VOCABULARY, tiny_llama, tiny_model
 
 
@@ -125,7 +130,7 @@ def test_magnitude_is_the_norm_of_rows_and_columns() -> None:
     model = tiny_llama()
     family = family_of(model.config)
     sites = find_sites(model, family)
-    values = Magnitude().values(model, family).split([site.size for site in sites])
+    values = WidthMagnitude().values(model, family).split([site.size for site in sites])
     mlp = model.model.layers[1].mlp
     rows = torch.cat([mlp.gate_proj.weight[3], mlp.up_proj.weight[3], mlp.down_proj.weight[:, 3]])
     place = next(i for i, site in enumerate(sites) if (site.block, site.name) == (1, "mlp_mid"))
@@ -145,6 +150,6 @@ def test_ranks_cannot_judge_parts() -> None:
     family = budget.family(model.config)
     sites, table = find_sites(model, family), budget.cost.table(model, family)
     marginal_S = table.marginal(table.full_S)
-    values_N = Magnitude().values(model, family)
+    values_N = WidthMagnitude().values(model, family)
     with pytest.raises(ValueError, match="`parts` of the budget to false"):
-        Magnitude().scores(values_N, sites, marginal_S)
+        WidthMagnitude().scores(values_N, sites, marginal_S)
