@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -51,6 +52,22 @@ def evaluation_windows(model: str, first: int | None = None) -> dict[str, Tensor
         name: cut_windows(tokenizer(content)["input_ids"], WINDOW_TOKENS)[:first]
         for name, content in texts.items()
     }
+
+
+def mask_training_windows(model: str, seed: int = 0) -> Tensor:
+    """Windows (N, 256) of the mask-training text, in the order of their shuffle by a seed.
+
+    Args:
+        model: Folder of the model whose tokenizer is used; every document begins with its BOS.
+        seed: Seed of the shuffle.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    documents = json.loads((data_folder() / "text" / "c4_masktrain.json").read_text())
+    ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
+    windows_NT = cut_windows(ids, WINDOW_TOKENS)
+    return windows_NT[
+        torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(seed))
+    ]
 
 
 def write_figures(figures: dict[str, Any], path: Path | None) -> None:

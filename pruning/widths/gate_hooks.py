@@ -4,7 +4,8 @@ Masking with the gates of a plan, 0 for what goes and 1 for what stays, and its 
 function that the exported, smaller model computes. The norms keep their statistics over the full
 width: an entry is normalised first, then selected.
 
-Legend: S = sites, I = entries of a site, F = features on one side of a projection.
+Legend: S = sites, I = entries of a site, F = features on one side of a projection, B = windows of
+a batch.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class GateHooks:
         """Gates and gains for the duration of a `with` block; None opens them all.
 
         Args:
-            gates: One vector of shape (I,) per site, in the order of the sites.
+            gates: One vector of shape (I,) per site, in the order of the sites, or of shape
+                (B, 1, I): gates of its own for every window of a batch.
             gains: One vector of shape (F,) per name of `secateur.pruning.sites.gain_sizes`.
         """
         before = self.gates, self.gains
@@ -107,5 +109,8 @@ class GateHooks:
         )
 
 
-def _times(x: Tensor, factor_I: Tensor) -> Tensor:
-    return torch.mul(x, factor_I.to(x.device, x.dtype))
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    factor = factor.to(x.device, x.dtype)
+    if factor.dim() == 3 and x.dim() == 2:  # OPT's MLP reads windows as one row of tokens
+        return torch.mul(x.view(len(factor), -1, x.shape[-1]), factor).view(x.shape)
+    return torch.mul(x, factor)

@@ -3,8 +3,8 @@
 Blocks are called as their model calls them, and layers are found by the paths of the family's row,
 so that one way serves sequential and parallel blocks and those with norms on both sides.
 
-Legend: B = windows of a batch, T = tokens of a window, D = width of the residual stream, I, O =
-input and output features of a layer.
+Legend: B = windows of a batch, T = tokens of a window, D = width of the residual stream, I, O, A =
+inputs and outputs of a layer, outputs of attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def attention_given(block: nn.Module, output: Float[Tensor, "B T O"] | None) -> Iterator[None]:
+def attention_given(block: nn.Module, output: Float[Tensor, "B T A"] | None) -> Iterator[None]:
     """Let the attention of a block give this output without computing it; None computes it."""
     if output is None:
         yield
@@ -42,7 +42,7 @@ def attention_given(block: nn.Module, output: Float[Tensor, "B T O"] | None) -> 
 
 
 def input_of(
-    block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T O"] | None = None
+    block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T A"] | None = None
 ) -> Float[Tensor, "B T I"]:
     """What a layer of a block reads; neither it nor what follows it runs.
 
@@ -62,7 +62,7 @@ def input_of(
 
 
 def output_of(
-    block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T O"] | None = None
+    block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T A"] | None = None
 ) -> Float[Tensor, "B T O"]:
     """What a layer of a block gives out; what follows it does not run. Arguments as above."""
 
@@ -77,14 +77,14 @@ def _run_to(handle: Any, block: nn.Module, call: BlockCall, attention: Tensor | 
         with attention_given(block, attention):
             call.run(block)
     except _Reached as reached:
-        return reached.tensor
+        return _by_window(reached.tensor, call)
     finally:
         handle.remove()
     raise AssertionError("every layer of the family's row is called")
 
 
 def outputs_of(
-    block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T O"] | None = None
+    block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T A"] | None = None
 ) -> tuple[Float[Tensor, "B T O"], Float[Tensor, "B T D"]]:
     """What a layer of a block and the block itself give out. Arguments as above."""
     found: list[Tensor] = []
@@ -98,4 +98,9 @@ def outputs_of(
             output_BTD = call.run(block)
     finally:
         handle.remove()
-    return found[0], output_BTD
+    return _by_window(found[0], call), output_BTD
+
+
+def _by_window(x: Tensor, call: BlockCall) -> Tensor:
+    """Tokens by window, which OPT's MLP reads as one row."""
+    return x.reshape(*call.hidden_BTD.shape[:2], x.shape[-1])
