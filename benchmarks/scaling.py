@@ -35,6 +35,7 @@ from secateur.modules import MaskLearning, TextData, Zero
 from secateur.pruning.families import family_of, skeleton
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.hypernetwork import GRUHypernetwork, SharedHeads
+from secateur.pruning.widths.learning import GateLearning, Penalty
 from secateur.pruning.widths.memory import llama2
 from tests.runs import write_text
 from tests.tiny import tiny_tokenizer
@@ -107,7 +108,12 @@ def fit(folder: Path, strategy: Any, steps: int, batch_size: int = 4) -> Times:
         default_root_dir=folder,
         callbacks=[times],
     )
-    trainer.fit(MaskLearning(str(folder / "base"), settle=0.0), data)
+    trainer.fit(
+        MaskLearning(
+            str(folder / "base"), learning=GateLearning(Penalty(), start=None), settle=None
+        ),
+        data,
+    )
     times.steps = times.steps[2:]
     return times
 

@@ -25,7 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.data import write_figures
 from secateur.callbacks import ExportModel, SaveCheckpoint
 from secateur.modules import MaskLearning, TextData, Zero
+from secateur.modules.mask_learning import FrozenBase
 from secateur.pruning.widths.hypernetwork import FreeLogits
+from secateur.pruning.widths.learning import GateLearning, Penalty
 from tests.runs import write_text
 from tests.tiny import tiny_tokenizer
 
@@ -107,7 +109,11 @@ def work(folder: Path, num_ranks: int, out: Path) -> None:
     # Free logits: the share that is measured is that of the frozen model. No gains: folded into
     # bf16 they would be rounded, which the proof of the single rank does not allow in float32.
     module = MaskLearning(
-        str(folder / "base"), hypernetwork=FreeLogits, dtype="float32", settle=0.0
+        str(folder / "base"),
+        hypernetwork=FreeLogits,
+        learning=GateLearning(Penalty(), start=None),
+        settle=None,
+        frozen=FrozenBase(dtype="float32"),
     )
     root = folder / f"run{num_ranks}"
     trainer = Trainer(

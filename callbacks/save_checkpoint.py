@@ -290,7 +290,7 @@ class SaveCheckpoint(Checkpoint):
                 f"Step {trainer.global_step} left parameters that are infinite or NaN, which are "
                 f"not saved; last good checkpoint: {self.last_model_path or 'none was saved'}. "
                 "Start again with a lower learning rate (`--model.optimizer.lr`, and "
-                "`--model.gain_lr` where masks are learned)."
+                "`--model.settle.train.lr` where masks are learned)."
             )
 
     def _asked_to_stop(self, trainer: Trainer) -> bool:

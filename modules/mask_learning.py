@@ -421,7 +421,8 @@ class MaskLearning(LanguageModelling):
             found = ranking.positions_N()
         if not self.divided:
             found = self.trainer.strategy.broadcast(found)
-        return start.scale * found.to(self.start_N) - self.hypernetwork().to(self.start_N)
+        first_N: Tensor = self.hypernetwork().to(self.start_N)
+        return start.scale * found.to(self.start_N) - first_N
 
     def _text(self, count: int, seed: int) -> Tensor:
         """Windows of the training text (int64, shape (W, T)), again and again if it has fewer."""
@@ -443,8 +444,10 @@ class MaskLearning(LanguageModelling):
             return
         if isinstance(self.settled, MaskedGains):
             self.settled.gates = split(masks_N, self.sites)
+            self._notes = {"refit": "not made: the base model is packed or divided among ranks"}
             return
-        plan, narrow, news = self.plan(), None, None
+        plan, narrow = self.plan(), None
+        news: Any = None
         if self.trainer.is_global_zero:
             count = self.settle.held_back_windows + self.settle.refit_windows
             text_WT = self._text(count, self.sampler.seed)
@@ -610,7 +613,8 @@ class MaskLearning(LanguageModelling):
     def _cpu_logits(self) -> Tensor:
         """Logits of all gates, float32 of shape (N,) on the CPU."""
         with self.whole():
-            return (self.hypernetwork().float() + self.start_N).cpu()
+            logits_N: Tensor = self.hypernetwork().float() + self.start_N
+            return logits_N.cpu()
 
     def _budget_now(self) -> Budget:
         """The budget of this step."""

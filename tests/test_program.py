@@ -91,7 +91,7 @@ MISSPELT = {
     "--model.optimizer=torhc.optim.AdamW": "torhc.optim.AdamW, which cannot be imported",
     "--model=MaskLerning": "`--model` names MaskLerning: .* mean `MaskLearning`?",
     "--ckptpath=last": "`--ckptpath` is no setting. Did you mean `ckpt_path`?",
-    "--model.penalty=abc": "`--model.penalty` must be a number, got 'abc'",
+    "--model.learning.start.scale=abc": "`--model.learning.start.scale` must be a number, got 'abc'",
     "--model.budget.keep=half": "`--model.budget.keep` must be a number, got 'half'",
     "--trainer.max_steps=1.5": "`--trainer.max_steps` must be a whole number, got '1.5'",
     "--trainer.precision=bf17": "`--trainer.precision` must be .* bf16-mixed .* got 'bf17'",
@@ -210,7 +210,7 @@ def test_a_recipe_with_old_paths_is_taken(line: TrainCLI, tmp_path: Path) -> Non
     ("setting", "message"),
     [
         ("--model.budget.keep=1.5", "`--model.budget.keep` must be in (0, 1], got 1.5."),
-        ("--model.settle=1", "`--model.settle` must be in [0, 1), got 1"),
+        ("--model.settle.fraction=1", "`--model.settle.fraction` must be in [0, 1), got 1"),
         ("--model.base=/no/such", "`--model.base` '/no/such' does not exist"),
         ("--data.window_tokens=65", "`--data.window_tokens` 65 is longer than the 64 positions"),
         ("--data.train=/no/such.json", "`--data.train`: there is no file /no/such.json"),

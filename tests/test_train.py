@@ -433,7 +433,7 @@ def test_another_base_model_is_refused(inputs: Path, started: Path, tmp_path: Pa
     ("setting", "message"),
     [
         ("--model.budget.keep=0.6", "MaskLearning: `--model.budget` was .*keep=0.5.*keep=0.6"),
-        ("--model.penalty=9", "MaskLearning: `--model.penalty` was .* and is now 9"),
+        ("--model.learning.pressure.temperature=9", "MaskLearning: `--model.learning` was"),
         ("--model.sampler.seed=1", "MaskLearning: `--model.sampler` was"),
         ("--model.optimizer.lr=0.5", "MaskLearning: `--model.optimizer` was .* is now .*'lr': 0.5"),
         ("--trainer.accumulate_grad_batches=4", "MaskLearning: `windows_per_step` was"),

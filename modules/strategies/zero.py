@@ -116,7 +116,7 @@ class Zero(DeepSpeedStrategy):
             raise ValueError(
                 f"`strategy` Zero trains in float32, got `trainer.precision` "
                 f"{self.precision_plugin.precision}; leave it at 32-true and give the frozen model "
-                "its type by `--model.dtype bfloat16`."
+                "its type by `--model.frozen.dtype bfloat16`."
             )
         if kind == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported

@@ -140,8 +140,8 @@ def test_a_packed_layer_keeps_nothing_of_what_goes_in(packed: Any) -> None:
 def on_four_bits(inputs: Path, root: Path, *more: str) -> list[str]:
     return [
         *learn_masks(inputs, root),
-        "--model.quantisation=FourBit",
-        "--model.gradient_checkpointing=true",
+        "--model.frozen.quantisation=FourBit",
+        "--model.frozen.gradient_checkpointing=true",
         "--model.optimizer=bitsandbytes.optim.AdamW8bit",
         "--model.optimizer.lr=1e-2",
         *more,
@@ -167,7 +167,7 @@ def test_a_run_exports_the_original_weights_and_resumes_bitwise(
     checkpoint = root / "checkpoints" / "step=6.ckpt"
     call(on_four_bits(inputs, again, f"--ckpt_path={checkpoint}"))
     assert content(again / "plan") == content(root / "plan")
-    eight = "--model.quantisation=EightBit"
+    eight = "--model.frozen.quantisation=EightBit"
     with pytest.raises(ValueError, match=r"`quantisation` was 'FourBit\(\)' and is now 'EightBit"):
         call(on_four_bits(inputs, tmp_path / "other", f"--ckpt_path={checkpoint}", eight))
 

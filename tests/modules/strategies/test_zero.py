@@ -62,5 +62,7 @@ def test_another_precision_is_refused_with_what_to_do(recwarn: pytest.WarningsRe
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy=Zero(stage=2), precision="bf16-mixed", logger=False
     )
-    with pytest.raises(ValueError, match="trains in float32.*bf16-mixed.*--model.dtype bfloat16"):
+    with pytest.raises(
+        ValueError, match="trains in float32.*bf16-mixed.*--model.frozen.dtype bfloat16"
+    ):
         trainer.strategy.setup_environment()
