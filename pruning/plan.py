@@ -32,7 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.families import PARTS, Family, family_named, family_of, skeleton
 from secateur.pruning.modelling import is_narrow, narrow_type
-from secateur.pruning.sites import Site, find_sites, gain_sizes
+from secateur.pruning.sites import Site, compose_gains, find_sites, gain_sizes, widths_table
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
 IN_MODEL = "plan"
@@ -224,13 +224,13 @@ class Plan:
             (blocks[site.block], site.name): index_W
             for site, index_W in zip(other.sites, other.kept, strict=True)
         }
+        kept_of = dict(zip(self.sites, self.kept, strict=True))
         sites, kept = [], []
         for block in sorted({site.block for site in self.sites}):
             own = [site for site in self.sites if site.block == block and not site.is_part]
             for site in own:
                 sites.append(site)
-                index_W, none = self.index(block, site.name), torch.arange(0)
-                kept.append(index_W[next_kept.get((block, site.name), none)])
+                kept.append(kept_of[site][next_kept.get((block, site.name), torch.arange(0))])
             if self.family.gates.keys() | other.family.gates.keys() >= set(PARTS):
                 for part in (part for part in PARTS if (block, part) in self._parts):
                     stays = self.keeps(block, part) and len(next_kept.get((block, part), [0])) > 0
@@ -247,43 +247,12 @@ class Plan:
             sites=tuple(sites),
             kept=tuple(kept),
             provenance={"method": "one plan after another", "stages": stages},
-            gains=self._gains_then(other),
+            gains=compose_gains(self.family, self.gains, other.gains, kept_of, blocks),
         )
-
-    def _gains_then(self, other: Plan) -> dict[str, Tensor] | None:
-        """The gains of `then`: those of the next plan multiply where their features come from."""
-        gains = {name: gain_F.clone() for name, gain_F in (self.gains or {}).items()}
-        sizes = {(site.block, site.name): site.size for site in self.sites}
-        sides = {f"{p.path}.input": p.input for p in self.family.projections}
-        sides |= {f"{p.path}.output": p.output for p in self.family.projections}
-        for place, block in enumerate(self.kept_blocks()):
-            for side, site in sides.items():
-                next_W = (other.gains or {}).get(f"{place}.{side}")
-                if next_W is None:
-                    continue
-                size = len(next_W) if site is None else sizes[block, site]
-                index_W = torch.arange(size) if site is None else self.index(block, site)
-                gain_F = gains.setdefault(f"{block}.{side}", torch.ones(size))
-                gain_F[index_W] *= next_W
-        return gains or None
 
     def describe(self) -> str:
         """The kept widths as a table for people, one row per block."""
-        names = list(dict.fromkeys(site.name for site in self.sites))
-        sizes = {name: {site.size for site in self.sites if site.name == name} for name in names}
-        one = {name: len(found) == 1 for name, found in sizes.items()}
-        rows = [["block", *(f"{n}/{min(sizes[n])}" if one[n] else n for n in names)]]
-        cells = {
-            (site.block, site.name): str(width) if one[site.name] else f"{width}/{site.size}"
-            for site, width in self._widths_of_sites()
-        }
-        for block in sorted({site.block for site in self.sites}):
-            rows.append([str(block), *(cells.get((block, name), "") for name in names)])
-        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True))
-            for row in rows
-        )
+        return widths_table(self.sites, self.widths)
 
     def save(self, folder: str | Path) -> None:
         """Write `plan.safetensors` and `plan.json` into a folder, which is made if needed."""

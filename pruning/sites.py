@@ -6,9 +6,12 @@ over all gates of a model is the concatenation of its sites in this order.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -97,6 +100,68 @@ def gain_sizes(model: PreTrainedModel, family: Family) -> dict[str, int]:
             sizes[f"{index}.{projection.path}.input"] = int(linear.in_features)
             sizes[f"{index}.{projection.path}.output"] = int(linear.out_features)
     return sizes
+
+
+def compose_gains(
+    family: Family,
+    gains: Mapping[str, Tensor] | None,
+    next_gains: Mapping[str, Tensor] | None,
+    kept: Mapping[Site, Tensor],
+    kept_blocks: Sequence[int],
+) -> dict[str, Tensor] | None:
+    """The gains of a model that is cut twice: the second ones multiply where their features are.
+
+    Args:
+        family: The row of the family of the first model.
+        gains: Those of the first cut, by the names of `gain_sizes`; what is missing is 1.
+        next_gains: Those of the second, by the names of the model that the first one leaves.
+        kept: Indices that the first cut keeps, by site.
+        kept_blocks: Blocks of the first model that the second one has, in order.
+    """
+    composed = {name: gain_F.clone() for name, gain_F in (gains or {}).items()}
+    of_site = {(site.block, site.name): (site.size, index_W) for site, index_W in kept.items()}
+    sides = {f"{p.path}.input": p.input for p in family.projections}
+    sides |= {f"{p.path}.output": p.output for p in family.projections}
+    for place, block in enumerate(kept_blocks):
+        for side, site in sides.items():
+            if (next_W := (next_gains or {}).get(f"{place}.{side}")) is None:
+                continue
+            size, index_W = len(next_W), torch.arange(len(next_W))
+            if site is not None:
+                size, index_W = of_site[block, site]
+            composed.setdefault(f"{block}.{side}", torch.ones(size))[index_W] *= next_W
+    return composed or None
+
+
+def names_of(sites: Sequence[Site]) -> list[str]:
+    """The names of sites, once each, in the order of the blocks that have the most of them."""
+    in_block = Counter(site.block for site in sites)
+    fullest_first = sorted(sites, key=lambda site: -in_block[site.block])
+    return list(dict.fromkeys(site.name for site in fullest_first))
+
+
+def widths_table(sites: Sequence[Site], widths: Sequence[int]) -> str:
+    """Widths as a table for people, one row per block, one column per name of a site.
+
+    Args:
+        sites: The sites.
+        widths: Entries that stay, per site.
+    """
+    names = names_of(sites)
+    sizes = {name: {site.size for site in sites if site.name == name} for name in names}
+    same = {name for name in names if len(sizes[name]) == 1}  # in every block
+    rows = [["block", *(f"{name}/{min(sizes[name])}" if name in same else name for name in names)]]
+    cells = {
+        (site.block, site.name): str(width) if site.name in same else f"{width}/{site.size}"
+        for site, width in zip(sites, widths, strict=True)
+    }
+    for block in sorted({site.block for site in sites}):
+        rows.append([str(block), *(cells.get((block, name), "") for name in names)])
+    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, columns, strict=True))
+        for row in rows
+    )
 
 
 def split(vector_N: Tensor, sites: list[Site]) -> tuple[Tensor, ...]:

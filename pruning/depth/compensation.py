@@ -153,12 +153,12 @@ def fold_factors(
     for child in owner.children():
         if isinstance(child, nn.Embedding):  # tokens, and learned positions
             child.weight.mul_(prod(factors.values()))
-    writers = [p.path for p in family.projections if p.output in ("attn_out", "mlp_out")]
     for origin, block in zip(staying, blocks_of(model, family), strict=True):
         later = prod(factor for removed, factor in factors.items() if removed > origin)
-        for path in writers:
-            for parameter in block.get_submodule(path).parameters():
-                parameter.mul_(later)
+        for projection in family.projections_of(block):
+            if projection.output in ("attn_out", "mlp_out"):
+                for parameter in block.get_submodule(projection.path).parameters():
+                    parameter.mul_(later)
 
 
 def untie(model: PreTrainedModel) -> None:

@@ -3,7 +3,8 @@
 For good means: the list of blocks, `layer_idx` of every module, the per-block lists and
 `num_hidden_layers` of the configuration. What is left is a stock model of its family, and its
 configuration says where it comes from. Where only half of a block goes, a module without weights
-stands in for it: such a model trains and decodes, but has no stock form.
+stands in for it: such a model trains and decodes, but has no stock form. What is left of a narrow
+model is a narrow model in any case.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.chains import Step, kinds_of, refuse
 from secateur.pruning.depth.units import HalfBlocks, Unit
-from secateur.pruning.families import family_of
+from secateur.pruning.families import Family, blocks_of, family_of, part_of
 
 PROVENANCE = "secateur"
 """Field of the configuration that says which blocks of which model are left."""
 
 # One entry per block, and lists of block indices.
-_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "block_widths")
 _INDICES = ("mlp_only_layers",)
 # Rules that compute from the index of a block what it does, to the per-block list that, where it is
 # there, decides instead of them.
@@ -75,20 +76,28 @@ def remove_blocks(
     halves = sorted(unit for unit in gone if unit.block in keep)
     if halves:
         provenance = {"halves": _first_names(config, halves)} | dict(provenance or {})
-    shorter = shortened_config(config, keep, provenance)
+    shorter: Any = shortened_config(config, keep, provenance)
     for unit in halves:
-        for parent, name, stand_in in unit.replacements(model.get_submodule(family.blocks), family):
-            setattr(parent, name, stand_in.train(model.training))
+        _replace(unit, model, family)
     owner, _, name = family.blocks.rpartition(".")
     layers = list(model.get_submodule(family.blocks).children())
     setattr(model.get_submodule(owner), name, nn.ModuleList(layers[block] for block in keep))
+    if family.narrow:
+        for unit in halves:
+            widths = shorter.block_widths[keep.index(unit.block)]
+            inside = {site: width for site, width in widths.items() if part_of(site) != unit.part}
+            shorter.block_widths[keep.index(unit.block)] = inside | {unit.part: 0}
+        shorter.check_blocks()
     for index, block in enumerate(keep):
-        for module in layers[block].modules():
+        layer: Any = layers[block]
+        for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # type: ignore[assignment]
+                module.layer_idx = index
+        if family.narrow:
+            layer.take_place(shorter, index)
     for module in model.modules():
         if getattr(module, "config", None) is config:
-            module.config = shorter  # type: ignore[assignment]
+            module.config = shorter
 
 
 @contextmanager
@@ -106,19 +115,27 @@ def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[No
         ValueError: A block is out of range or a unit repeated.
     """
     family = family_of(model.config)
-    blocks = model.get_submodule(family.blocks)
     gone = _as_units(units)
-    checked_units(gone, len(list(blocks.children())))
+    checked_units(gone, len(blocks_of(model, family)))
     before: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for unit in gone:
-            for parent, name, stand_in in unit.replacements(blocks, family):
-                before.append((parent, name, getattr(parent, name)))
-                setattr(parent, name, stand_in.train(model.training))
+            before += _replace(unit, model, family)
         yield
     finally:
         for parent, name, module in reversed(before):
             setattr(parent, name, module)
+
+
+def _replace(
+    unit: Unit, model: PreTrainedModel, family: Family
+) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Have a unit of a live model add nothing; gives what was there: parent, name and child."""
+    before = []
+    for parent, name, stand_in in unit.replacements(model.get_submodule(family.blocks), family):
+        before.append((parent, name, getattr(parent, name)))
+        setattr(parent, name, stand_in and stand_in.train(model.training))
+    return before
 
 
 def shortened_config(

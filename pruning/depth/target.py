@@ -61,8 +61,9 @@ def fractions_of_each(
         for linear in unit.linears(blocks, family):
             flops += 2 * linear.weight.numel()
             flops += linear.bias.numel() if linear.bias is not None else 0
-        if unit.part != "mlp":
-            width = blocks.get_submodule(f"{unit.block}.{attention_output}").in_features
+        block = blocks.get_submodule(str(unit.block))
+        if unit.part != "mlp" and family.has(block, "attn"):
+            width = block.get_submodule(attention_output).in_features
             flops += 4 * context_tokens * int(width)  # type: ignore[arg-type]
         parameters = sum(tensor.numel() for _, tensor in unit.tensors(blocks, family))
         found.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.pruning.families import Family, family_of
+from secateur.pruning.families import Family, family_of, part_of
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +65,7 @@ class Unit:
 
     def replacements(
         self, blocks: nn.Module, family: Family
-    ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    ) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
         """What to put where so that the unit adds nothing: parent, name of the child, new child."""
         if self.part == "block":
             yield blocks, str(self.block), _Skip()
@@ -79,24 +79,28 @@ class Unit:
         block = blocks.get_submodule(str(self.block))
         if isinstance(block, _Silent):
             return False
+        if self.part != "block" and not family.has(block, self.part):
+            return False
         inside = (block.get_submodule(path) for path in self._stand_ins(family))
         return not any(isinstance(module, _Silent) for module in inside)
 
-    def _stand_ins(self, family: Family) -> dict[str, nn.Module]:
+    def _stand_ins(self, family: Family) -> Mapping[str, nn.Module | None]:
         """Path inside the block to what stands in for it when a half is silent.
 
-        A norm that both halves read belongs to neither and stays.
+        A norm that both halves read belongs to neither and stays. Narrow blocks know how to do
+        without a half: nothing stands in for it.
         """
         if self.part == "block":
             return {}
-        sites = [name for name in family.gates if name.startswith(f"{self.part}_")]
-        linears = [p.path for p in family.projections if {p.input, p.output} & set(sites)]
-        modules: dict[str, nn.Module] = {
-            norm.path: nn.Identity() for norm in family.norms if norm.output in sites
-        }
+        norms = [norm.path for norm in family.norms if part_of(norm.output) == self.part]
+        linears = [p.path for p in family.projections if p.part == self.part]
         # Attention and most MLPs are one child of the block; OPT has two layers in their place.
         *before, last = dict.fromkeys(path.split(".")[0] for path in linears)
-        modules |= {name: nn.Identity() for name in before}
+        if family.narrow:
+            buffers = family.index_buffers.items()
+            holders = [name.partition(".")[0] for name, s in buffers if part_of(s) == self.part]
+            return dict.fromkeys([*norms, *before, last, *holders])
+        modules: dict[str, nn.Module] = {name: nn.Identity() for name in (*norms, *before)}
         modules[last] = _NoAttention(self.block) if self.part == "attn" else _Nothing()
         return modules
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from secateur.pruning.plan import Plan
+from secateur.pruning.sites import names_of
 
 
 def plot_widths(plan: Plan, path: Path) -> None:
@@ -16,21 +18,22 @@ def plot_widths(plan: Plan, path: Path) -> None:
         plan: What stays.
         path: The file to write; its folder is made if needed.
     """
-    names = list(dict.fromkeys(site.name for site in plan.sites))
+    names = names_of(plan.sites)
     blocks = sorted({site.block for site in plan.sites})
     figure = Figure(figsize=(max(5.0, 1.5 + 0.45 * len(blocks)), 1.5 + 0.45 * len(names)))
     axes = figure.add_subplot()
     kept = {
-        (site.name, site.block): (width, width / site.size)
+        (site.name, site.block): (str(width), width / site.size)
         for site, width in zip(plan.sites, plan.widths, strict=True)
     }
-    fractions = [[kept[name, block][1] for block in blocks] for name in names]
+    absent = ("", math.nan)  # blocks of a narrow model may lack attention or MLP
+    fractions = [[kept.get((name, block), absent)[1] for block in blocks] for name in names]
     image = axes.imshow(fractions, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for row, name in enumerate(names):
         for column, block in enumerate(blocks):
-            width, fraction = kept[name, block]
+            width, fraction = kept.get((name, block), absent)
             axes.text(
-                column, row, str(width), ha="center", va="center", fontsize=7,
+                column, row, width, ha="center", va="center", fontsize=7,
                 color="black" if fraction > 0.6 else "white",
             )  # fmt: skip
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])

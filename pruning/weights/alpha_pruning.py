@@ -141,7 +141,8 @@ class AlphaPruning(Allocation):
     def sparsities(
         self, blocks: Callable[[], Iterator[Mapping[str, Tensor]]], sparsity: float
     ) -> list[float] | None:
-        alphas, sizes = [], []
+        alphas: list[float | None] = []
+        sizes: list[int] = []
         for weights in blocks():
             exponents = []
             for name, weight_OI in weights.items():
@@ -152,6 +153,9 @@ class AlphaPruning(Allocation):
                         "by `matrices`."
                     )
                 exponents.append(exponent)
-            alphas.append(sum(exponents) / len(exponents))
+            alphas.append(sum(exponents) / len(exponents) if exponents else None)
             sizes.append(sum(weight_OI.numel() for weight_OI in weights.values()))
-        return spread_sparsity(alphas, sizes, sparsity, self.spread)
+        lowest = min(alpha for alpha in alphas if alpha is not None)
+        # A block of which nothing is pruned has no say in what the others lose.
+        filled = [lowest if alpha is None else alpha for alpha in alphas]
+        return spread_sparsity(filled, sizes, sparsity, self.spread)

@@ -39,6 +39,8 @@ def prune_block(
     Raises:
         ValueError: Weights or activations are not finite.
     """
+    if not linears:  # a block without an MLP, say, where MLPs are pruned
+        return PrunedBlock({}, [])
     notes: list[str] = []
     read = {linear.path for linear in linears}
     middles = {linear.middle for linear in linears if linear.middle is not None}

@@ -8,6 +8,7 @@ Legend: O = output features, I = input features.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,8 @@ class SparsityReport:
         blocks = sorted({matrix.block for matrix in self.matrices})
         rows = [["removed", *(f"block {block}" for block in blocks)]]
         for path in paths:
-            own = [cells[path, block] for block in blocks]
-            rows.append([path, *(f"{m.sparsity:.4f}{'*' * m.fits_2of4}" for m in own)])
+            own = [cells.get((path, block)) for block in blocks]
+            rows.append([path, *(f"{m.sparsity:.4f}{'*' * m.fits_2of4}" if m else "" for m in own)])
         rows.append(["block", *(f"{sparsity:.4f}" for sparsity in self.block_sparsities)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -179,11 +180,15 @@ def plot_sparsity(report: SparsityReport, path: Path) -> None:
     cells = {(matrix.path, matrix.block): matrix for matrix in report.matrices}
     figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(blocks)), 1.5 + 0.4 * len(paths)))
     axes = figure.add_subplot()
-    removed = [[cells[name, block].sparsity for block in blocks] for name in paths]
+    removed = [
+        [cells[name, block].sparsity if (name, block) in cells else math.nan for block in blocks]
+        for name in paths
+    ]
     image = axes.imshow(removed, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for row, name in enumerate(paths):
         for column, block in enumerate(blocks):
-            matrix = cells[name, block]
+            if (matrix := cells.get((name, block))) is None:
+                continue
             axes.text(
                 column, row, f"{matrix.sparsity:.2f}"[1:] + "*" * matrix.fits_2of4,
                 ha="center", va="center", fontsize=7,

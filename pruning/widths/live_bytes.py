@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.widths.gate_hooks import GateHooks
 
 # Fused causal attention without a mask: what training takes for windows without padding. Fake
@@ -98,6 +99,7 @@ def model_step(
 
     Blocks are alike, so that the model is a straight line through its first two and its first four:
     two, because neighbours may differ in the mask that they share with the blocks of their kind.
+    Those of a narrow model are not alike: all are followed.
 
     Args:
         config: Of a causal language model of a known family.
@@ -108,6 +110,8 @@ def model_step(
     """
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
     step = _Step(config, text, dtype, batch_size, window_tokens, checkpointing)
+    if is_narrow(config.model_type):
+        return _blocks(step, config.num_hidden_layers)
     two, four = _blocks(step, 2), _blocks(step, 4)
     more = config.num_hidden_layers - 2
     kept, peak = (a + more * (b - a) // 2 for a, b in zip(two, four, strict=True))

@@ -182,7 +182,10 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     if run.shards > 1 or run.offloaded:
         largest = max(parameter.numel() for parameter in model.parameters())
         if run.live_parameters is None:
-            block = sum(parameter.numel() for parameter in blocks_of(model, family)[0].parameters())
+            block = max(
+                sum(parameter.numel() for parameter in block.parameters())
+                for block in blocks_of(model, family)
+            )
             gathered = max(largest, block) * size
         else:
             gathered = min(weights, (largest + run.live_parameters) * size)

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from secateur.pruning.costs import Parameters
-from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.families import family_of
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import find_sites, gain_sizes
@@ -27,7 +27,7 @@ def uneven_plan(
     Which entries stay, and with which gains, is drawn at random. With `removed`, blocks and parts,
     attention and MLP have gates as a whole, and those of these are closed.
     """
-    model = skeleton(AutoConfig.from_pretrained(folder))
+    model = BaseModel(folder).skeleton()
     family = family_of(model.config)
     if removed is not None:
         family = family.with_parts()
@@ -38,9 +38,9 @@ def uneven_plan(
         if site.is_part or (removed and (site.block, site.part) in removed):
             kept.append(torch.arange(0 if (site.block, site.part) in (removed or ()) else 1))
             continue
-        odd = 1 + 2 * int(torch.randint((site.size - 1) // 2, (), generator=generator))
+        odd = 1 + 2 * int(torch.randint(max(1, (site.size - 1) // 2), (), generator=generator))
         eights = 8 * (1 + odd // 16)
-        width = {0: 1, 1: site.size, 3: eights}.get(site.block, odd)
+        width = min(site.size, {0: 1, 1: site.size, 3: eights}.get(site.block, odd))
         order = torch.randperm(site.size, generator=generator)
         kept.append(order[:width].sort().values)
     gains = {
@@ -59,7 +59,7 @@ def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> Plan:
 
 def random_plan(folder: Path, budget: Budget, seed: int = 0) -> Plan:
     """What a budget makes of random scores."""
-    model = skeleton(AutoConfig.from_pretrained(folder))
+    model = BaseModel(folder).skeleton()
     sites = find_sites(model, family_of(model.config))
     count = sum(site.size for site in sites)
     scores_N = torch.rand(count, generator=torch.Generator().manual_seed(seed))
@@ -72,7 +72,7 @@ def native_plan(folder: Path, removed: Collection[tuple[int, str]] = (), seed: i
 
     MLPs keep everything in block 0, one neuron in block 1, 17 in block 2 and 32 in later ones.
     """
-    model = skeleton(AutoConfig.from_pretrained(folder))
+    model = BaseModel(folder).skeleton()
     family = family_of(model.config).with_parts()
     generator = torch.Generator().manual_seed(seed)
     kept = []
