@@ -87,7 +87,7 @@ class TrackBudget(Callback):
         rank_zero_warn(
             f"At step {step} of {total} the gates are expected to keep {expected:.3f} of the cost, "
             f"the target is {module.keep_target:.3f}, and at this rate it will not be reached. "
-            "Raise `--model.learning.pressure.strength`, train longer, or anneal over fewer steps; the exported model "
+            "Train longer, anneal over fewer steps, or take ExactBudget; the exported model "
             "meets the budget, but its masks were not trained at it."
         )
 

@@ -623,6 +623,8 @@ class MaskLearning(LanguageModelling):
     def _gates(self) -> tuple[Tensor, ...]:
         """A sample of the gates of this step."""
         logits_N = self.hypernetwork() + self.start_N
+        if not bool(logits_N.isfinite().all()):
+            self.stop_diverged("a logit of the gates", logits_N.sum())
         gates_N = self.learning.pressure.draw(
             self.sampler,
             logits_N,

@@ -10,19 +10,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from secateur.modules.data.text_data import TextData
-from secateur.modules.mask_learning import MaskLearning
+from secateur.modules.mask_learning import FrozenBase, MaskLearning
+from secateur.modules.settling import AllWeights, Gains, LowRank, Settle, Trained
 from secateur.pruning.costs import Parameters
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.lora import LoRA
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.sites import split
 from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.gates import GateSampler, StraightThrough
+from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.hypernetwork import FreeLogits
+from secateur.pruning.widths.learning import ExactBudget, GateLearning, Importance, Penalty
 from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE
+PENALTY = GateLearning(Penalty(), start=None)  # as in the paper: from open gates, by a penalty
+FEW = {"refit_windows": 40, "held_back_windows": 8}
 Make = Callable[..., MaskLearning]
 
 
@@ -83,7 +90,7 @@ def batch(windows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor
 def test_the_loss_is_that_of_one_sample_of_gates_on_the_whole(
     make: Make, inputs: Path, ce: float, kl: float
 ) -> None:
-    module = make(loss=LossWeights(ce, kl), penalty=4.0)
+    module = make(learning=GateLearning(Penalty(4.0), LossWeights(ce, kl), None))
     loss = module.training_step(batch(), 0)
 
     dense: Any = BaseModel(inputs / "base").load()
@@ -111,7 +118,7 @@ def test_noise_depends_on_the_step_and_on_nothing_else(
 
 
 def test_only_the_hypernetwork_learns(make: Make) -> None:
-    module = make(loss=LossWeights(distillation=1.0))
+    module = make(learning=GateLearning(loss=LossWeights(distillation=1.0)))
     before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
     module.training_step(batch(), 0).backward()
     assert all(parameter.grad is None for parameter in module.model.parameters())
@@ -130,7 +137,10 @@ def test_only_the_hypernetwork_learns(make: Make) -> None:
 def test_gradient_checkpointing_changes_no_gradient(make: Make) -> None:
     gradients = []
     for checkpointing in (False, True):
-        module = make(gradient_checkpointing=checkpointing, loss=LossWeights(1.0, 1.0))
+        module = make(
+            frozen=FrozenBase(gradient_checkpointing=checkpointing),
+            learning=GateLearning(loss=LossWeights(1.0, 1.0)),
+        )
         assert module.model.model.layers[0].gradient_checkpointing == checkpointing
         module.training_step(batch(), 0).backward()
         gradients.append([parameter.grad for parameter in module.hypernetwork.parameters()])
@@ -139,7 +149,9 @@ def test_gradient_checkpointing_changes_no_gradient(make: Make) -> None:
 
 
 def test_the_size_of_the_loss_chunk_changes_no_loss(make: Make) -> None:
-    small, odd, large = (make(loss_chunk_tokens=c).training_step(batch(), 0) for c in (1, 7, 1024))
+    small, odd, large = (
+        make(frozen=FrozenBase(loss_chunk_tokens=c)).training_step(batch(), 0) for c in (1, 7, 1024)
+    )
     torch.testing.assert_close(small, large, rtol=1e-5, atol=0)
     torch.testing.assert_close(odd, large, rtol=1e-5, atol=0)
 
@@ -207,7 +219,10 @@ def test_training_brings_the_gates_towards_the_budget(
     inputs: Path, data: TextData, tmp_path: Path
 ) -> None:
     sampler = GateSampler(relaxation=StraightThrough(), offset=0.5)
-    module = MaskLearning(str(inputs / "base"), sampler=sampler, penalty=20.0, optimizer=_fast)
+    learning = GateLearning(Penalty(20.0), start=None)
+    module = MaskLearning(
+        str(inputs / "base"), sampler=sampler, learning=learning, optimizer=_fast, settle=None
+    )
     run = trainer(tmp_path, max_steps=40, limit_val_batches=0)
     module.configure_model()
     start = _expected_fraction(module)
@@ -237,15 +252,15 @@ def test_two_runs_of_one_seed_are_equal(inputs: Path, data: TextData, tmp_path: 
 def test_testing_keeps_what_was_learned_and_a_second_fit_starts_afresh(
     inputs: Path, data: TextData, tmp_path: Path
 ) -> None:
-    module, records = MaskLearning(str(inputs / "base"), settle=0.5), [_Record(), _Record()]
+    module = MaskLearning(str(inputs / "base"), settle=Settle(0.5, **FEW))
+    records = [_Record(), _Record()]
     trainer(tmp_path, records[0], max_steps=4).fit(module, data)
-    plan = module.plan()
-    assert plan.gains is not None
+    assert module.settled is not None
+    settled = {name: tensor.clone() for name, tensor in module.settled.state_dict().items()}
+    assert bool((settled["gains"] != 1).any())
     trainer(tmp_path).test(module, data, verbose=False)
-    again = module.plan()
-    assert again.gains is not None
-    for name, gain_F in plan.gains.items():
-        assert torch.equal(again.gains[name], gain_F)
+    for name, tensor in module.settled.state_dict().items():
+        assert torch.equal(settled[name], tensor)
     trainer(tmp_path, records[1], max_steps=4).fit(module, data)
     assert records[1].seen == records[0].seen
 
@@ -273,7 +288,7 @@ def test_a_nan_stops_the_run_before_the_step_with_its_cause(
     run = trainer(tmp_path, _Poison(2), max_steps=5)
     with pytest.raises(FloatingPointError) as stop:
         run.fit(module, data)
-    for fact in ("At step 2", "the language-model loss", "nan", "none was saved"):
+    for fact in ("At step 2", "a logit of the gates", "nan", "none was saved"):
         assert fact in str(stop.value)
     assert run.global_step == 2  # the third step was not taken
     states = [state["step"] for state in run.optimizers[0].state.values()]
@@ -283,9 +298,9 @@ def test_a_nan_stops_the_run_before_the_step_with_its_cause(
 def test_a_nan_budget_is_told_apart_from_a_nan_loss(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = make()
+    module = make(learning=PENALTY)
     monkeypatch.setattr(type(module.trainer), "checkpoint_callback", _Saved(), raising=True)
-    module.keep_target = float("nan")
+    monkeypatch.setattr(Penalty, "penalty", lambda self, fraction, keep: fraction * torch.nan)
     with pytest.raises(FloatingPointError, match="the budget penalty became nan.*step=2.ckpt"):
         module.training_step(batch(), 0)
 
@@ -294,23 +309,26 @@ def test_a_nan_budget_is_told_apart_from_a_nan_loss(
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("make_setting", "message"),
     [
-        ({"penalty": 0}, "`penalty` must be above 0, got 0"),
-        ({"settle": 1.0}, r"`settle` must be in \[0, 1\), got 1.0"),
-        ({"gain_lr": 0}, "`gain_lr` must be above 0, got 0"),
-        ({"loss_chunk_tokens": 0}, "`loss_chunk_tokens` must be 1 or more, got 0"),
+        (lambda: Penalty(0.0), "`strength` must be above 0, got 0"),
+        (lambda: ExactBudget(0.0), "`temperature` must be above 0, got 0"),
+        (lambda: Importance(scale=0.0), "`scale` must be above 0, got 0"),
+        (lambda: Settle(1.0), r"`fraction` must be in \[0, 1\), got 1.0"),
+        (lambda: Settle(refit_windows=0), "`refit_windows` must be 1 or more, got 0"),
+        (lambda: Gains(lr=0.0), "`lr` must be above 0, got 0"),
+        (lambda: FrozenBase(loss_chunk_tokens=0), "`loss_chunk_tokens` must be 1 or more, got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(
-    inputs: Path, settings: dict[str, Any], message: str
+    make_setting: Callable[[], object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        MaskLearning(str(inputs / "base"), **settings)
+        make_setting()
 
 
 def test_half_precision_weights_train(make: Make) -> None:
-    module = make(dtype="bfloat16")
+    module = make(frozen=FrozenBase(dtype="bfloat16"))
     loss = module.training_step(batch(), 0)
     loss.backward()
     assert module.model.dtype == torch.bfloat16
@@ -333,41 +351,93 @@ class _Plans(Callback):
     def __init__(self) -> None:
         self.kept: list[tuple[Tensor, ...]] = []
         self.hypernetwork: list[Tensor] = []
-        self.gains: list[Tensor] = []
+        self.gains: list[Tensor | None] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, MaskLearning)
         self.kept.append(pl_module.plan().kept)
         weights = [p.detach().flatten() for p in pl_module.hypernetwork.parameters()]
         self.hypernetwork.append(torch.cat(weights))
-        self.gains.append(pl_module.gains.detach().clone())
+        settled: Any = pl_module.settled
+        self.gains.append(None if settled is None else settled.gains.detach().clone())
 
 
-def test_masks_settle_and_only_then_gains_are_learned(
+def test_masks_settle_and_only_then_gains_of_the_cut_model_are_learned(
     inputs: Path, data: TextData, tmp_path: Path
 ) -> None:
     plans = _Plans()
-    module = MaskLearning(str(inputs / "base"), settle=0.5, optimizer=_fast)
+    module = MaskLearning(str(inputs / "base"), settle=Settle(0.5, **FEW), optimizer=_fast)
     trainer(tmp_path, plans, max_steps=8, limit_val_batches=0).fit(module, data)
     assert module.mask_steps == 4
-    for before, after in ((0, 1), (2, 3)):  # masks are learned, gains rest
+    for before, after in ((0, 1), (2, 3)):  # masks are learned
         assert not torch.equal(plans.hypernetwork[before], plans.hypernetwork[after])
-        assert bool((plans.gains[after] == 1).all())
+        assert plans.gains[after] is None
     for after in range(4, 8):  # masks rest, gains are learned
         assert torch.equal(plans.hypernetwork[3], plans.hypernetwork[after])
-        assert all(map(torch.equal, plans.kept[3], plans.kept[after]))
-        assert not torch.equal(plans.gains[after - 1], plans.gains[after])
-    plan = module.plan()
-    assert plan.gains is not None
-    kept_I = plan.gates()[0] != 0
-    for path in ("q", "k", "v"):
-        gain_I = plan.gains[f"0.self_attn.{path}_proj.input"]
-        assert bool((gain_I[~kept_I] == 1).all())  # what is cut away has nothing to learn
-        assert bool((gain_I[kept_I] != 1).any())
+        assert all(map(torch.equal, plans.kept[4], plans.kept[after]))
+        gains, before_them = plans.gains[after], plans.gains[after - 1]
+        assert gains is not None
+        assert before_them is None or not torch.equal(before_them, gains)
+    assert module.settled is not None
+    counted = sum(p.numel() for p in module.settled.model.parameters())
+    assert counted < sum(p.numel() for p in module.model.parameters())
 
 
-def test_parts_learn_and_go(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make(budget=Budget(0.5, parts=True), hypernetwork=FreeLogits, settle=0.5)
+@pytest.mark.parametrize("train", [LowRank(LoRA(rank=2, dropout=0.0)), AllWeights()], ids=str)
+def test_weights_of_the_cut_model_train_and_can_be_undone(
+    inputs: Path, data: TextData, tmp_path: Path, train: Trained
+) -> None:
+    module = MaskLearning(str(inputs / "base"), settle=Settle(0.5, train, **FEW))
+    seen: list[Tensor] = []
+    windows_BT = batch()["input_ids"]
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if pl_module.settled is not None:
+                with torch.no_grad():
+                    seen.append(pl_module.settled.model(windows_BT).logits)
+
+    trainer(tmp_path, Look(), max_steps=6, limit_val_batches=0).fit(module, data)
+    assert module.settled is not None
+    assert not torch.equal(seen[0], seen[-1])
+    dense = {name: p.clone() for name, p in BaseModel(inputs / "base").load().named_parameters()}
+    for name, parameter in module.model.named_parameters():
+        assert torch.equal(parameter, dense[name])  # the dense model stays the teacher
+    module.settled.reset()
+    with module.settled.plain() as model, torch.no_grad():
+        undone = model(windows_BT).logits
+    assert not torch.allclose(undone, seen[-1], atol=1e-6)
+
+
+def test_every_sample_is_on_budget(make: Make) -> None:
+    module = make(budget=Budget(0.4))
+    for step in range(3):
+        logits_N = module.hypernetwork() + module.start_N
+        gates_N = ExactBudget().draw(
+            module.sampler, logits_N, step, 0, module.budget, module.sites, module.table
+        )
+        assert set(gates_N.detach().round(decimals=5).unique().tolist()) <= {0.0, 1.0}
+        widths_S = torch.stack([gate.sum() for gate in split(gates_N, module.sites)])
+        assert 0.39 < float(module.table.fraction(widths_S)) <= 0.4 + 1e-6
+        (gradient_N,) = torch.autograd.grad(gates_N.sum(), logits_N)
+        assert bool((gradient_N > 0).all())
+
+
+def test_without_a_step_the_ranking_decides(inputs: Path, data: TextData, tmp_path: Path) -> None:
+    module = MaskLearning(str(inputs / "base"), settle=None)
+    trainer(tmp_path, max_steps=0).fit(module, data)
+    search = GradualRanking()
+    text_WT = module._text(search.num_windows, 0)
+    ranking = search.choose(module.model, module.budget, Fisher(), text_WT)
+    same = sum(
+        len(set(ours.tolist()) & set(theirs.tolist()))
+        for ours, theirs in zip(module.plan().kept, ranking.kept(module.sites), strict=True)
+    )
+    assert same >= 0.99 * sum(module.plan().widths)
+
+
+def test_parts_learn_and_go(make: Make) -> None:
+    module = make(budget=Budget(0.5, parts=True), hypernetwork=FreeLogits, learning=PENALTY)
     places = {site.key: place for place, site in enumerate(module.sites)}
     logits = split(module.hypernetwork.logits.detach(), module.sites)  # type: ignore[arg-type]
     logits[places["1.attn"]].fill_(-20)
@@ -379,10 +449,3 @@ def test_parts_learn_and_go(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
     plan = module.plan()
     assert not plan.keeps(1, "attn")
     assert float(module.table.fraction(torch.tensor(plan.widths).double())) <= 0.5
-    monkeypatch.setattr(type(module), "global_step", 50)
-    module.training_step(batch(), 0).backward()
-    # They have settled as the plan has them; what stays of the others learns gains.
-    for site, gate, expected in zip(module.sites, module._gates(), plan.gates(), strict=True):
-        assert torch.equal(gate.detach(), expected), site
-    assert module.gains.grad is not None
-    assert bool(module.gains.grad.any())
