@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from secateur.pruning.weights.loop import Progress as OnBlock
-from secateur.pruning.weights.store import BlockStore
+from secateur.pruning.weights.store import BlockStore, delete_blocks
 
 
 def store_of(folder: Path, settings: Mapping[str, Any], step: int) -> BlockStore:
@@ -33,7 +32,7 @@ def store_of(folder: Path, settings: Mapping[str, Any], step: int) -> BlockStore
     except ValueError:
         if step == 0:
             raise
-        shutil.rmtree(folder)  # of an earlier rise, or of one before the checkpoint
+        delete_blocks(folder)  # of an earlier rise, or of one before the checkpoint
         return BlockStore(folder, settings)
 
 

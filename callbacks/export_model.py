@@ -9,29 +9,24 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from secateur.callbacks._output import check_folder
 from secateur.callbacks._trial import is_trial
 from secateur.pruning.protocols import exports
-
-_TAKEN = ("plan", "plots", "checkpoints", "metrics", "logs", "depth", "weights")
 
 
 class ExportModel(Callback):
     """Finalise, export, verify and measure at the end of fit.
 
     Args:
-        folder: Where the model goes, relative to `trainer.default_root_dir`. An export of ours that
+        folder: Where the model goes, below `trainer.default_root_dir`. An export of ours that
             is there already is replaced; any other folder is left alone and refused at the start.
 
     Raises:
-        ValueError: `folder` is where a run keeps something else.
+        ValueError: `folder` lies elsewhere, or is where a run keeps something else.
     """
 
     def __init__(self, folder: str = "model") -> None:
-        if (Path(folder).parts or ("",))[0] in ("", *_TAKEN):
-            raise ValueError(
-                f"`folder` {folder!r} of ExportModel is where a run keeps something else "
-                f"({', '.join(_TAKEN)}); choose another name, such as `model`."
-            )
+        check_folder("ExportModel", folder, "model")
         self.folder = folder
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
@@ -60,7 +55,7 @@ class ExportModel(Callback):
             )
         try:
             module.export(self._path(trainer), shlex.join(["python", *sys.argv]))
-        except (OSError, ValueError) as error:
+        except Exception as error:
             error.add_note(
                 "Training is complete. With a SaveCheckpoint callback, the same command and "
                 "`--ckpt_path last` repeat the export without training."

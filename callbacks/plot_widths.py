@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from secateur.callbacks._output import check_folder
 from secateur.callbacks._trial import is_trial
 from secateur.pruning.measure.plots import plot_widths
 from secateur.pruning.protocols import learns_masks
@@ -15,10 +16,14 @@ class PlotWidths(Callback):
     """Write a picture of the kept widths per block after every validation and at the end of fit.
 
     Args:
-        folder: Where the pictures go, relative to `trainer.default_root_dir`.
+        folder: Where the pictures go, below `trainer.default_root_dir`.
+
+    Raises:
+        ValueError: `folder` lies elsewhere, or is where a run keeps something else.
     """
 
     def __init__(self, folder: str = "plots") -> None:
+        check_folder("PlotWidths", folder, "plots")
         self.folder = folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from secateur.callbacks._output import check_folder
 from secateur.pruning.files.settings import refuse_other
 from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
 
@@ -22,7 +23,7 @@ class Prune(Callback, ABC):
     Args:
         calibration_windows: Windows of the training text to measure on, 1 or more.
         calibration_seed: Seed of the draw of these windows, 0 or more.
-        folder: Where results go, relative to `trainer.default_root_dir`.
+        folder: Where results go, below `trainer.default_root_dir`.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -31,6 +32,7 @@ class Prune(Callback, ABC):
     def __init__(self, calibration_windows: int, calibration_seed: int, folder: str) -> None:
         check_at_least(1, calibration_windows=calibration_windows)
         check_at_least(0, calibration_seed=calibration_seed)
+        check_folder(self.name, folder, "depth", "weights", "widths")
         self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
         self.folder = folder
         self.history: list[dict[str, Any]] = []

@@ -110,7 +110,7 @@ class PruneBlocks(Prune):
         compensate: Scale what comes before a removed block to make up for it (Prune&Comp, arXiv
             2507.18212), where that lowers the perplexity of the calibration windows; whole blocks
             only.
-        folder: Where scores and pictures go, relative to `trainer.default_root_dir`.
+        folder: Where scores and pictures go, below `trainer.default_root_dir`.
 
     Raises:
         ValueError: A setting is outside its range, or halves of blocks are to be compensated.

@@ -7,7 +7,6 @@ gradually, as `secateur.pruning.weights.gradually` has it.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +45,7 @@ from secateur.pruning.weights.parts import Allocation, Compensation, Refinement,
 from secateur.pruning.weights.pattern import Pattern
 from secateur.pruning.weights.recipe import WeightRecipe
 from secateur.pruning.weights.sparsity import sparsity_report
-from secateur.pruning.weights.store import BlockStore
+from secateur.pruning.weights.store import BlockStore, delete_blocks
 from secateur.pruning.weights.wanda import Wanda
 
 _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
@@ -86,7 +85,7 @@ class PruneWeights(Prune):
         held_back_windows: Further windows, to try the parts on and to measure, 1 or more.
         calibration_seed: Seed of the draw of all these windows, 0 or more.
         calibration_batch_size: Windows that a block sees at once, 1 or more.
-        folder: Where all this goes, relative to `trainer.default_root_dir`.
+        folder: Where all this goes, below `trainer.default_root_dir`.
 
     Raises:
         ValueError: A setting is outside its range, or the pattern has only one sparsity and is to
@@ -240,7 +239,7 @@ class PruneWeights(Prune):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the finished blocks when everything has gone well; an error does not lead here."""
         if stage == "fit" and trainer.is_global_zero:
-            shutil.rmtree(self._path(trainer) / _BLOCKS, ignore_errors=True)
+            delete_blocks(self._path(trainer) / _BLOCKS)
             if self._trial is not None:
                 self._trial.cleanup()
                 self._trial = None

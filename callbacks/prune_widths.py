@@ -53,7 +53,7 @@ class PruneWidths(Prune):
             the search reads as many as its rounds need.
         held_back_windows: Further windows, to try the refit on and to measure, 1 or more.
         calibration_seed: Seed of the draw of all these windows, 0 or more.
-        folder: Where results go, relative to `trainer.default_root_dir`.
+        folder: Where results go, below `trainer.default_root_dir`.
 
     Raises:
         ValueError: A setting is outside its range.

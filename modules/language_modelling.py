@@ -168,7 +168,7 @@ class LanguageModelling(LightningModule, ABC):
         refuse_other(saved, current, type(self).__name__)
         if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
             raise ValueError("The checkpoint lacks the state of the optimiser; take another one.")
-        if self.frozen:  # else it may have to become smaller first
+        if self.frozen_weights:  # else it may have to become smaller first
             self.refuse_incomplete(checkpoint["state_dict"])
         batches = self.trainer.accumulate_grad_batches
         _count_batches(checkpoint, checkpoint.get("batches_per_step", batches), batches)

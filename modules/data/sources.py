@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +15,10 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from lightning.pytorch.utilities import rank_zero_info
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+_WRONG = re.compile("[\0\ud800-\udfff]")
 
 
 class Source(ABC):
@@ -35,7 +39,7 @@ class LocalFile(Source):
 
     Args:
         setting: The setting that named the file, for errors.
-        path: A .txt (one document), .json (a list), .jsonl or .parquet file.
+        path: A .txt (one document), .json (a list, or lines of objects), .jsonl or .parquet file.
         text_field: Field of objects and column of tables that holds the text.
     """
 
@@ -56,48 +60,72 @@ class LocalFile(Source):
         """
         match self.path.suffix.lower():
             case ".txt":
-                yield self._decode(self.path.read_bytes(), "the file")
+                text = self._decode(self.path.read_bytes(), "the file")
+                if wrong := _WRONG.search(text):
+                    line = text.count("\n", 0, wrong.start()) + 1
+                    raise self._error(f"line {line} holds {_no_character(wrong)}")
+                yield text
             case ".parquet":
                 yield from self._rows()
-            case ".jsonl":
-                with self.path.open("rb") as file:
-                    for number, line in enumerate(file, 1):
-                        if line.strip():
-                            where = f"line {number}"
-                            yield self._text(self._parse(line, where), where)
-            case _:
+            case ".json" if not self._has_lines:
                 records = self._parse(self.path.read_bytes(), "the file")
                 if not isinstance(records, list):
                     raise self._error("a .json file must hold a list of strings or objects")
                 for number, record in enumerate(records):
                     yield self._text(record, f"entry {number}")
+            case _:
+                with self.path.open("rb") as file:
+                    for number, line in enumerate(file, 1):
+                        if line.strip():
+                            where = f"line {number}"
+                            yield self._text(self._parse(line, where), where)
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether a file in a folder may be meant: objects that describe something are not."""
+        return self.path.suffix.lower() != ".json" or self._has_lines or self._begins_with(b"[")
+
+    @property
+    def _has_lines(self) -> bool:
+        """Whether the first line is an object of its own, as in JSON lines of whatever suffix."""
+        if not self._begins_with(b"{"):
+            return False
+        with self.path.open("rb") as file:
+            line = next(line for line in file if line.strip())
+        try:
+            return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+        except (ValueError, RecursionError):
+            return False
+
+    def _begins_with(self, sign: bytes) -> bool:
+        with self.path.open("rb") as file:
+            return file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(sign)
 
     def _rows(self) -> Iterator[str]:
         try:
             table = pq.ParquetFile(self.path)
-        except pa.ArrowInvalid as error:
-            raise self._error(f"not a parquet file: {error}") from error
-        columns = table.schema_arrow.names
-        if self.text_field not in columns:
-            raise self._error(f"no column {self.text_field!r}; {_choose(columns)}")
-        for batch in table.iter_batches(columns=[self.text_field]):
-            for number, text in enumerate(batch.column(0).to_pylist()):
-                yield self._text(text, f"row {number} of a batch")
+            columns = table.schema_arrow.names
+            if self.text_field not in columns:
+                raise self._error(f"no column {self.text_field!r}; {_choose(columns)}")
+            number = 0
+            for batch in table.iter_batches(columns=[self.text_field]):
+                for text in batch.column(0).to_pylist():
+                    yield self._text(text, f"row {number}")
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise self._error(f"not a parquet file, or damaged: {error}") from error
 
     def _parse(self, content: bytes, where: str) -> Any:
         try:
             return json.loads(self._decode(content, where))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise self._error(f"{where} is not JSON: {error}") from error
 
     def _decode(self, content: bytes, where: str) -> str:
         try:
-            text = content.decode("utf-8-sig")
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise self._error(f"{where} is not UTF-8 text: {error}; convert it") from error
-        if "\0" in text:
-            raise self._error(f"{where} holds zero bytes and is not text")
-        return text
 
     def _text(self, record: object, where: str) -> str:
         if isinstance(record, dict):
@@ -106,25 +134,29 @@ class LocalFile(Source):
             record = record[self.text_field]
         if not isinstance(record, str):
             raise self._error(f"{where} holds {type(record).__name__}, not text")
+        if wrong := _WRONG.search(record):
+            raise self._error(f"{where} holds {_no_character(wrong)}")
         return record
 
     def _error(self, what: str) -> ValueError:
         return ValueError(f"`{self.setting}`: {self.path}: {what}.")
 
 
-@dataclass(frozen=True)
-class HubData(Source):
-    """A data set of the hub: every row is a document.
+class Rows(Source):
+    """A data set of the library datasets: every row is a document.
 
     Args:
         setting: The setting that named it, for errors.
-        name: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; the split is `train` if not given.
+        name: What the setting says.
         text_field: Column that holds the text.
     """
 
-    setting: str
-    name: str
-    text_field: str
+    def __init__(self, setting: str, name: str, text_field: str) -> None:
+        self.setting, self.name, self.text_field = setting, name, text_field
+
+    @abstractmethod
+    def read(self) -> Any:
+        """The data set."""
 
     def digest(self) -> str:
         content = hashlib.sha256()
@@ -136,28 +168,65 @@ class HubData(Source):
         """The rows in order.
 
         Raises:
-            ValueError: The hub does not give the data set, or it lacks the text column.
+            ValueError: There is no such data set, or it lacks the text column.
         """
-        name, config, split = (*self.name.split(":", 2), "", "")[:3]
-        try:
-            rows: Any = datasets.load_dataset(name, config or None, split=split or "train")
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"`{self.setting}` {self.name!r} is neither a file or folder here nor a data set "
-                f"that the hub gives: {error}"
-            ) from error
+        rows = self.read()
         if self.text_field not in rows.column_names:
             raise ValueError(
                 f"`{self.setting}`: {self.name} has no column {self.text_field!r}; "
                 f"{_choose(rows.column_names)}."
             )
-        for row in rows.select_columns([self.text_field]):
-            if not isinstance(text := row[self.text_field], str):
+        for number, row in enumerate(rows.select_columns([self.text_field])):
+            text = row[self.text_field]
+            is_text = isinstance(text, str)
+            wrong = _WRONG.search(text) if is_text else None
+            if wrong or not is_text:
+                what = _no_character(wrong) if wrong else f"{type(text).__name__}, not text"
                 raise ValueError(
-                    f"`{self.setting}`: column {self.text_field!r} of {self.name} holds "
-                    f"{type(text).__name__}, not text; choose another `text_field`."
+                    f"`{self.setting}`: row {number} of column {self.text_field!r} of {self.name} "
+                    f"holds {what}; leave it out, or choose another `text_field`."
                 )
             yield text
+
+
+class HubData(Rows):
+    """A data set of the hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; the split is `train` if not
+    given.
+    """
+
+    def read(self) -> Any:
+        name, config, split = (*self.name.split(":", 2), "", "")[:3]
+        try:
+            return datasets.load_dataset(name, config or None, split=split or "train")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`{self.setting}` {self.name!r} is neither a file or folder here nor a data set "
+                f"that the hub gives: {error}"
+            ) from error
+
+
+class SavedData(Rows):
+    """A folder that `save_to_disk` of the library datasets has written; of several splits that of
+    `train`.
+    """
+
+    MARKS = ("dataset_dict.json", "state.json")
+
+    def read(self) -> Any:
+        try:
+            found: Any = datasets.load_from_disk(self.name)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise ValueError(
+                f"`{self.setting}`: {self.name} is a data set on disk that cannot be read: {error}"
+            ) from error
+        if not isinstance(found, dict):
+            return found
+        if "train" not in found:
+            folders = ", ".join(str(Path(self.name) / split) for split in found)
+            raise ValueError(
+                f"`{self.setting}`: {self.name} has no split `train`; give one of {folders}."
+            )
+        return found["train"]
 
 
 def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> list[Source]:
@@ -169,13 +238,10 @@ def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> l
     sources: list[Source] = []
     for name in [names] if isinstance(names, str) else names:
         path = Path(name).expanduser()
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-            if not files:
-                raise ValueError(
-                    f"`{setting}`: folder {path} holds no file of {', '.join(_SUFFIXES)}."
-                )
-            sources += [LocalFile(setting, file, text_field) for file in files]
+        if path.is_dir() and any((path / mark).is_file() for mark in SavedData.MARKS):
+            sources.append(SavedData(setting, str(path), text_field))
+        elif path.is_dir():
+            sources += _in_folder(setting, path, text_field)
         elif path.suffix.lower() in _SUFFIXES or path.exists() or path.is_absolute():
             if not path.is_file():
                 raise ValueError(f"`{setting}`: there is no file {path}; check the path.")
@@ -191,5 +257,44 @@ def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> l
     return sources
 
 
+def _in_folder(setting: str, folder: Path, text_field: str) -> list[LocalFile]:
+    """The files of text below a folder, in order of path; says which these are.
+
+    Raises:
+        ValueError: There are none.
+    """
+    inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    seen = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    known = [path for path in seen if path.suffix.lower() in _SUFFIXES]
+    files = [LocalFile(setting, folder / path, text_field) for path in known]
+    taken = [file for file in files if file.holds_text]
+    if not taken:
+        raise ValueError(f"`{setting}`: folder {folder} holds no file of {', '.join(_SUFFIXES)}.")
+    names = [str(file.path.relative_to(folder)) for file in taken]
+    left = [str(path) for path in inside if str(path) not in names]
+    rank_zero_info(
+        f"{setting}: {len(names)} files of {folder}: {_listed(names)}"
+        f"{f'; not {_listed(left)}' if left else ''}."
+    )
+    return taken
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _no_character(found: re.Match[str]) -> str:
+    """What was found in a text that is no character and cannot be encoded."""
+    if found[0] == "\0":
+        return "a zero character and is not text"
+    return f"half of a character, {found[0]!r}, which cannot be encoded"
+
+
 def _choose(fields: Sequence[str]) -> str:
+    if chats := [name for name in fields if name in ("messages", "conversations")]:
+        return (
+            f"it has {chats[0]!r}, and chats are not read: write each as text first, as "
+            "`apply_chat_template(..., tokenize=False)` of the tokenizer does"
+        )
     return f"set `text_field` to one of {', '.join(map(repr, fields))}"

@@ -42,6 +42,7 @@ class TextData(LightningDataModule):
     Args:
         train: Text to train on: files, folders of files, or data sets of the hub, one or a list.
             Files: .txt (one document), .json (a list of strings or objects), .jsonl, .parquet.
+            Folders: files below, hidden ones aside, or what `save_to_disk` of datasets has written.
             Hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; every row is a document.
         validation: Text to validate on, in the same forms. If not given, documents of `train` are
             held out.
@@ -95,6 +96,7 @@ class TextData(LightningDataModule):
         self.held_out = held_out if validation is None else None
         self.validation_windows = validation_windows
         self.seed, self.num_workers = seed, num_workers
+        self._ready: set[Path] = set()  # entries of the cache that are there and whole
         self.cache_dir = Path(cache_dir or "~/.cache/secateur/tokens").expanduser()
 
     @cached_property
@@ -122,10 +124,12 @@ class TextData(LightningDataModule):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def prepare_data(self) -> None:
-        """Tokenise what the cache does not have yet; called once per machine."""
+        """Tokenise what the cache does not have yet; called once per machine, and by `setup`."""
         for setting, entry in self._entries.items():
             held_out = self.held_out if setting == "train" else None
-            tokenise(self._sources[setting], self.tokenizer, held_out, entry)
+            if entry not in self._ready:
+                tokenise(self._sources[setting], self.tokenizer, held_out, entry)
+            self._ready.add(entry)
 
     def setup(self, stage: str | None = None) -> None:
         """Cut the windows.

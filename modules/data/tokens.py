@@ -16,9 +16,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from secateur.modules.data.sources import Source
+from secateur.pruning.files.checksums import damaged_files, write_sums
 
 TRAIN, HELD_OUT = "train.npy", "held_out.npy"
-_FORMAT = "secateur-tokens-1"
+_FORMAT = "secateur-tokens-2"
+_PLACE = ("_name_or_path", "is_local", "local_files_only", "name_or_path")
+"""What a tokenizer's configuration tells of the place that it was loaded from."""
 _DOCUMENTS_AT_ONCE = 256  # enough for the threads of a fast tokenizer, little memory
 
 
@@ -28,8 +31,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
-            # The configuration file tells where a tokenizer was loaded from, too.
-            if path.is_file() and path.name != "tokenizer_config.json":
+            if path.name == "tokenizer_config.json":
+                settings = json.loads(path.read_text(encoding="utf-8"))
+                decides = {key: value for key, value in settings.items() if key not in _PLACE}
+                content.update(json.dumps(decides, sort_keys=True).encode())
+            elif path.is_file():
                 content.update(path.name.encode() + path.read_bytes())
     return content.hexdigest()
 
@@ -65,8 +71,16 @@ def tokenise(
         tokenizer: Encodes them with its usual special tokens.
         held_out: Share of the documents to hold out, in (0, 1), or None.
         entry: Folder to make.
+
+    Raises:
+        ValueError: The cache has an entry that is damaged.
     """
     if entry.is_dir():
+        if damaged := damaged_files(entry, (TRAIN, HELD_OUT)):
+            raise ValueError(
+                f"`cache_dir`: {entry / damaged[0]} is not as it was written. Delete {entry}; the "
+                "text is tokenised again."
+            )
         return
     rank_zero_info(f"Tokenising {len(sources)} files or data sets into {entry} ...")
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +95,7 @@ def tokenise(
                 arrays[int((number + 1) * share) > int(number * share)].append(ids)
             for array in arrays:
                 array.finish()
+        write_sums(made, (TRAIN, HELD_OUT))
         try:
             made.rename(entry)
         except OSError:

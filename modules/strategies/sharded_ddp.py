@@ -56,7 +56,7 @@ class ShardedDDP(DDPStrategy):
         Raises:
             ValueError: It trains the model itself.
         """
-        if not getattr(model, "frozen", False):
+        if not getattr(model, "frozen_weights", False):
             raise ValueError(
                 f"`strategy` ShardedDDP divides a frozen model, and {type(model).__name__} trains "
                 "its own; use Zero or DDP."

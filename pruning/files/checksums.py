@@ -59,19 +59,17 @@ def write_sums(folder: Path, names: Iterable[str]) -> None:
     (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Names of files that are not as they were when `write_sums` noted them; of all, if that is
-    lost.
-    """
+def damaged_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of some files that are not as they were when `write_sums` noted them."""
     try:
-        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        sums = dict(json.loads((folder / SUMS).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
         return [SUMS]
     found = []
-    for name, expected in sums.items():
+    for name in names:
         try:
             with (folder / name).open("rb") as file:
-                same = checksum(file) == expected
+                same = checksum(file) == sums.get(name)
         except OSError:
             same = False
         found += [] if same else [name]

@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.pruning.blocks.linears import weight_of
+from secateur.pruning.files.checksums import tensor_checksum
 from secateur.pruning.files.settings import differences
 from secateur.pruning.weights.masks import pack, unpack
 from secateur.pruning.weights.parts import PrunedBlock
 
 RUN = "run.json"
 _MASK = ".mask"
+_BLOCK, _PARTIAL = "block-*.safetensors", ".{}.partial"
 
 
 class BlockStore:
@@ -44,10 +46,11 @@ class BlockStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings: dict[str, Any] = {}
         """All that is known to decide the run."""
+        self._whole: set[int] = set()  # blocks whose checksums were compared
         if self._blocks():
             try:
-                self.settings = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                self.settings = dict(json.loads((self.folder / RUN).read_text(encoding="utf-8")))
+            except (OSError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{self.folder / RUN} does not tell what run the blocks beside it belong to: "
                     f"{error}. Delete {self.folder}; they are pruned again."
@@ -75,7 +78,7 @@ class BlockStore:
         _replace(self.folder / RUN, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def _blocks(self) -> list[Path]:
-        return sorted(self.folder.glob("block-*.safetensors"))
+        return sorted(self.folder.glob(_BLOCK))
 
     def path(self, index: int) -> Path:
         """The file of a block."""
@@ -87,7 +90,9 @@ class BlockStore:
         for path, mask_OI in pruned.masks.items():
             tensors[f"{path}.weight"] = weight_of(block, path).detach().contiguous()
             tensors[f"{path}{_MASK}"] = pack(mask_OI)
-        metadata = {"notes": json.dumps(list(pruned.notes))}
+        notes = json.dumps(list(pruned.notes))
+        metadata = {"notes": notes, "checksum": tensor_checksum(tensors, f"{index} {notes}")}
+        self._whole.discard(index)
         _replace(self.path(index), lambda partial: save_file(tensors, partial, metadata=metadata))
 
     @torch.no_grad()
@@ -124,17 +129,51 @@ class BlockStore:
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
+        """The file of a block, whose checksum is found right before it is read for the first time.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path = self.path(index)
         try:
-            with safe_open(self.path(index), framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
+                if index not in self._whole:
+                    _check(file, index)
+                    self._whole.add(index)
                 yield file
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.path(index)} is damaged: {error}. Delete it; the block is pruned again."
+                f"{path} is damaged: {error}. Delete it; the block is pruned again."
             ) from error
+
+
+def delete_blocks(folder: Path) -> None:
+    """Delete the finished blocks in a folder; what somebody else has put beside them stays."""
+    for pattern in (_BLOCK, _PARTIAL.format("*"), RUN):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _check(file: Any, index: int) -> None:
+    """Compare a file with the checksum that it carries.
+
+    Raises:
+        ValueError: They differ.
+    """
+    told = file.metadata()
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if tensor_checksum(tensors, f"{index} {told['notes']}") != told["checksum"]:
+        raise ValueError("its checksum is another one")
 
 
 def _replace(path: Path, write: Any) -> None:
     """A file that is either the old one or the complete new one, whenever the run is killed."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
+    partial = path.with_name(_PARTIAL.format(path.name))
+    try:
+        write(partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)

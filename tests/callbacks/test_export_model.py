@@ -62,7 +62,9 @@ def test_a_run_that_ended_early_is_told(tmp_path: Path) -> None:
         ExportModel().on_fit_end(fake_trainer(tmp_path, 3), Exporter())
 
 
-@pytest.mark.parametrize("folder", ["plan", "checkpoints/best", "", "."])
-def test_a_folder_that_a_run_keeps_something_else_in_is_refused(folder: str) -> None:
-    with pytest.raises(ValueError, match="`folder` .* of ExportModel .*; choose another name"):
+@pytest.mark.parametrize("folder", ["plan", "checkpoints/best", "", ".", "/", "../x", "a/../../x"])
+def test_a_folder_elsewhere_or_of_something_else_is_refused(folder: str) -> None:
+    with pytest.raises(
+        ValueError, match="`folder` .* of ExportModel .*; choose a.* name, such as model"
+    ):
         ExportModel(folder)

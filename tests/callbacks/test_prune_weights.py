@@ -218,8 +218,7 @@ def test_pruning_with_updates_gives_what_the_loop_made_of_their_sum(
     class Watched(PruneWeights):
         def _prune(self, trainer: Trainer, module: Any, step: int, sparsity: float) -> None:
             super()._prune(trainer, module, step, sparsity)
-            store = BlockStore.__new__(BlockStore)
-            store.folder = tmp_path / "weights" / "blocks"
+            store = BlockStore(tmp_path / "weights" / "blocks")
             stored = {name: store.weight(*place(name)) for name in self.masks}
             made.append((stored, weights_of(module, self.masks)))
 

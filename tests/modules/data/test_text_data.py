@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -417,11 +418,17 @@ def test_lightning_cli_makes_it(
     ("name", "content", "message"),
     [
         ("a.txt", b"\xff\xfe\x00\x01binary", "`train`: .*a.txt: the file is not UTF-8 text"),
-        ("a.txt", b"abc\0def", "zero bytes"),
+        ("a.txt", b"abc\nde\0f", "a.txt: line 2 holds a zero character and is not text"),
+        ("a.json", b'["a", "b\\u0000"]', "a.json: entry 1 holds a zero character"),
+        ("a.json", b'["a", "\\ud83d b"]', r"entry 1 holds half of a character, '.ud83d'"),
+        ("a.jsonl", b'"a"\n\n"\\ude00"', r"line 3 holds half of a character, '.ude00'"),
+        ("a.json", b"[" * 100_000, "the file is not JSON"),
+        ("a.jsonl", b'{"messages": []}', "line 1 has no 'text'; it has 'messages', and chats are"),
         ("a.txt", b"", "`train` holds no text"),
         ("a.json", b"[]", "`train` holds no text"),
         ("a.json", b"{", "the file is not JSON"),
-        ("a.json", b'{"text": "a"}', "must hold a list"),
+        ("a.json", b'{\n"text": "a"}', "must hold a list"),
+        ("a.json", b'{"text": "a"}\n{"txt": "b"}', "line 2 has no 'text'; .* one of 'txt'"),
         ("a.json", b"[1]", "entry 0 holds int, not text"),
         ("a.jsonl", b'{"body": "a", "id": 1}', "line 1 has no 'text'; set `text_field` to one of "
          "'body', 'id'"),
@@ -446,6 +453,113 @@ def test_a_parquet_column_that_is_missing_is_named(
         make(tmp_path / "a.parquet").setup()
     with pytest.raises(ValueError, match="holds int, not text"):
         make(tmp_path / "a.parquet", text_field="id").setup()
+    many = pa.table({"text": ["a"] * 70_000 + ["b\0"]})
+    pq.write_table(many, tmp_path / "b.parquet", row_group_size=1000)
+    with pytest.raises(ValueError, match="b.parquet: row 70000 holds a zero character"):
+        make(tmp_path / "b.parquet").setup()
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:40] = bytes(36)
+    (tmp_path / "c.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="c.parquet: not a parquet file, or damaged"):
+        make(tmp_path / "c.parquet", text_field="body").setup()
+
+
+def test_json_lines_are_read_whatever_the_suffix(
+    tmp_path: Path, make: Callable[..., TextData]
+) -> None:
+    lines = "\n".join(json.dumps({"text": text, "id": 1}) for text in documents(40))
+    found = []
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(lines)
+        data = make(tmp_path / name)
+        data.setup()
+        found.append(all_tokens(data.train_windows))
+    assert found[0] == found[1]
+
+
+def test_a_folder_says_what_it_gives_and_skips_the_rest(
+    tmp_path: Path, make: Callable[..., TextData], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, texts = tmp_path / "folder", documents(40)
+    (folder / ".git").mkdir(parents=True)
+    (folder / "b").mkdir()
+    write(folder / "a.json", texts[:20])
+    write(folder / "b" / "c.json", texts[20:])
+    write(folder / ".git" / "d.json", ["not this"] * 50)
+    write(folder / ".hidden.json", ["nor this"] * 50)
+    (folder / "b" / "config.json").write_text('{\n  "model_type": "llama"\n}')
+    (folder / "LICENSE").write_text("nor that")
+    write(tmp_path / "same.json", texts)
+    expected, data = make(tmp_path / "same.json"), make(folder)
+    expected.setup()
+    with caplog.at_level("INFO"):
+        data.setup()
+    assert all_tokens(data.train_windows) == all_tokens(expected.train_windows)
+    assert f"train: 2 files of {folder}: a.json, b/c.json; not " in caplog.text
+    assert "b/config.json" in caplog.text
+
+
+def test_a_data_set_on_disk_is_read(
+    tmp_path: Path, make: Callable[..., TextData], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = documents(40)
+    rows = datasets.Dataset.from_dict({"text": texts})
+    rows.save_to_disk(tmp_path / "rows")
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict(test=rows).save_to_disk(tmp_path / "other")
+    expected = make(write(tmp_path / "same.json", texts))
+    expected.setup()
+    for name in ("rows", "splits", "splits/test"):
+        data = make(tmp_path / name)
+        data.setup()
+        assert all_tokens(data.train_windows) == all_tokens(expected.train_windows)
+    with pytest.raises(ValueError, match="other has no split `train`; give one of .*other/test"):
+        make(tmp_path / "other").setup()
+    with pytest.raises(ValueError, match="rows has no column 'body'; .* one of 'text'"):
+        make(tmp_path / "rows", text_field="body").setup()
+    next((tmp_path / "rows").glob("*.arrow")).write_bytes(b"no")
+    with pytest.raises(ValueError, match="rows is a data set on disk that cannot be read"):
+        make(tmp_path / "rows").setup()
+
+
+def test_a_damaged_cache_is_told_with_what_to_delete(
+    tmp_path: Path, make: Callable[..., TextData]
+) -> None:
+    path = write(tmp_path / "a.json", documents(40))
+    make(path).setup()
+    (entry,) = (tmp_path / "cache").iterdir()
+    for name in ("train.npy", "held_out.npy", "checksums.json"):
+        whole = (entry / name).read_bytes()
+        content = bytearray(whole)
+        content[-5] ^= 1
+        for damaged in (bytes(content), whole[:-3], b"{}", None):
+            (entry / name).unlink()
+            if damaged is not None:
+                (entry / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"is not as it was written. Delete {entry}"):
+                make(path).setup()
+        (entry / name).write_bytes(whole)
+    make(path).setup()
+
+
+def test_what_a_tokenizer_is_told_to_do_makes_other_tokens(
+    tmp_path: Path, make: Callable[..., TextData], tokenizer: str
+) -> None:
+    path = write(tmp_path / "a.json", [f"{text}</s>" for text in documents(40)])
+    settings = json.loads(Path(tokenizer, "tokenizer_config.json").read_text())
+    shutil.copytree(tokenizer, tmp_path / "moved")
+    shutil.copytree(tokenizer, tmp_path / "split")
+    (tmp_path / "split" / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"split_special_tokens": True})
+    )
+    first, moved, split = (
+        make(path, tokenizer=str(tmp_path / name)) for name in ("tokenizer", "moved", "split")
+    )
+    for data in (first, moved, split):
+        data.setup()
+    assert moved.fingerprint == first.fingerprint
+    assert split.fingerprint != first.fingerprint
+    assert len(split.train_windows) > len(first.train_windows)
 
 
 def test_missing_files_and_hub_data_are_told(

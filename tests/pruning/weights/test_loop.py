@@ -35,7 +35,7 @@ from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerRow, Uns
 from secateur.pruning.weights.recipe import WeightRecipe
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
 from secateur.pruning.weights.sparsity import plot_sparsity, sparsity_report
-from secateur.pruning.weights.store import BlockStore
+from secateur.pruning.weights.store import BlockStore, delete_blocks
 from secateur.pruning.weights.wanda import Wanda
 from tests.tiny import tiny_family_folder, tiny_folder, tiny_llama, tiny_model
 
@@ -147,9 +147,37 @@ def test_a_run_that_was_killed_goes_on_at_its_block(tmp_path: Path) -> None:
         store.weight(1, "mlp.up_proj.weight")
     store.path(1).unlink()
     again_with()
+    content = bytearray(store.path(1).read_bytes())
+    for place in (len(content) - 9, len(content) // 2, content.index(b"mlp.up_proj.mask") + 4):
+        content[place] ^= 1  # in the numbers of a tensor, or in its name
+        store.path(1).write_bytes(content)
+        with pytest.raises(ValueError, match="block-00001.* is damaged: "):
+            again_with()
+        with pytest.raises(ValueError, match="block-00001.* is damaged: "):
+            BlockStore(tmp_path / "killed").weight(1, "mlp.up_proj.weight")
+        content[place] ^= 1
+    store.path(1).write_bytes(store.path(0).read_bytes())  # another block
+    with pytest.raises(ValueError, match="block-00001.* is damaged: its checksum is another one"):
+        again_with()
+    store.path(1).write_bytes(content)
+    again_with()
     (store.folder / "run.json").write_text('{"pat')
     with pytest.raises(ValueError, match="run.json does not tell what run .* Delete "):
         BlockStore(tmp_path / "killed")
+
+
+def test_only_blocks_are_deleted(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks")
+    prune_weights(LiveBlocks(tiny_llama()), WeightRecipe(HALF, Magnitude()), store=store)
+    (store.folder / ".block-00001.safetensors.partial").touch()
+    thesis = store.folder / "block-chain-thesis.txt"
+    thesis.touch()
+    delete_blocks(store.folder)
+    assert list(store.folder.iterdir()) == [thesis]
+    thesis.unlink()
+    delete_blocks(store.folder)
+    assert not store.folder.exists()
+    delete_blocks(store.folder)
 
 
 def test_blocks_go_into_the_model_that_they_are_of(tmp_path: Path) -> None:

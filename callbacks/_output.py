@@ -1,0 +1,31 @@
+"""Where callbacks may write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_TAKEN = ("plan", "plots", "checkpoints", "metrics", "logs", "depth", "weights", "widths", "model")
+
+
+def check_folder(callback: str, folder: str, *own: str) -> None:
+    """Check that a folder lies in the output folder of the run, and that it holds nothing else.
+
+    Args:
+        callback: Name of the callback.
+        folder: Its setting `folder`.
+        own: Folders of a run that are for such callbacks.
+
+    Raises:
+        ValueError: It lies elsewhere, or a run keeps something else there.
+    """
+    path = Path(folder)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(
+            f"`folder` {folder!r} of {callback} does not lie below `trainer.default_root_dir`; "
+            f"choose a name, such as {own[0]}."
+        )
+    if path.parts[0] in {*_TAKEN} - {*own}:
+        raise ValueError(
+            f"`folder` {folder!r} of {callback} is where a run keeps something else; choose "
+            f"another name, such as {own[0]}."
+        )
