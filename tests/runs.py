@@ -24,6 +24,15 @@ NOISE = [
 ]
 CALLBACKS = ("AnnealSparsity", "TrackBudget", "PlotWidths", "SaveCheckpoint", "ExportModel")
 
+# A ranking, a refit and a guard on as little text as these tests have.
+QUICK = (
+    "--model.learning.start.search.rounds=2",
+    "--model.learning.start.search.batches_per_round=1",
+    "--model.learning.start.search.batch_size=4",
+    "--model.settle.refit_windows=40",
+    "--model.settle.held_back_windows=8",
+)
+
 
 def call(arguments: Sequence[str]) -> TrainCLI:
     """Run the command line in this process, as if `arguments` had been typed."""
@@ -87,6 +96,7 @@ def learn_masks(
         "--model=MaskLearning",
         f"--model.base={folder / 'base'}",
         *on_text(folder, root),
+        *QUICK,
         f"--trainer.max_steps={max_steps}",
         *with_callbacks(callbacks, every_n_steps),
     ]
