@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from secateur.ranks import flat, refuse_differences
-from tests.ranks import finish, start
+from tests.ranks import Ranks
 from tests.runs import (
     NOISE,
     call,
@@ -52,7 +53,7 @@ def test_the_rank_and_every_setting_that_differs_are_named() -> None:
         refuse_differences([same, same, other])
 
 
-STRATEGY = "--trainer.strategy=ShardedDDP"
+ON_TWO = ("--trainer.devices=2", "--trainer.strategy=ShardedDDP", "--trainer.logger=false")
 REFUSED = {
     "refused_seed": ("--data.seed={rank}", "`--data.seed` is 1 there and 0 on rank 0"),
     "refused_everything": ("--seed_everything={rank}", "`--seed_everything` is 1 there and 0"),
@@ -64,7 +65,8 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two ranks in a folder with two models, two texts and a checkpoint of each."""
     folder = make_inputs(tmp_path_factory.mktemp("ranks"))
     make_inputs(folder / "other", intermediate_size=40)
     for rank, base in enumerate((folder / "base", folder / "other" / "base")):
@@ -74,16 +76,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         call([*run, "--trainer.logger=false", "--trainer.limit_val_batches=0"])
         path = folder / f"alone{rank}" / "checkpoints" / f"step={2 + rank}.ckpt"
         shutil.copy(path, folder / f"{rank}.ckpt")
-    two = ["--trainer.devices=2", STRATEGY, "--trainer.logger=false"]
-    fit = [*learn_masks(folder, folder / "fit", 3, ["AnnealSparsity", "SaveCheckpoint"]), *two]
-    all_runs = {"fit": fit}
-    for name in ("validate", "test", "predict"):
-        all_runs[name] = [*measure(folder, name, folder / "fit"), *two]
-    for name, (setting, _) in REFUSED.items():
-        run = [*learn_masks(folder, folder / name, 3, ["SaveCheckpoint"]), *two]
-        all_runs[name] = [*run, setting.replace("FOLDER", str(folder))]
-    finish(folder, start(folder, all_runs), timeout=400)
-    return folder
+    started = Ranks(folder)
+    yield started
+    started.close()
 
 
 def measure(folder: Path, name: str, root: Path) -> list[str]:
@@ -94,23 +89,29 @@ def measure(folder: Path, name: str, root: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
-def test_ranks_of_different_settings_are_refused_by_all(name: str, runs: Path) -> None:
-    said = [(runs / f"{name}.{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
-    assert said[0] == said[1]
-    assert said[0].startswith("Rank 1 (")
-    _, message = REFUSED[name]
+def test_ranks_of_different_settings_are_refused_by_all(name: str, ranks: Ranks) -> None:
+    setting, message = REFUSED[name]
+    run = [*learn_masks(ranks.folder, ranks.folder / name, 3, ["SaveCheckpoint"]), *ON_TWO]
+    here, there = ranks.errors(name, [*run, setting.replace("FOLDER", str(ranks.folder))])
+    assert here == there
+    assert here.startswith("Rank 1 (")
     with pytest.raises(ValueError, match=message):
-        raise ValueError(said[0])
-    assert not (runs / name / "checkpoints").exists()
+        raise ValueError(here)
+    assert not (ranks.folder / name / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_a_divided_model_is_measured_as_one_that_is_whole(runs: Path) -> None:
+def test_a_divided_model_is_measured_as_one_that_is_whole(ranks: Ranks) -> None:
     """Every window by one of the ranks."""
-    path = f"--ckpt_path={runs / 'fit' / 'checkpoints' / 'step=3.ckpt'}"
-    call([*measure(runs, "predict", runs / "one"), path])
+    folder = ranks.folder
+    fit = learn_masks(folder, folder / "fit", 3, ["AnnealSparsity", "SaveCheckpoint"])
+    ranks.run("fit", [*fit, *ON_TWO])
+    for name in ("validate", "test", "predict"):
+        ranks.run(name, [*measure(folder, name, folder / "fit"), *ON_TWO])
+    path = f"--ckpt_path={folder / 'fit' / 'checkpoints' / 'step=3.ckpt'}"
+    call([*measure(folder, "predict", folder / "one"), path])
     expected, found = {}, {}
-    for path, into in ((runs / "one", expected), (runs / "fit", found)):
+    for path, into in ((folder / "one", expected), (folder / "fit", found)):
         for rows in path.glob("predictions_*.csv"):
             with rows.open(encoding="utf-8") as file:
                 into |= {row["window"]: float(row["nll"]) for row in csv.DictReader(file)}

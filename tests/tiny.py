@@ -48,17 +48,18 @@ def tiny_llama_config(**overrides: Any) -> LlamaConfig:
     return LlamaConfig(**settings | overrides)
 
 
-def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, std: float = 0.2, **overrides: Any) -> LlamaForCausalLM:
     """A Llama in evaluation mode whose every parameter matters, see `randomise`.
 
     Args:
         seed: Seed of the weights; the global random state stays as it is.
+        std: Standard deviation of all weights but those of norms, above 0.
         overrides: Fields of `LlamaConfig`, such as `tie_word_embeddings=True`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(**overrides)).eval()
-        randomise(model)
+        randomise(model, std)
     return model
 
 
@@ -172,17 +173,21 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel, std: float = 0.2) -> None:
     """Draw all parameters anew, from the global random state.
 
     Norms and biases too: at their usual ones and zeros, a mistake in handling them would not show.
+
+    Args:
+        model: The model.
+        std: Standard deviation of all parameters but those of norms, above 0.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=std)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
