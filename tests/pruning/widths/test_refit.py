@@ -15,7 +15,8 @@ from secateur.pruning.plan import Plan, full_plan, plan_from_indices
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gradual_ranking import GradualRanking
-from secateur.pruning.widths.refit import LayerRefit, Sums, refit, solve
+from secateur.pruning.widths.refit import LayerRefit, refit
+from secateur.pruning.widths.ridge import Sums, solve, squared_error
 from secateur.pruning.widths.width_magnitude import RandomOrder
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VARIANTS, VOCABULARY, tiny_family_folder, tiny_llama, tiny_model
@@ -52,6 +53,10 @@ def test_a_case_by_hand() -> None:
     gram_KK, cross_OK = sums.gram_KK[:1, :1], sums.cross_YK[:, :1]
     solved_OK, used = solve(gram_KK, cross_OK, torch.ones(1, 1), 0.5)
     assert (float(solved_OK), used) == (pytest.approx(17 / 9), 0.5)
+    layer = torch.nn.Linear(1, 1, bias=False)
+    for weight, left in ((1.0, 11.0), (17 / 9, 41 / 27)):
+        torch.nn.init.constant_(layer.weight, weight)
+        assert squared_error(layer, sums) == pytest.approx(left / 33)  # 33 = 2^2 + 2^2 + 5^2
     # Two inputs that are the same: damping shares the target out evenly.
     gram_KK, cross_OK = torch.full((2, 2), 2.0), torch.tensor([[4.0, 4.0]])
     solved_OK, _ = solve(gram_KK, cross_OK, torch.zeros(1, 2), 0.5)
