@@ -267,8 +267,10 @@ _HELP = """\
 Cut a checkpoint down to a plan, without loading the model.
 
 BASE is streamed: memory is that of one output shard, whatever the size of the model. OUT gets
-weights in the type of BASE, config.json, tokenizer, the plan, and the modelling file if the widths
-differ between blocks (load with `trust_remote_code=True`); a uniform plan leaves a stock model.
+weights in the type of BASE, config.json, tokenizer, the plan, and the code that loads it if the
+widths differ between blocks (load with `trust_remote_code=True`); a uniform plan leaves a stock
+model. BASE may be a narrow model itself, and OUT is narrow then.
+
 OUT appears when it is complete. The plan must have been made for exactly BASE, which is checked by
 a hash of its files. Whether OUT computes what the masked model computes is proven at the end of a
 training run, which loads both; here nothing is run.

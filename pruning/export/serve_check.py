@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.pruning.export.servers import SERVERS, Answer, Server, running
+from secateur.pruning.files.base_model import BaseModel
 
 _PROMPTS = (
     "The",
@@ -105,8 +105,9 @@ class _Prompt:
 
 def _reference(folder: Path, dtype: str) -> tuple[list[_Prompt], int]:
     """Prompts with what transformers computes here, and the positions of the model."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    base = BaseModel(folder)
+    tokenizer: Any = base.tokenizer()
+    model: Any = base.load(dtype)
     model.eval()
     positions = model.config.max_position_embeddings
     prompts = []

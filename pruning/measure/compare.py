@@ -25,8 +25,8 @@ Measure models side by side; the first one is the dense model.
 
 A text is tokenised with the tokenizer of the first model, as this does by itself (BOS in front for
 Llama and Gemma), and cut into windows without overlap. A task is a file of JSON lines with the
-context `ctx`, the texts `endings` and the place `label` of the right one, from 0. Code that lies in
-a model folder is run (trust_remote_code): give folders that you trust.
+context `ctx`, the texts `endings` and the place `label` of the right one, from 0. Narrow models run
+by Secateur's own code; code that lies in a model folder is not run.
 
 example:
   python -m secateur compare dense=path/to/base pruned=runs/disp/model \\
