@@ -301,6 +301,14 @@ class Plan:
         sites = tuple(Site(block, name, size) for block, name, size in description["sites"])
         if missing := [site.key for site in sites if site.key not in tensors]:
             raise ValueError(f"{folder / TENSORS} lacks the sites {', '.join(missing)}.")
+        indices = {site.key for site in sites}
+        for name, tensor in tensors.items():
+            expected = torch.int32 if name in indices else torch.float32
+            if tensor.dtype != expected or tensor.dim() != 1:
+                raise ValueError(
+                    f"{folder / TENSORS} has {name} as {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}, expected a vector of {expected}; it is damaged."
+                )
         return cls(
             model_type=description["model_type"],
             base=description["base"],

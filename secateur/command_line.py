@@ -6,13 +6,13 @@ import csv
 import re
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -30,6 +30,7 @@ from secateur.pruning.files.checkpoints import (
 from secateur.pruning.files.lock import locked
 from secateur.pruning.protocols import ChecksFirst
 from secateur.ranks import CompareRanks
+from secateur.trainer_settings import REFUSED_CALLBACKS, check_trainer
 
 DEFAULTS = {
     "default_root_dir": "runs/default",
@@ -58,13 +59,12 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._typed: dict[str, typed.Node] = {}
-        with ExitStack() as self._held:
-            try:
-                super().__init__(*args, **kwargs)
-            except ValueError as error:
-                if type(error) is ValueError:  # others have more than words
-                    error.args = (as_typed(str(error), error.__traceback__, self._typed),)
-                raise
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:
+            if type(error) is ValueError:  # others have more than words
+                error.args = (as_typed(str(error), error.__traceback__, self._typed),)
+            raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find out which checkpoint is meant before anybody reads it.
@@ -82,6 +82,8 @@ class TrainCLI(LightningCLI):
         self._typed = typed.read(arguments)
         subcommand = self.config["subcommand"]
         config: Any = self.config[subcommand]
+        if type(seed := config.seed_everything) is int and not 0 <= seed < 2**32:
+            raise UsageError(f"`--seed_everything` must be in [0, 2^32), got {seed}.")
         choose = {"last": latest_checkpoint, "best": best_checkpoint}.get(config.ckpt_path)
         if choose:
             root = config.trainer.default_root_dir
@@ -120,12 +122,13 @@ class TrainCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from other settings.
+        """Check settings of the trainer, and fill in what follows from others.
 
         Raises:
-            ValueError: Training would never end.
+            ValueError: One is out of its range, or training would never end.
         """
         config: Any = self.config[self.subcommand]
+        check_trainer(config.trainer, fitting=self.subcommand == "fit")
         root = config.trainer.default_root_dir
         if config.trainer.logger is None:
             config.trainer.logger = [
@@ -161,17 +164,14 @@ class TrainCLI(LightningCLI):
         """Make the trainer: checkpoints are those of SaveCheckpoint, or there are none.
 
         Raises:
-            ValueError: Lightning's own are asked for, which `--ckpt_path last` does not find.
+            ValueError: There is a callback that does not go with what is here.
         """
         given = self.config_init[self.subcommand].trainer.callbacks
         callbacks = given if isinstance(given, list) else [given]
         for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
-                raise ValueError(
-                    f"`trainer.callbacks` has {type(callback).__name__}, whose checkpoints "
-                    "`--ckpt_path last` does not find. Take SaveCheckpoint: it always "
-                    "has the last; `keep_best` and `monitor` do what `save_top_k` does."
-                )
+            for kind in type(callback).__mro__:
+                if why := REFUSED_CALLBACKS.get(kind.__name__):
+                    raise ValueError(f"`trainer.callbacks` has {kind.__name__}, which {why}.")
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             kwargs["enable_checkpointing"] = False  # else Lightning adds its own
         trainer = super().instantiate_trainer(**kwargs)
@@ -180,16 +180,17 @@ class TrainCLI(LightningCLI):
             trainer.callbacks.insert(0, CompareRanks(yaml.safe_load(told)))  # type: ignore[attr-defined]
         return trainer
 
-    def before_fit(self) -> None:
-        """Take the output folder, and ask callbacks that may refuse to, before text is tokenised
-        and a model is read.
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command, on models that are there; fitting takes the output folder for itself."""
+        if getattr(self.model, "base", None) is not None:
+            _ = self.model.base_folder  # else a wrong base would be a wrong tokenizer
+        root, setting = Path(self.trainer.default_root_dir), "trainer.default_root_dir"
+        writes = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(root, setting) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
 
-        Raises:
-            ValueError: The folder is in use, or a callback refuses.
-        """
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            root = Path(self.trainer.default_root_dir)
-            self._held.enter_context(locked(root, "trainer.default_root_dir"))
+    def before_fit(self) -> None:
+        """Ask callbacks that may refuse to, before text is tokenised and a model is read."""
         if not self.trainer.checkpoint_callbacks:  # nobody to whom signals could wait
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -219,7 +219,8 @@ def as_typed(message: str, raised: TracebackType | None, tree: Mapping[str, Node
         for path, kind in [*near, *places]:
             if first in _parameters(kind):
                 whose = f" of {kind.__name__}" if path == "trainer.callbacks" else ""
-                return f"`--{path}.{match[1]}`{whose}"
+                told = message[match.end() :].startswith(whose)
+                return f"`--{path}.{match[1]}`{'' if told else whose}"
         return match[0]
 
     return re.sub(r"`([a-z_][a-z_0-9.]*)`", typed, message)

@@ -6,6 +6,7 @@ their own words, or in better ones where these do not help.
 
 from __future__ import annotations
 
+import linecache
 import os
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,7 @@ _LONGEST = 600  # characters of a line
 _OURS = (ValueError, OSError, FloatingPointError, ImportError)
 
 # By name: the libraries may not be loaded, and take seconds.
-_OF_LIBRARIES = {
-    "MisconfigurationException": "{}",
-    "SafetensorError": "{}",
+_BETTER = {
     "DistNetworkError": (
         "{} Another program may listen there: MASTER_PORT names another port, 1024 to 65535."
     ),
@@ -56,8 +55,9 @@ def told() -> Iterator[None]:
 
 def explain(error: BaseException) -> str | None:
     """An error in at most three lines; None if it is no mistake of a user."""
-    words = "{}" if isinstance(error, _OURS) else _of_library(error)
-    if words is None:
+    names = [kind.__name__ for kind in type(error).__mro__]
+    words = next((_BETTER[name] for name in names if name in _BETTER), "{}")
+    if words == "{}" and not isinstance(error, _OURS) and not _of_library(error):
         return None
     notes = [line for note in getattr(error, "__notes__", ()) for line in _lines(note)]
     if not isinstance(error, UsageError):
@@ -69,9 +69,18 @@ def explain(error: BaseException) -> str | None:
     return "\n".join([*own, *notes])
 
 
-def _of_library(error: BaseException) -> str | None:
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return next((_OF_LIBRARIES[name] for name in names if name in _OF_LIBRARIES), None)
+def _of_library(error: BaseException) -> bool:
+    """Whether a library has raised an error on purpose, as it does about a wrong setting."""
+    if type(error).__module__.startswith("safetensors"):  # compiled, it has no place
+        return True
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    file = place.tb_frame.f_code.co_filename
+    line = linecache.getline(file, place.tb_lineno).strip()
+    return "site-packages" in file and line.startswith("raise")
 
 
 def _text(error: BaseException) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from secateur import program, yaml_text
 from secateur.command_line import TrainCLI
 from secateur.mistakes import explain
 from secateur.pruning.commands import UsageError
+from secateur.pruning.files.checkpoints import seal, write_whole
+from secateur.trainer_settings import check_trainer
 from tests.runs import NOISE, learn_masks, make_inputs
 
 pytestmark = NOISE
@@ -232,6 +237,91 @@ def test_settings_are_named_as_they_are_typed(
     assert message in told(arguments, monkeypatch, capsys, code=1)
 
 
+ODD = {
+    "accumulate_grad_batches": (-1, "must be 1 or more, got -1"),
+    "gradient_clip_val": (-1.0, "must be 0 or more, got -1.0"),
+    "max_steps": (-5, "must be -1 or more, got -5"),
+    "val_check_interval": (0.5, "must be a whole number of batches, 1 or more, got 0.5"),
+    "limit_train_batches": (0, "is 0, so that nothing is trained"),
+    "barebones": (True, "leaves out logs and checkpoints"),
+    "precision": ("bf16-true", "Take 32-true with `--model.dtype bfloat16`, or bf16-mixed"),
+    "strategy": ("ddp_spawn", "take ddp, which starts them anew"),
+    "devices": ("-2", "must be 1 or more, or -1 for all, got -2"),
+    "accelerator": ("gpu", "sees no GPU here; take cpu"),
+}
+PLAIN = {
+    "accumulate_grad_batches": 1, "gradient_clip_val": None, "log_every_n_steps": 50,
+    "max_epochs": -1, "max_steps": 8, "num_nodes": 1, "num_sanity_val_steps": None,
+    "val_check_interval": None, "limit_train_batches": None, "barebones": False,
+    "precision": None, "strategy": "auto", "devices": "auto", "accelerator": "cpu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_trainer_is_not_told_what_it_would_do_otherwise(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    check_trainer(SimpleNamespace(**PLAIN), fitting=True)
+    value, message = ODD[name]
+    with pytest.raises(ValueError, match=f"`trainer.{name}` ?.*{re.escape(message)}"):
+        check_trainer(SimpleNamespace(**PLAIN | {name: value}), fitting=True)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.0])
+def test_validation_is_timed_in_batches(every: float) -> None:
+    with pytest.raises(ValueError, match=f"1 or more, got {every}"):
+        check_trainer(SimpleNamespace(**PLAIN | {"val_check_interval": every}), fitting=True)
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._util.JsonargparseWarning")
+@pytest.mark.parametrize(
+    ("setting", "message", "code"),
+    [
+        ("--seed_everything=-1", "`--seed_everything` must be in [0, 2^32), got -1.", 2),
+        ("--trainer.default_root_dir=/proc/no", "`--trainer.default_root_dir` /proc/no cannot", 1),
+        ("--data.cache_dir=/proc/no", "`--data.cache_dir` /proc/no cannot be made", 1),
+        ("--trainer.devices=-2", "`--trainer.devices` must be 1 or more", 1),
+        (
+            "--trainer.callbacks+=lightning.pytorch.callbacks.StochasticWeightAveraging "
+            "--trainer.callbacks.swa_lrs=0.1",
+            "has StochasticWeightAveraging, which keeps copies of the weights",
+            1,
+        ),
+        (
+            "--trainer.val_check_interval=1 --trainer.callbacks.folder=model "
+            "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping "
+            "--trainer.callbacks.monitor=val_los",
+            "metric `val_los` which is not available",
+            1,
+        ),
+    ],
+)
+def test_odd_settings_end_in_a_message(
+    setting: str,
+    message: str,
+    code: int,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*learn_masks(inputs, tmp_path / "run", 4), *setting.split()]
+    assert message in told(arguments, monkeypatch, capsys, code)
+
+
+def test_a_port_in_use_is_told_with_the_setting() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(RuntimeError) as error:
+            torch.distributed.TCPStore("127.0.0.1", taken.getsockname()[1], 1, True)
+    message = explain(error.value)
+    assert message is not None
+    assert "MASTER_PORT names another port" in message
+
+
 # The other commands
 
 
@@ -293,7 +383,12 @@ def test_a_checkpoint_chooses_no_class(
     monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "step=1.ckpt"
     settings = {"_class_path": "planted.Model", "base": "other"}
-    torch.save({"hyper_parameters": settings, "state_dict": {}}, path)
+
+    def write(file: BinaryIO) -> None:
+        torch.save({"hyper_parameters": settings, "state_dict": {}}, file)
+        seal(file, 1, 1)
+
+    write_whole(path, write)
     arguments = [*learn_masks(inputs, tmp_path / "run"), f"--ckpt_path={path}"]
     line.parse_arguments(line.parser, arguments)
     line._parse_ckpt_path()

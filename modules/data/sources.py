@@ -62,8 +62,8 @@ class LocalFile(Source):
             case ".txt":
                 text = self._decode(self.path.read_bytes(), "the file")
                 if wrong := _WRONG.search(text):
-                    line = text.count("\n", 0, wrong.start()) + 1
-                    raise self._error(f"line {line} holds {_no_character(wrong)}")
+                    place = text.count("\n", 0, wrong.start()) + 1
+                    raise self._error(f"line {place} holds {_no_character(wrong)}")
                 yield text
             case ".parquet":
                 yield from self._rows()

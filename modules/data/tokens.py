@@ -73,7 +73,7 @@ def tokenise(
         entry: Folder to make.
 
     Raises:
-        ValueError: The cache has an entry that is damaged.
+        ValueError: The cache has an entry that is damaged, or cannot be made.
     """
     if entry.is_dir():
         if damaged := damaged_files(entry, (TRAIN, HELD_OUT)):
@@ -83,7 +83,10 @@ def tokenise(
             )
         return
     rank_zero_info(f"Tokenising {len(sources)} files or data sets into {entry} ...")
-    entry.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`cache_dir` {entry.parent} cannot be made: {error.strerror}.") from error
     dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4")
     with tempfile.TemporaryDirectory(prefix=".making-", dir=entry.parent) as scratch:
         made = Path(scratch) / "entry"

@@ -29,10 +29,15 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
         setting: The setting that names it, for the message.
 
     Raises:
-        ValueError: Another process holds it; says which one, and since when.
+        ValueError: It cannot be written, or another process holds it; says which one, and since
+            when.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"`{setting}` {folder} cannot be written: {error.strerror}.") from error
+    with lock as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

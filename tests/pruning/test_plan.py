@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from secateur.pruning.families import FAMILIES, family_of
@@ -193,3 +194,13 @@ def test_which_plans_leave_a_stock_model() -> None:
     assert width(whole, two, whole, one) is None
     assert width(two, two, whole, two) is None
     assert width(two, whole, two, whole) is None  # no stock model has such norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_indices_of_another_type_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "plan", _plan())
+    tensors = load_file(folder / TENSORS)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name].to(dtype)}, folder / TENSORS)
+    with pytest.raises(ValueError, match=f"has {name} as {dtype} .*, expected a vector of"):
+        Plan.load(folder)
