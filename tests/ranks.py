@@ -120,6 +120,8 @@ def trained(module: Any) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Make the runs of the standard input as the rank that the environment names."""
     folder, rank = Path(sys.argv[1]), os.environ["LOCAL_RANK"]
+    # On every processor as on those without float16, where DeepSpeed chooses other types.
+    torch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: False
     for line in sys.stdin:
         run = json.loads(line)
         partial, kind = folder / f"{run['name']}.{rank}.partial", "pt"

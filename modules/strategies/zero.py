@@ -186,7 +186,11 @@ class Zero(DeepSpeedStrategy):
         with ExitStack() as stack:
             stack.enter_context(no_init_weights())
             stack.enter_context(prevent_arange_dtype_change())  # keeps rotary tables exact
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=self.config, dtype=dtype))
+            init = deepspeed.zero.Init(config_dict_or_path=self.config, dtype=dtype)
+            # Where the device has no float16, as CPUs without AVX512-FP16, its constructor takes
+            # bfloat16 whatever `dtype` says.
+            init.dtype = dtype
+            stack.enter_context(init)
             yield
 
     # Training.
