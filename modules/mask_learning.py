@@ -422,7 +422,8 @@ class MaskLearning(LanguageModelling):
         if not self.divided:
             found = self.trainer.strategy.broadcast(found)
         first_N: Tensor = self.hypernetwork().to(self.start_N)
-        return start.scale * found.to(self.start_N) - first_N
+        ranked_N: Tensor = start.scale * found.to(self.start_N)
+        return ranked_N - first_N
 
     def _text(self, count: int, seed: int) -> Tensor:
         """Windows of the training text (int64, shape (W, T)), again and again if it has fewer."""
