@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import data_folder, evaluation_windows, write_figures
-from secateur.program import train as train
+from secateur.program import train
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.measure.report import count
 

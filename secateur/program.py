@@ -96,12 +96,12 @@ def _run(arguments: Sequence[str]) -> None:
     train()
 
 
-def train() -> TrainCLI:
-    """Parse what was typed for Lightning's commands, and run it."""
+def train(arguments: list[str] | None = None) -> TrainCLI:
+    """Parse what was typed for Lightning's commands, or a list of arguments, and run it."""
     quieten()  # before libraries are imported, which the other commands do without
     from secateur.command_line import main
 
-    return main()
+    return main(arguments)
 
 
 def _page() -> str:

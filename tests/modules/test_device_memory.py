@@ -109,7 +109,7 @@ def test_a_run_whose_weights_do_not_fit_stops_before_they_are_read(
     make_inputs(tmp_path)
     monkeypatch.setattr(device_memory, "memory_of", lambda device, ranks: 1000)
     monkeypatch.setattr(
-        "MaskLearning.configure_model",
+        "secateur.modules.mask_learning.MaskLearning.configure_model",
         lambda self: pytest.fail("the model was read"),
     )
     with pytest.raises(ValueError, match=r"This run needs about .*No setting of one such device"):
