@@ -168,7 +168,9 @@ def test_a_run_exports_the_original_weights_and_resumes_bitwise(
     call(on_four_bits(inputs, again, f"--ckpt_path={checkpoint}"))
     assert content(again / "plan") == content(root / "plan")
     eight = "--model.frozen.quantisation=EightBit"
-    with pytest.raises(ValueError, match=r"`quantisation` was 'FourBit\(\)' and is now 'EightBit"):
+    with pytest.raises(
+        ValueError, match=r"`--model.frozen.quantisation` was 'FourBit\(\)' and is now 'EightBit"
+    ):
         call(on_four_bits(inputs, tmp_path / "other", f"--ckpt_path={checkpoint}", eight))
 
 
