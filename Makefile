@@ -40,7 +40,7 @@ demo: setup
 	$(RUN) -m benchmarks.demo_compare runs/demo/disp runs/demo/dense/model runs/demo/text
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 test-fast: setup
 	$(RUN) -m pytest -m "not slow"
