@@ -1,7 +1,7 @@
 """Dense, learned, magnitude and random masks side by side, all at the same fraction of block FLOPs.
 
 Reads the run that `configs/demo/disp.yaml` left, makes the two plans that learn nothing and the
-learned one without its gains, exports them, and measures all models in one go on the validation
+learned one without refit and gains, exports them, and measures all models in one go on the validation
 text of the run.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
     budget = Budget(keep=float(learned.provenance["keep"]))
     table = budget.cost.table(models["dense"])
     scores: dict[str, WidthScore] = {"magnitude": WidthMagnitude(), "random": RandomOrder()}
-    plans = {"no gains": replace(learned, gains=None)}
+    plans = {"masks alone": replace(learned, gains=None)}
     for name, score in scores.items():
         ranking = GradualRanking(rounds=1).choose(models["dense"], budget, score)
         kept = ranking.kept(learned.sites)

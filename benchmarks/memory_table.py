@@ -23,11 +23,12 @@ from lightning.pytorch import Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
-from secateur.modules import MaskLearning
+from secateur.modules.mask_learning import FrozenBase, MaskLearning
 from secateur.modules.quantisation import EightBit, FourBit, Quantisation
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.widths.hypernetwork import SharedHeads
+from secateur.pruning.widths.learning import GateLearning, Penalty
 from secateur.pruning.widths.live_bytes import LiveBytes
 from secateur.pruning.widths.memory import ORIGINAL, Run, footprint
 
@@ -71,11 +72,13 @@ def step_of(folder: Path, setting: Setting, tokens: int) -> tuple[Callable[[], N
     """A whole step of MaskLearning."""
     module = MaskLearning(
         str(folder),
-        dtype=setting.dtype,
-        quantisation=setting.quantisation,
-        gradient_checkpointing=setting.checkpointing,
         hypernetwork=SharedHeads,
-        loss=LossWeights(1.0, 1.0),
+        learning=GateLearning(Penalty(), LossWeights(1.0, 1.0), start=None),
+        frozen=FrozenBase(
+            dtype=setting.dtype,
+            quantisation=setting.quantisation,
+            gradient_checkpointing=setting.checkpointing,
+        ),
     )
     module.trainer = Trainer(
         logger=False, enable_checkpointing=False, max_steps=1000, accelerator="cpu"
