@@ -1,8 +1,8 @@
 """Dense, learned, magnitude and random masks side by side, all at the same fraction of block FLOPs.
 
 Reads the run that `configs/demo/disp.yaml` left, makes the two plans that learn nothing and the
-learned one without refit and gains, exports them, and measures all models in one go on the validation
-text of the run.
+learned one without refit and gains, exports them, and measures all models in one go on the
+validation text of the run.
 """
 
 from __future__ import annotations
