@@ -101,7 +101,7 @@ def _contents(trainer: Trainer, module: LightningModule, checkpoint: str | None)
     if getattr(module, "base", None) is not None:
         found["model.base"] = module.base_fingerprint
     if (teacher := getattr(module, "_teacher", None)) is not None:
-        found["model.teacher"] = teacher.fingerprint
+        found["model.teacher"] = teacher.base.fingerprint
     data: Any = getattr(trainer, "datamodule", None)
     if data is not None:
         found["data.train"] = data.fingerprint
