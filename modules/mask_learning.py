@@ -151,7 +151,7 @@ class MaskLearning(LanguageModelling):
         self.settled_N: Tensor
         self.settled: Settled | None = None
         self._notes: dict[str, Any] = {}
-        self._nothing = nn.Parameter(torch.zeros(1))  # a group of an optimiser may not be empty
+        self._nothing: nn.Parameter | None = None
 
     # Everything that a strategy may shard is made here; it is called once, on every rank.
     def configure_model(self) -> None:
@@ -190,6 +190,8 @@ class MaskLearning(LanguageModelling):
         if self.settle is not None and not self._cuts:
             # Made now, for a strategy to divide.
             self.settled = MaskedGains(self.model, self.hooks)
+        # A group of an optimiser may not be empty.
+        self._nothing = nn.Parameter(torch.zeros(1)) if self.settled is None else None
 
     @property
     def _cuts(self) -> bool:
@@ -329,7 +331,14 @@ class MaskLearning(LanguageModelling):
         """Parameters that train in another part of training."""
         if self._has_settled:
             return list(self.hypernetwork.parameters())
-        return self.settled.trained() if self.settled else [self._nothing]
+        return self._of_second_group()
+
+    def _of_second_group(self) -> list[nn.Parameter]:
+        """Parameters that train once the masks have settled, or one that stands in for them."""
+        if self.settled is not None:
+            return self.settled.trained()
+        assert self._nothing is not None
+        return [self._nothing]
 
     @property
     def _has_settled(self) -> bool:
@@ -469,6 +478,8 @@ class MaskLearning(LanguageModelling):
         if self.frozen.gradient_checkpointing:
             recompute(narrow, getattr(self.settled, "hooks", None))
         self.hypernetwork.requires_grad_(False)
+        if self._nothing is not None:
+            self._nothing.requires_grad_(False)
 
     def check_export_folder(self, folder: Path) -> None:
         """Refuse, before training, a folder that the export could not replace."""
@@ -576,7 +587,7 @@ class MaskLearning(LanguageModelling):
         }
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        settled = self.settled.trained() if self.settled else [self._nothing]
+        settled = self._of_second_group()
         lr = self.settle.train.lr if self.settle else 0.0
         group = {"params": settled, "lr": lr, "weight_decay": 0.0}
         optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, group])
