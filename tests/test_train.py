@@ -31,6 +31,7 @@ from secateur.pruning.widths import (
 )
 from tests.runs import (
     NOISE,
+    QUICK,
     call,
     content,
     learn_masks,
@@ -127,6 +128,7 @@ def test_validate_and_test_measure_the_plan_of_the_last_checkpoint(
             name,
             "--model=MaskLearning",
             f"--model.base={inputs / 'base'}",
+            *QUICK,
             *on_text(inputs, fitted),
             *with_callbacks(["AnnealSparsity"]),
             "--ckpt_path=last",
@@ -147,6 +149,7 @@ def test_predict_writes_the_loss_of_every_window(
             "predict",
             "--model=MaskLearning",
             f"--model.base={inputs / 'base'}",
+            *QUICK,
             *on_text(inputs, tmp_path),
             *with_callbacks(["AnnealSparsity"]),
             f"--ckpt_path={fitted / 'checkpoints' / 'step=8.ckpt'}",
@@ -202,7 +205,7 @@ def test_every_argument_of_a_public_class_is_documented(public: type) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["fit", "--model.help=MaskLearning"], ["in (0, 1]", "above 0; 6 in the paper"]),
+        (["fit", "--model.help=MaskLearning"], ["in (0, 1]", "Where gates start"]),
         (["fit", "--model.help=CausalLM"], ["Steps over which the learning rate rises"]),
         (["fit", "--data.help=TextData"], ["2 or more, at most the positions of the model"]),
         (
