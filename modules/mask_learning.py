@@ -186,7 +186,7 @@ class MaskLearning(LanguageModelling):
         self.hypernetwork = self._make_hypernetwork([site.size for site in self.sites])
         torch.nn.init.zeros_(self.start_N)
         torch.nn.init.zeros_(self.settled_N)
-        self.settled, self._notes = None, {}
+        self.settled, self._notes = None, {}  # in this order: what follows asks whether it cuts
         if self.settle is not None and not self._cuts:
             # Made now, for a strategy to divide.
             self.settled = MaskedGains(self.model, self.hooks)
@@ -196,7 +196,9 @@ class MaskLearning(LanguageModelling):
     @property
     def _cuts(self) -> bool:
         """Whether the model is cut when the masks have settled: it lies here whole, unpacked."""
-        return not self.divided and self.frozen.quantisation is None
+        whole = not self.divided and self.frozen.quantisation is None
+        asked = self.settle is not None and self.settle.cut
+        return whole and asked and not isinstance(self.settled, MaskedGains)
 
     def setup(self, stage: str) -> None:
         """Check that text, strategy and memory suit the model before the model is read.
@@ -209,6 +211,12 @@ class MaskLearning(LanguageModelling):
         self.base_model.refuse(Step.UNIFORM_WIDTHS if self.budget.uniform else Step.WIDTHS)
         if self.frozen.quantisation is not None:
             check_quantised_run(self.frozen.quantisation, self.trainer.strategy)
+        if self.learning.start is not None and self.divided:
+            raise ValueError(
+                "`--model.learning.start` ranks gates on a whole model, and `trainer.strategy` "
+                f"{type(self.trainer.strategy).__name__} divides it among the ranks; set "
+                "`--model.learning.start null`."
+            )
         if self.settle is not None and not self._cuts and not isinstance(self.settle.train, Gains):
             raise ValueError(
                 f"`settle.train` {type(self.settle.train).__name__} trains weights of the cut "
@@ -568,8 +576,12 @@ class MaskLearning(LanguageModelling):
             assert self.settle is not None
             with torch.no_grad():
                 self._take(cut(self.model, Plan.from_state(state)), self.settle)
-        elif isinstance(self.settled, MaskedGains):
-            masks_N = checkpoint["state_dict"]["settled_N"].float()
+            return
+        masks_N = checkpoint["state_dict"]["settled_N"].float()
+        if self.settle is not None and self._cuts and bool(masks_N.any()):
+            # It was written where the model could not be cut, after the masks had settled.
+            self.settled = MaskedGains(self.model, self.hooks)
+        if isinstance(self.settled, MaskedGains):
             self.settled.gates = split(masks_N, self.sites)
 
     def recipe(self) -> dict[str, Any]:

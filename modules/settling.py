@@ -239,6 +239,7 @@ class Settle:
     the masks, and nothing is refitted.
 
     Args:
+        cut: Cut the model; false trains gains under the masks of the whole one in any case.
         fraction: Fraction of the training steps that the settled model trains, in [0, 1).
         train: What trains: `Gains` (no weight does), `LowRank` or `AllWeights`.
         refit: Closed-form refit of the cut weights before they train; None leaves them as they are.
@@ -251,6 +252,7 @@ class Settle:
         ValueError: A setting is outside its range.
     """
 
+    cut: bool = True
     fraction: float = 0.3
     train: Trained = field(default_factory=Gains)
     refit: Refit | None = field(default_factory=Refit)

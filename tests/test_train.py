@@ -13,9 +13,8 @@ from pathlib import Path
 import docstring_parser
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-import secateur.pruning.export.rewrite
 from secateur import callbacks, modules
 from secateur.pruning import schedules
 from secateur.pruning.files.base_model import BaseModel
@@ -354,12 +353,12 @@ def test_a_foreign_folder_is_refused_before_any_text_is_read(tmp_path: Path) -> 
 def test_a_full_disk_leaves_nothing_half_written_and_the_export_can_be_repeated(
     inputs: Path, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_the_disk(tensors: object, path: Path, **settings: object) -> None:
-        Path(path).write_bytes(b"half of the weights")
+    def fill_the_disk(model: object, folder: Path, **settings: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half of the weights")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(secateur.pruning.export.rewrite, "save_file", fill_the_disk)
+        patch.setattr(PreTrainedModel, "save_pretrained", fill_the_disk)
         with pytest.raises(OSError, match="No space left") as failure:
             call(learn_masks(inputs, tmp_path))
     assert "repeat the export without training" in failure.value.__notes__[0]

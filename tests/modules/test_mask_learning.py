@@ -244,7 +244,9 @@ def test_two_runs_of_one_seed_are_equal(inputs: Path, data: TextData, tmp_path: 
     seen = []
     for _ in range(2):
         record = _Record()
-        module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(0.3, **FEW))
+        module = MaskLearning(
+            str(inputs / "base"), learning=QUICK, settle=Settle(fraction=0.3, **FEW)
+        )
         trainer(tmp_path, record).fit(module, data)
         seen.append(record.seen)
     assert seen[0] == seen[1]
@@ -254,7 +256,7 @@ def test_two_runs_of_one_seed_are_equal(inputs: Path, data: TextData, tmp_path: 
 def test_testing_keeps_what_was_learned_and_a_second_fit_starts_afresh(
     inputs: Path, data: TextData, tmp_path: Path
 ) -> None:
-    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(0.5, **FEW))
+    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(fraction=0.5, **FEW))
     records = [_Record(), _Record()]
     trainer(tmp_path, records[0], max_steps=4).fit(module, data)
     assert module.settled is not None
@@ -316,7 +318,7 @@ def test_a_nan_budget_is_told_apart_from_a_nan_loss(
         (lambda: Penalty(0.0), "`strength` must be above 0, got 0"),
         (lambda: ExactBudget(0.0), "`temperature` must be above 0, got 0"),
         (lambda: Importance(scale=0.0), "`scale` must be above 0, got 0"),
-        (lambda: Settle(1.0), r"`fraction` must be in \[0, 1\), got 1.0"),
+        (lambda: Settle(fraction=1.0), r"`fraction` must be in \[0, 1\), got 1.0"),
         (lambda: Settle(refit_windows=0), "`refit_windows` must be 1 or more, got 0"),
         (lambda: Gains(lr=0.0), "`lr` must be above 0, got 0"),
         (lambda: FrozenBase(loss_chunk_tokens=0), "`loss_chunk_tokens` must be 1 or more, got 0"),
@@ -369,7 +371,7 @@ def test_masks_settle_and_only_then_gains_of_the_cut_model_are_learned(
 ) -> None:
     plans = _Plans()
     module = MaskLearning(
-        str(inputs / "base"), learning=QUICK, settle=Settle(0.5, **FEW), optimizer=_fast
+        str(inputs / "base"), learning=QUICK, settle=Settle(fraction=0.5, **FEW), optimizer=_fast
     )
     trainer(tmp_path, plans, max_steps=8, limit_val_batches=0).fit(module, data)
     assert module.mask_steps == 4
@@ -391,7 +393,9 @@ def test_masks_settle_and_only_then_gains_of_the_cut_model_are_learned(
 def test_weights_of_the_cut_model_train_and_can_be_undone(
     inputs: Path, data: TextData, tmp_path: Path, train: Trained
 ) -> None:
-    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(0.5, train, **FEW))
+    module = MaskLearning(
+        str(inputs / "base"), learning=QUICK, settle=Settle(fraction=0.5, train=train, **FEW)
+    )
     seen: list[Tensor] = []
     windows_BT = batch()["input_ids"]
 
