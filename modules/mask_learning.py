@@ -215,7 +215,7 @@ class MaskLearning(LanguageModelling):
             raise ValueError(
                 "`--model.learning.start` ranks gates on a whole model, and `trainer.strategy` "
                 f"{type(self.trainer.strategy).__name__} divides it among the ranks; set "
-                "`--model.learning.start null`."
+                "`--model.learning '{start: null}'`."
             )
         if self.settle is not None and not self._cuts and not isinstance(self.settle.train, Gains):
             raise ValueError(
