@@ -13,7 +13,9 @@ from secateur.ranks import flat, refuse_differences
 from tests.ranks import Ranks
 from tests.runs import (
     NOISE,
+    QUICK,
     call,
+    from_open_gates,
     learn_masks,
     make_inputs,
     on_text,
@@ -83,6 +85,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 def measure(folder: Path, name: str, root: Path) -> list[str]:
     model = ["--model=MaskLearning", f"--model.base={folder / 'base'}"]
+    model = from_open_gates([*model, *QUICK])
     callbacks = with_callbacks(["AnnealSparsity"])
     return [name, *model, *on_text(folder, root), *callbacks, "--ckpt_path=last"]
 
@@ -105,7 +108,7 @@ def test_a_divided_model_is_measured_as_one_that_is_whole(ranks: Ranks) -> None:
     """Every window by one of the ranks."""
     folder = ranks.folder
     fit = learn_masks(folder, folder / "fit", 3, ["AnnealSparsity", "SaveCheckpoint"])
-    ranks.run("fit", [*fit, *ON_TWO])
+    ranks.run("fit", [*from_open_gates(fit), *ON_TWO])
     for name in ("validate", "test", "predict"):
         ranks.run(name, [*measure(folder, name, folder / "fit"), *ON_TWO])
     path = f"--ckpt_path={folder / 'fit' / 'checkpoints' / 'step=3.ckpt'}"
