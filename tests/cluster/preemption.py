@@ -18,7 +18,7 @@ import pytest
 from secateur.pruning.files.checkpoints import FOLDER
 from secateur.pruning.plan import Plan
 from tests.cluster.cluster import Cluster
-from tests.runs import content, learn_masks, make_inputs
+from tests.runs import content, from_open_gates, learn_masks, make_inputs
 
 REPOSITORY = Path(__file__).parents[2]
 CALLBACKS = ("AnnealSparsity", "ExportModel", "SaveCheckpoint")
@@ -57,7 +57,8 @@ class Training:
     def submit(self, nodes: int = 2) -> None:
         """Submit it, with what differs here from a cluster of GPUs."""
         self.root.mkdir(exist_ok=True)
-        arguments = learn_masks(self.inputs, self.root, STEPS, CALLBACKS, EVERY)[1:]
+        run = learn_masks(self.inputs, self.root, STEPS, CALLBACKS, EVERY)
+        arguments = from_open_gates(run)[1:]
         self.job = self.cluster.submit(
             *(f"--nodes={nodes}", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"),
             *("--time=60", f"--output={self.log}", f"--chdir={REPOSITORY}"),
