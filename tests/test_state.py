@@ -60,11 +60,11 @@ def without(key: str) -> Callable[[dict[str, Any]], object]:
 
 
 def without_weight(checkpoint: dict[str, Any]) -> None:
-    del checkpoint["state_dict"]["gains"]
+    del checkpoint["state_dict"]["start_N"]
 
 
 def with_other_shape(checkpoint: dict[str, Any]) -> None:
-    checkpoint["state_dict"]["gains"] = checkpoint["state_dict"]["gains"][1:]
+    checkpoint["state_dict"]["start_N"] = checkpoint["state_dict"]["start_N"][1:]
 
 
 INCOMPLETE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -76,12 +76,12 @@ INCOMPLETE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda checkpoint: checkpoint["optimizer_states"][0]["state"].clear(),
         "lacks the state of the optimiser",
     ),
-    "a weight less": (without_weight, "lacks the weights gains"),
+    "a weight less": (without_weight, "lacks the weights start_N"),
     "settled masks": (
         lambda checkpoint: checkpoint["state_dict"].pop("settled_N"),
         "lacks the weights settled_N",
     ),
-    "another shape": (with_other_shape, r"has gains in shape \([0-9]+,\) instead of"),
+    "another shape": (with_other_shape, r"has start_N in shape \([0-9]+,\) instead of"),
 }
 
 
