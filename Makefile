@@ -55,6 +55,7 @@ $(OLDEST_READY): $(READY)
 	$(RUN) -c '$(PACKAGES)' > "$$($(OLDEST) -c '$(PACKAGES)')/newest.pth"
 	$(RUN) -m pip --python $(OLDEST) install \
 		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)"
+	$(RUN) -m pip --python $(OLDEST) install --no-deps -e .
 	touch $@
 
 test-oldest: $(OLDEST_READY)
