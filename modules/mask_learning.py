@@ -390,7 +390,7 @@ class MaskLearning(LanguageModelling):
     def keep_probability(self) -> Tensor:
         """P(keep) of every gate, shape (N,), float32 on the CPU; deterministic."""
         probability_N = self.learning.pressure.keep_probability(
-            self.sampler, self._cpu_logits(), self._budget_now(), self.sites, self.table
+            self.sampler, self._cpu_logits(), self._on_budget
         )
         return torch.cat(self._open(split(probability_N, self.sites)))
 
@@ -640,9 +640,11 @@ class MaskLearning(LanguageModelling):
             logits_N: Tensor = self.hypernetwork().float() + self.start_N
             return logits_N.cpu()
 
-    def _budget_now(self) -> Budget:
-        """The budget of this step."""
-        return dataclasses.replace(self.budget, keep=self.keep_target)
+    def _on_budget(self, scores_N: Tensor) -> Tensor:
+        """Masks (N,) of the best scores that the budget of this step pays for."""
+        budget = dataclasses.replace(self.budget, keep=self.keep_target)
+        kept = budget.finalise(scores_N.float().cpu(), self.sites, self.table)
+        return masks_of(kept, self.sites)
 
     def _gates(self) -> tuple[Tensor, ...]:
         """A sample of the gates of this step."""
@@ -654,9 +656,7 @@ class MaskLearning(LanguageModelling):
             logits_N,
             self.global_step,
             self.global_rank,
-            self._budget_now(),
-            self.sites,
-            self.table,
+            self._on_budget,
         )
         return self._open(split(gates_N, self.sites))
 

@@ -9,21 +9,23 @@ Legend: N = all gates, S = sites, I = entries of a site.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.pruning.costs import CostTable
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.sites import Site
-from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.widths.budget import log_ratio_penalty
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gates import GateSampler
 from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.scores import WidthScore
+
+OnBudget = Callable[[Tensor], Tensor]
+"""From scores (N,) to masks (N,) of the best ones that a budget pays for: 1 stays, 0 goes."""
 
 
 class Pressure(ABC):
@@ -36,9 +38,7 @@ class Pressure(ABC):
         logits_N: Float[Tensor, " N"],
         step: int,
         rank: int,
-        budget: Budget,
-        sites: Sequence[Site],
-        table: CostTable,
+        on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
         """Draw the gates of a step, in [0, 1], differentiable in the logits.
 
@@ -47,9 +47,7 @@ class Pressure(ABC):
             logits_N: Logits, without the offset of the sampler.
             step: Optimiser step, 0 or more.
             rank: Rank of this process.
-            budget: The budget of this step.
-            sites: The sites, in order.
-            table: Cost table of the same sites.
+            on_budget: Gives the masks of the best scores that the budget of this step pays for.
         """
 
     @abstractmethod
@@ -57,9 +55,7 @@ class Pressure(ABC):
         self,
         sampler: GateSampler,
         logits_N: Float[Tensor, " N"],
-        budget: Budget,
-        sites: Sequence[Site],
-        table: CostTable,
+        on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
         """Return P(keep) of every gate, or what comes near to it; arguments as for `draw`."""
 
@@ -96,9 +92,7 @@ class Penalty(Pressure):
         logits_N: Float[Tensor, " N"],
         step: int,
         rank: int,
-        budget: Budget,
-        sites: Sequence[Site],
-        table: CostTable,
+        on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
         return sampler(logits_N, step, rank)
 
@@ -106,9 +100,7 @@ class Penalty(Pressure):
         self,
         sampler: GateSampler,
         logits_N: Float[Tensor, " N"],
-        budget: Budget,
-        sites: Sequence[Site],
-        table: CostTable,
+        on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
         return sampler.keep_probability(logits_N)
 
@@ -143,12 +135,10 @@ class ExactBudget(Pressure):
         logits_N: Float[Tensor, " N"],
         step: int,
         rank: int,
-        budget: Budget,
-        sites: Sequence[Site],
-        table: CostTable,
+        on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
         noisy_N = logits_N + sampler.noise_of(logits_N, step, rank)
-        hard_N, threshold = _on_budget(noisy_N.detach(), budget, sites, table)
+        hard_N, threshold = _split_at_budget(noisy_N.detach(), on_budget)
         soft_N = ((noisy_N - threshold) / self.temperature).sigmoid()
         return hard_N + (soft_N - soft_N.detach())
 
@@ -156,11 +146,9 @@ class ExactBudget(Pressure):
         self,
         sampler: GateSampler,
         logits_N: Float[Tensor, " N"],
-        budget: Budget,
-        sites: Sequence[Site],
-        table: CostTable,
+        on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
-        _, threshold = _on_budget(logits_N, budget, sites, table)
+        _, threshold = _split_at_budget(logits_N, on_budget)
         return sampler.noise.keep_probability(logits_N - threshold)
 
 
@@ -205,12 +193,9 @@ class GateLearning:
     start: Importance | None = field(default_factory=Importance)
 
 
-def _on_budget(
-    scores_N: Tensor, budget: Budget, sites: Sequence[Site], table: CostTable
-) -> tuple[Tensor, Tensor]:
-    """Masks of the best entries that the budget pays for, and the score between both kinds."""
-    kept = budget.finalise(scores_N.float().cpu(), sites, table)
-    hard_N = masks_of(kept, sites).to(scores_N)
+def _split_at_budget(scores_N: Tensor, on_budget: OnBudget) -> tuple[Tensor, Tensor]:
+    """Masks of what the budget pays for, and the score between what stays and what goes."""
+    hard_N = on_budget(scores_N).to(scores_N)
     place = min(int(hard_N.sum()), len(hard_N) - 1)
     return hard_N, scores_N.sort(descending=True).values[place]
 

@@ -421,9 +421,7 @@ def test_every_sample_is_on_budget(make: Make) -> None:
     module = make(budget=Budget(0.4))
     for step in range(3):
         logits_N = module.hypernetwork() + module.start_N
-        gates_N = ExactBudget().draw(
-            module.sampler, logits_N, step, 0, module.budget, module.sites, module.table
-        )
+        gates_N = ExactBudget().draw(module.sampler, logits_N, step, 0, module._on_budget)
         assert set(gates_N.detach().round(decimals=5).unique().tolist()) <= {0.0, 1.0}
         widths_S = torch.stack([gate.detach().sum() for gate in split(gates_N, module.sites)])
         assert 0.39 < float(module.table.fraction(widths_S)) <= 0.4 + 1e-6
