@@ -99,6 +99,7 @@ def test_a_run_that_is_asked_to_stop_while_it_exports_goes_on_with_the_export(
 ) -> None:
     make_inputs(tmp_path)
     run = [*learn_masks(tmp_path, tmp_path / "run", 3), "--ckpt_path=last"]
+    before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(MaskLearning, "export", lambda *_: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as stop:
@@ -107,7 +108,7 @@ def test_a_run_that_is_asked_to_stop_while_it_exports_goes_on_with_the_export(
     resumed = call(run)
     assert resumed.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 3  # none was added
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("scheduler", [True, False], ids=["srun", "a person"])

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from secateur.pruning.export.delivery import rounded
 from secateur.pruning.export.gathered_weights import num_parameters, write_gathered
+from secateur.pruning.export.sources import rounded
 from secateur.pruning.lora import LoRA, merged
 from tests.runs import content
 from tests.tiny import tiny_llama
