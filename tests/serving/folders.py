@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.pruning.depth.rewrite_blocks import prune_blocks
+from secateur.pruning.export.nemotron_nas import write_nemotron_nas
 from secateur.pruning.export.rewrite import prune_checkpoint
 from tests.pruning.export.plans import native_plan, uneven_plan, uniform_plan
 from tests.tiny import tiny_family_folder, tiny_tokenizer
@@ -53,9 +54,48 @@ PLANS: Mapping[str, Make] = {
     ),
 }
 
+# What only the form that vLLM has built in has to be tried on: family, sizes, plan.
+MORE: Mapping[str, tuple[str, dict[str, Any], Make]] = {
+    "llama, no attention in block 0": (
+        "llama",
+        {},
+        lambda base, out: prune_checkpoint(base, native_plan(base, [(0, "attn")]), out),
+    ),
+    "llama, multiples of 256": (
+        "llama",
+        {"intermediate_size": 768},
+        lambda base, out: prune_checkpoint(base, native_plan(base, widths=(256, 512, 256)), out),
+    ),
+    "mistral, a sliding window": (
+        "mistral",
+        {"sliding_window": 32},
+        lambda base, out: prune_checkpoint(base, native_plan(base), out),
+    ),
+    "qwen2, sliding windows in some blocks": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "layer_types": [*_WINDOWS[:4], "full_attention", "full_attention"],
+        },
+        lambda base, out: prune_checkpoint(base, native_plan(base), out),
+    ),
+}
+BUILT_IN = [
+    f"{family}, {kind}"
+    for family in ("llama", "mistral", "qwen2")
+    for kind in ("MLP widths", "no MLP in block 1", "no attention in block 2")
+] + [*MORE]
+"""Models that are written in the form that vLLM has built in as well."""
+
+
+def built_in(name: str) -> str:
+    """The name of a model in that form."""
+    return f"{name}, nemotron-nas"
+
 
 def make_folders(place: Path) -> dict[str, Path]:
-    """All models, by `family, plan`."""
+    """All models, by `family, plan`, and with it the form that vLLM has built in."""
     folders = {}
     for family, overrides in FAMILIES.items():
         sizes = _SIZES | overrides
@@ -67,4 +107,12 @@ def make_folders(place: Path) -> dict[str, Path]:
             out = base if kind == "dense" else place / f"{family}-{number}"
             make(base, out)
             folders[f"{family}, {kind}"] = out
+    for number, (name, (family, sizes, make)) in enumerate(MORE.items()):
+        base = tiny_family_folder(place / f"base-{number}", family, **_SIZES | sizes)
+        tiny_tokenizer().save_pretrained(base)
+        folders[name] = place / f"more-{number}"
+        make(base, folders[name])
+    for number, name in enumerate(BUILT_IN):
+        write_nemotron_nas(folders[name], place / f"built-in-{number}")
+        folders[built_in(name)] = place / f"built-in-{number}"
     return folders

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from secateur.pruning.export.gguf_file import write_gguf
 from secateur.pruning.export.serve_check import serve_check
 from secateur.pruning.export.servers import LlamaCpp, ServerError, Transformers, running
-from tests.serving.folders import FAMILIES, PLANS, POSITIONS, make_folders
+from tests.serving.folders import BUILT_IN, FAMILIES, PLANS, POSITIONS, built_in, make_folders
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("SECATEUR_SERVING", ROOT / ".venv-serving" / "bin" / "python"))
@@ -108,10 +108,20 @@ def test_vllm(name: str, folders: dict[str, Path], vllm: dict[str, Any]) -> None
     said = vllm[name]
     if name.endswith("no attention in block 2"):
         assert NO_VLLM in said["error"]
-        return
+    else:
+        assert_equal(said, folders[name])
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_vllm_has_built_in(name: str, folders: dict[str, Path], vllm: dict[str, Any]) -> None:
+    assert_equal(vllm[built_in(name)], folders[name])
+
+
+def assert_equal(said: dict[str, Any], folder: Path) -> None:
+    """Greedy tokens are equal to those of transformers, and first log-probabilities nearly."""
     assert "error" not in said, said
     for (tokens, first_V), ours, logprobs in zip(
-        expected(folders[name]), said["tokens"], said["logprobs"], strict=True
+        expected(folder), said["tokens"], said["logprobs"], strict=True
     ):
         assert ours == tokens
         for token, value in logprobs.items():
@@ -148,7 +158,7 @@ def test_q8_0_has_its_size(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_both_serve_one_folder_over_http(folders: dict[str, Path]) -> None:
     found = {one.server: one for one in serve_check(folders["llama, MLP widths"], PYTHON)}
-    for server in ("vLLM", "llama.cpp"):
+    for server in ("vLLM", "vLLM, nemotron-nas", "llama.cpp"):
         one = found[server]
         assert not one.message
         assert one.equal is not None

@@ -67,10 +67,15 @@ def random_plan(folder: Path, budget: Budget, seed: int = 0) -> Plan:
     return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed})
 
 
-def native_plan(folder: Path, removed: Collection[tuple[int, str]] = (), seed: int = 0) -> Plan:
+def native_plan(
+    folder: Path,
+    removed: Collection[tuple[int, str]] = (),
+    seed: int = 0,
+    widths: tuple[int, int, int] = (1, 17, 32),
+) -> Plan:
     """A plan that servers know without the modelling file: only MLPs are cut, or parts go.
 
-    MLPs keep everything in block 0, one neuron in block 1, 17 in block 2 and 32 in later ones.
+    The MLP of block 0 keeps everything; `widths` are those of block 1, block 2 and all later ones.
     """
     model = BaseModel(folder).skeleton()
     family = family_of(model.config).with_parts()
@@ -81,6 +86,6 @@ def native_plan(folder: Path, removed: Collection[tuple[int, str]] = (), seed: i
         if (site.block, site.part) in removed:
             width = 0
         elif site.name == "mlp_mid":
-            width = {0: site.size, 1: 1, 2: 17}.get(site.block, 32)
+            width = (site.size, *widths)[min(site.block, 3)]
         kept.append(torch.randperm(site.size, generator=generator)[:width].sort().values)
     return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, None, family)

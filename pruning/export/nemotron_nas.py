@@ -1,0 +1,190 @@
+"""Write a pruned model in the form that vLLM has built in: `DeciLMForCausalLM`, `nemotron-nas`.
+
+For Llamas, Mistrals and Qwen2s that kept the residual stream and the heads whole: MLPs of any
+width per block, attentions or MLPs gone. The weights stay as they are; config.json says the same in
+other words. vLLM then runs its own kernels instead of the modelling file.
+
+The server takes the residual stream from the first norm of an attention that it meets, in block 0:
+where that has no attention, it gets one of zeros.
+
+A width is written as the server of today reads it, and beside it, where all are multiples of 256,
+as earlier ones and SGLang compute it: `ffn_mult` times two thirds of the width of the residual
+stream, rounded up to such a multiple.
+
+As a command: `python -m secateur nemotron-nas --help`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.pruning.commands import CommandParser
+from secateur.pruning.export.native_shape import NativeShape, read_shape
+from secateur.pruning.families import skeleton
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.model_folder import (
+    CONFIG,
+    INDEX,
+    MARK,
+    copy_companions,
+    read_stages,
+    refuse_base,
+    replaced_folder,
+    write_json,
+)
+from secateur.pruning.modelling import configuration_nemotron_nas as configuration
+
+_FAMILIES = ("llama", "mistral", "qwen2")
+_MULTIPLE = 256
+_IDLE = "model-idle.safetensors"
+
+
+def write_nemotron_nas(folder: str | Path, out: str | Path) -> list[str]:
+    """Write a pruned model as `nemotron-nas`; the folder appears when it is complete.
+
+    Args:
+        folder: A pruned model that kept the residual stream and the heads whole.
+        out: The new folder; an earlier model of ours in its place is replaced.
+
+    Returns:
+        What a user has to know of it, one sentence each.
+
+    Raises:
+        ValueError: vLLM has no such form for the model, or something else lies at `out`.
+    """
+    folder, out = Path(folder), Path(out)
+    refuse_base(out, folder)
+    shape = read_shape(folder)
+    _refuse(shape, folder)
+    base = BaseModel(folder)
+    with replaced_folder(out) as partial:
+        for path in base.weight_files:
+            shutil.copyfile(path, partial / path.name)
+        if not shape.attentions[0]:
+            idle = _idle_attention(shape, base.dtype_of())
+            save_file(idle, partial / _IDLE, metadata={"format": "pt"})
+            places = {name: path.name for name, path in base.tensors.items()}
+            places |= dict.fromkeys(idle, _IDLE)
+            write_json(partial / INDEX, {"metadata": {}, "weight_map": places})
+        source = Path(configuration.__file__)
+        shutil.copyfile(source, partial / source.name)
+        copy_companions(folder, partial)
+        write_json(partial / CONFIG, served_config(shape))
+        files = sorted({path.name for path in partial.iterdir()} | {MARK})
+        write_json(partial / MARK, {"stages": read_stages(folder), "files": files})
+    notes = []
+    if odd := _odd_blocks(shape):
+        notes.append(
+            f"MLPs of blocks {', '.join(map(str, odd))} have widths that are no multiple of "
+            f"{_MULTIPLE}: vLLM takes them, earlier ones and SGLang do not. `width_multiple: "
+            f"{_MULTIPLE}` in the budget avoids it; what that costs in perplexity is in the "
+            "report of such a run, as aligned and free widths."
+        )
+    if not shape.attentions[0]:
+        notes.append("Block 0 has no attention and got one of zeros, which vLLM needs to start.")
+    return notes
+
+
+def served_config(shape: NativeShape) -> dict[str, Any]:
+    """The configuration, as the server reads it; all that families have by default is spelt out."""
+    config = shape.config
+    entry = f"{Path(configuration.__file__).stem}.{configuration.NemotronNasConfig.__name__}"
+    group = config.num_attention_heads // config.num_key_value_heads
+    attentions = [
+        {"no_op": False, "n_heads_in_group": group} if there or block == 0 else {"no_op": True}
+        for block, there in enumerate(shape.attentions)
+    ]
+    mlps = [_mlp(width, config.hidden_size) for width in shape.mlp_widths]
+    if _odd_blocks(shape):
+        for mlp in mlps:
+            mlp.pop("ffn_mult", None)
+    own = {"qkv_bias": True} if config.model_type == "qwen2" else {}
+    return {
+        **config.to_dict(),
+        **own,
+        "model_type": configuration.NemotronNasConfig.model_type,
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": entry},
+        "block_configs": [
+            {"attention": attention, "ffn": mlp}
+            for attention, mlp in zip(attentions, mlps, strict=True)
+        ],
+    }
+
+
+def _mlp(width: int, hidden: int) -> dict[str, Any]:
+    """The entries of an MLP; the multiplier is that of half an entry less, which rounds up."""
+    if not width:
+        return {"no_op": True}
+    multiplier = 1.5 * (width - 0.5) / hidden
+    return {"no_op": False, "intermediate_size": width, "ffn_mult": multiplier}
+
+
+def _odd_blocks(shape: NativeShape) -> list[int]:
+    """Blocks whose MLP has a width that is no multiple of 256."""
+    return [block for block, width in enumerate(shape.mlp_widths) if width % _MULTIPLE]
+
+
+def _refuse(shape: NativeShape, folder: Path) -> None:
+    """Refuse what vLLM runs as it lies there, or has no such form for.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    config = shape.config
+    if config.model_type not in _FAMILIES:
+        raise ValueError(
+            f"vLLM has blocks of their own for Llama, Mistral and Qwen2, not for "
+            f"{config.model_type!r} models. It serves {folder} as it lies there, with "
+            "`--trust-remote-code --model-impl transformers`."
+        )
+    if shape.is_stock:
+        raise ValueError(f"{folder} is a stock model, which vLLM serves as it lies there.")
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"vLLM runs such models with `hidden_act` 'silu', not {config.hidden_act!r}."
+        )
+
+
+def _idle_attention(shape: NativeShape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an attention of block 0 that adds nothing."""
+    wanted = tuple(f"model.layers.0.{module}." for module in ("self_attn", "input_layernorm"))
+    tensors = skeleton(shape.config).state_dict().items()
+    return {
+        name: torch.zeros(tensor.shape, dtype=dtype)
+        for name, tensor in tensors
+        if name.startswith(wanted)
+    }
+
+
+_HELP = """\
+Write a pruned model in the form that vLLM has built in (`DeciLMForCausalLM`, `nemotron-nas`).
+
+FOLDER is a pruned Llama, Mistral or Qwen2 that kept the residual stream whole: widths of MLPs per
+block, attentions or MLPs gone. vLLM then runs its own kernels. Other plans have no such form and
+are refused; nothing is written then. The code in OUT reads its configuration, nothing else.
+
+example:
+  python -m secateur nemotron-nas runs/disp/model served
+  vllm serve served --trust-remote-code
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `python -m secateur nemotron-nas FOLDER OUT`."""
+    parser = CommandParser("nemotron-nas", _HELP)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="model folder: config, safetensors, tokenizer")
+    add("out", metavar="OUT", type=Path, help="new folder, or a pruned model to replace")
+    args = parser.parse_args(arguments)
+    notes = write_nemotron_nas(args.folder, args.out)
+    text = "\n".join([f"Written to {args.out}.", *notes])
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
