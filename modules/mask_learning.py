@@ -15,11 +15,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -124,6 +124,18 @@ class MaskLearning(LanguageModelling):
     """
 
     divisible = frozen_weights = True
+    moved_settings: ClassVar[Mapping[str, str]] = {
+        "penalty": "learning.pressure.strength",
+        "loss": "learning.loss",
+        "settle": "settle.fraction",
+        "settled_loss": "settle.loss",
+        "gain_lr": "settle.train.lr",
+        "dtype": "frozen.dtype",
+        "quantisation": "frozen.quantisation",
+        "gradient_checkpointing": "frozen.gradient_checkpointing",
+        "loss_chunk_tokens": "frozen.loss_chunk_tokens",
+    }
+    """What settings of earlier versions are called now."""
 
     def __init__(
         self,
@@ -215,7 +227,7 @@ class MaskLearning(LanguageModelling):
             raise ValueError(
                 "`--model.learning.start` ranks gates on a whole model, and `trainer.strategy` "
                 f"{type(self.trainer.strategy).__name__} divides it among the ranks; set "
-                "`--model.learning '{start: null}'`."
+                "`--model.learning.start null`."
             )
         if self.settle is not None and not self._cuts and not isinstance(self.settle.train, Gains):
             raise ValueError(

@@ -74,7 +74,7 @@ class TrainCLI(LightningCLI):
             ValueError: The checkpoint cannot be read, or there is none to measure.
         """
         yaml_text.install()
-        arguments = [*map(_present, sys.argv[1:] if args is None else args)]
+        arguments = _with_nulls([*map(_present, sys.argv[1:] if args is None else args)])
         try:
             self.config = parser.parse_args(arguments)
         except UsageError as error:
@@ -225,6 +225,19 @@ def _present(argument: str) -> str:
     """An argument in which a class has the path that it has now."""
     name, equals, value = argument.rpartition("=")
     return f"{name}{equals}{yaml_text.present(value)}"
+
+
+def _with_nulls(arguments: list[str]) -> list[str]:
+    """Arguments with `--model.a.b null` as `--model.a {b: null}`.
+
+    The parser takes null for text where the object that has the setting is made by default.
+    """
+    text = re.sub(
+        r"(--(?:model|data)(?:\.\w+)+)\.(\w+)[=\0](?:null|None)(?=\0|$)",
+        r"\1\0{\2: null}",
+        "\0".join(arguments),
+    )
+    return text.split("\0") if arguments else []
 
 
 def _object(class_path: str, **init_args: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _wrong(node: Node, hint: Any, path: str) -> str | None:
                 f"{_said(child, at)} is no setting of {kind.__name__}.{_suggest(child, at, kind)}"
             )
         if name in hints and (found := _wrong(child, hints[name], at)):
-            return found
+            return found + (_now(child, at, kind) if isinstance(child, Leaf) else "")
     if get_origin(hint) is not Callable:  # else the one who calls gives some
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and name not in node:
@@ -87,7 +87,12 @@ def _wrong_value(leaf: Leaf, hint: Any, path: str) -> str | None:
 
 def _names_class(leaf: Leaf, hint: Any) -> bool:
     """Whether a value can only be the name of a class."""
-    return bool(_objects(hint)) and isinstance(leaf.value, str) and str not in _parts(hint)
+    return (
+        bool(_objects(hint))
+        and str not in _parts(hint)
+        and isinstance(leaf.value, str)
+        and all(name.isidentifier() for name in leaf.value.split("."))
+    )
 
 
 def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
@@ -114,8 +119,17 @@ def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
     return f"{_said(chosen, path)} names {chosen.value}: no such class.{did_you_mean(name, whole)}"
 
 
+def _now(node: Node, path: str, kind: Any) -> str:
+    """What a setting that has moved is called now."""
+    parent, _, last = path.rpartition(".")
+    new = getattr(kind, "moved_settings", {}).get(last)
+    return f" It is {_said(node, f'{parent}.{new}').split(' in ')[0]} now." if new else ""
+
+
 def _suggest(node: Node, path: str, kind: Any) -> str:
     """The nearest setting of a class, or of the objects that it is made of."""
+    if moved := _now(node, path, kind):
+        return moved
     own = list(_parameters(kind))
     known = {name: name for name in (*own, "init_args")}
     for name, hint in _hints(kind).items():

@@ -105,7 +105,7 @@ def learn_masks(
 def from_open_gates(run: list[str]) -> list[str]:
     """The same without what needs the model whole: a ranking, and cutting."""
     whole = [argument for argument in run if not argument.startswith("--model.learning.start")]
-    return [*whole, "--model.learning={start: null}", "--model.settle.cut=false"]
+    return [*whole, "--model.learning.start=null", "--model.settle.cut=false"]
 
 
 def prune_weights(
