@@ -23,7 +23,8 @@ from lightning.pytorch import Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import write_figures
-from secateur.modules.mask_learning import FrozenBase, MaskLearning
+from secateur.modules.frozen_base import FrozenBase
+from secateur.modules.mask_learning import MaskLearning
 from secateur.modules.quantisation import EightBit, FourBit, Quantisation
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import LossWeights

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.data import write_figures
 from secateur.callbacks import ExportModel, SaveCheckpoint
 from secateur.modules import MaskLearning, TextData, Zero
-from secateur.modules.mask_learning import FrozenBase
+from secateur.modules.frozen_base import FrozenBase
 from secateur.pruning.widths.hypernetwork import FreeLogits
 from secateur.pruning.widths.learning import GateLearning, Penalty
 from tests.runs import write_text

@@ -3,6 +3,9 @@
 Sources: the parts are in pruning/weights, each with its paper; all at once and then
 training, as in "A Simple and Effective Pruning Approach" (Wanda, arXiv 2306.11695, section 4); or
 gradually, as `secateur.pruning.weights.gradually` has it.
+
+The file is long because each hook of a run needs a few lines here; the methods lie in
+pruning/weights.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Further means fine-tuning, and recovery after pruning: callbacks take blocks or weights out of the
 model, and what stays is trained on its text, on what the dense model says of it (distillation,
 arXiv 1503.02531, at temperature 1), or on both; all weights or low-rank updates of them.
+
+The file is long because one LightningModule has all hooks of a run, and callbacks work through it.
 """
 
 from __future__ import annotations

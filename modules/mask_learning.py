@@ -8,6 +8,9 @@ Differs from the paper: gates start from a ranking by importance, every sample o
 budget, logistic instead of Gumbel noise, one sample for loss and budget, and a deterministic,
 budget-exact selection. In the last part of training the model is cut, refitted in closed form, and
 trained by distillation from the dense one. docs/disp.md has the measured effect of each.
+
+The file is long because one LightningModule has all hooks of a run; what they do lies elsewhere:
+gates and budget in `pruning.widths`, settling in `modules.settling`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,16 +33,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from secateur.modules.device_memory import check_memory, optimizer_bytes
+from secateur.modules.frozen_base import FrozenBase, freeze
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
 from secateur.modules.quantisation import (
-    Quantisation,
     check_optimizer,
     check_quantised_run,
     load_original,
     load_quantised,
 )
 from secateur.modules.recompute import recompute
-from secateur.modules.removal import train_instead
+from secateur.modules.removal import let_rest, train_instead
 from secateur.modules.settling import (
     Gains,
     MaskedGains,
@@ -77,35 +79,6 @@ _WARM_UP = 0.1  # fraction of the settled steps in which the learning rate rises
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=True)
-
-
-@dataclass(frozen=True)
-class FrozenBase:
-    """How the frozen base model is held.
-
-    Args:
-        dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
-            as "bfloat16".
-        quantisation: Packs the frozen weights while masks are learned, `FourBit` or `EightBit`; the
-            export cuts the original ones. None leaves them as they are.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
-            more time. On by default in the recipes from 7B.
-        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
-
-    Raises:
-        ValueError: `loss_chunk_tokens` is below 1.
-    """
-
-    dtype: str = "auto"
-    quantisation: Quantisation | None = None
-    gradient_checkpointing: bool = False
-    loss_chunk_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if self.loss_chunk_tokens < 1:
-            raise ValueError(
-                f"`loss_chunk_tokens` must be 1 or more, got {self.loss_chunk_tokens}."
-            )
 
 
 class MaskLearning(LanguageModelling):
@@ -146,7 +119,7 @@ class MaskLearning(LanguageModelling):
         optimizer: OptimizerCallable = _adamw,
         learning: GateLearning = GateLearning(),  # noqa: B008 (frozen)
         settle: Settle | None = Settle(),  # noqa: B008 (frozen)
-        frozen: FrozenBase = FrozenBase(),
+        frozen: FrozenBase = FrozenBase(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.base_model = BaseModel(base)
@@ -615,7 +588,7 @@ class MaskLearning(LanguageModelling):
         lr = self.settle.train.lr if self.settle else 0.0
         group = {"params": settled, "lr": lr, "weight_decay": 0.0}
         optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, group])
-        _let_rest(optimizer)
+        let_rest(optimizer)
         return optimizer
 
     def _run(self) -> Run:
@@ -692,36 +665,3 @@ def _shown(notes: dict[str, Any]) -> str:
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.2f')}"
         for name, value in notes.items()
     )
-
-
-def _let_rest(optimizer: torch.optim.Optimizer) -> None:
-    """Leave groups at learning rate 0 out of a step, even if a strategy gives them zero gradients,
-    which would enter the averages that such a group begins with later.
-    """
-    hidden: list[tuple[Any, Any]] = []
-
-    def hide(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"] if group["lr"] == 0 else ():
-                hidden.append((parameter, parameter.grad))
-                parameter.grad = None
-
-    def give_back(*_: Any) -> None:
-        while hidden:
-            parameter, gradient = hidden.pop()
-            parameter.grad = gradient
-
-    optimizer.register_step_pre_hook(hide)
-    optimizer.register_step_post_hook(give_back)
-
-
-def freeze(model: nn.Module) -> None:
-    """No gradients to the weights and no dropout: the gates are the only noise."""
-    model.requires_grad_(False)
-    model.train()  # gradient checkpointing works in training mode only
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)

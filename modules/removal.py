@@ -1,7 +1,10 @@
-"""What an optimiser and a strategy have to know when blocks are removed while they train."""
+"""What an optimiser and a strategy have to know when what trains changes on the way."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
@@ -45,6 +48,27 @@ def train_instead(
             optimizer.state.pop(parameter, None)
         group["params"] = parameters
     _wrap_again(strategy, module)
+
+
+def let_rest(optimizer: torch.optim.Optimizer) -> None:
+    """Leave groups at learning rate 0 out of a step, even if a strategy gives them zero gradients,
+    which would enter the averages that such a group begins with later.
+    """
+    hidden: list[tuple[Any, Any]] = []
+
+    def hide(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["lr"] == 0 else ():
+                hidden.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def give_back(*_: Any) -> None:
+        while hidden:
+            parameter, gradient = hidden.pop()
+            parameter.grad = gradient
+
+    optimizer.register_step_pre_hook(hide)
+    optimizer.register_step_post_hook(give_back)
 
 
 def _wrap_again(strategy: Strategy, module: LightningModule) -> None:

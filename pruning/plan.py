@@ -3,11 +3,9 @@
 On disk a plan is two files of one folder: `plan.safetensors` holds the kept indices, one int32
 vector per site named `<block>.<site>`, and the gains, if there are any, as
 `<block>.<projection>.<input|output>`; `plan.json` says in words and numbers what they mean. Neither
-can run code.
-Equal plans are equal files, byte for byte.
+can run code. Equal plans are equal files, byte for byte.
 
-In the folder of a pruned model they lie in a subfolder `plan`: servers take every safetensors file
-at the top of a model folder for weights.
+In a model folder they lie in `plan/`: servers take every safetensors file at its top for weights.
 
 A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each on attention and MLP
 as a whole. Where such a site keeps nothing, the sites of that part keep nothing either.

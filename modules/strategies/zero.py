@@ -9,6 +9,9 @@ DeepSpeed does the partitioning; what is added here:
   resumed on any number of ranks, under any stage, and without DeepSpeed. Frozen parameters are left
   out of it;
 - CPU ranks (gloo) do what GPUs do, so that a run can be tried anywhere.
+
+The file is long because a strategy is one class of Lightning, and a third of it reads and writes
+the flat buffers of one library, which are known here and nowhere else.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ factor of the attention's products instead of Gemma's, queries are multiplied by
 drops the attention of a block without MLP, and reads the number of heads from block 0: the one gets
 an MLP of width 1 and the other an attention of one head, of zeros.
 
+The file is long because what llama.cpp expects of each architecture stands here as tables.
+
 Memory: one tensor. The package `gguf` writes the file; what llama.cpp makes of it is tested with
 llama.cpp (`make test-serving`).
 

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from secateur.modules.data.text_data import TextData
-from secateur.modules.mask_learning import FrozenBase, MaskLearning
+from secateur.modules.frozen_base import FrozenBase
+from secateur.modules.mask_learning import MaskLearning
 from secateur.modules.settling import AllWeights, Gains, LowRank, Settle, Trained
 from secateur.pruning.costs import Parameters
 from secateur.pruning.files.base_model import BaseModel

@@ -1,0 +1,50 @@
+"""A base model whose weights do not train: how it is held, and how its noise is turned off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.modules.quantisation import Quantisation
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """How the frozen base model is held.
+
+    Args:
+        dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
+            as "bfloat16".
+        quantisation: Packs the frozen weights while masks are learned, `FourBit` or `EightBit`; the
+            export cuts the original ones. None leaves them as they are.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
+            more time. On by default in the recipes from 7B.
+        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+
+    Raises:
+        ValueError: `loss_chunk_tokens` is below 1.
+    """
+
+    dtype: str = "auto"
+    quantisation: Quantisation | None = None
+    gradient_checkpointing: bool = False
+    loss_chunk_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk_tokens < 1:
+            raise ValueError(
+                f"`loss_chunk_tokens` must be 1 or more, got {self.loss_chunk_tokens}."
+            )
+
+
+def freeze(model: nn.Module) -> None:
+    """No gradients to the weights and no dropout: the gates are the only noise."""
+    model.requires_grad_(False)
+    model.train()  # gradient checkpointing works in training mode only
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
