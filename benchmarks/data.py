@@ -31,8 +31,10 @@ def data_folder() -> Path:
     return folder
 
 
-def evaluation_windows(model: str, first: int | None = None) -> dict[str, Tensor]:
-    """Windows (N, 256) of the three evaluation texts.
+def evaluation_windows(
+    model: str, first: int | None = None, window_tokens: int = WINDOW_TOKENS
+) -> dict[str, Tensor]:
+    """Windows (N, T) of the three evaluation texts.
 
     Each text is tokenised once, one BOS at its start, and cut into windows without overlap; the
     remainder is dropped.
@@ -40,6 +42,7 @@ def evaluation_windows(model: str, first: int | None = None) -> dict[str, Tensor
     Args:
         model: Folder of the model whose tokenizer is used.
         first: Number of windows per text; None takes all.
+        window_tokens: Tokens of a window, 2 or more.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     text = data_folder() / "text"
@@ -49,22 +52,23 @@ def evaluation_windows(model: str, first: int | None = None) -> dict[str, Tensor
         "tinystories": (text / "tinystories_val.txt").read_text(),
     }
     return {
-        name: cut_windows(tokenizer(content)["input_ids"], WINDOW_TOKENS)[:first]
+        name: cut_windows(tokenizer(content)["input_ids"], window_tokens)[:first]
         for name, content in texts.items()
     }
 
 
-def mask_training_windows(model: str, seed: int = 0) -> Tensor:
-    """Windows (N, 256) of the mask-training text, in the order of their shuffle by a seed.
+def mask_training_windows(model: str, seed: int = 0, window_tokens: int = WINDOW_TOKENS) -> Tensor:
+    """Windows (N, T) of the mask-training text, in the order of their shuffle by a seed.
 
     Args:
         model: Folder of the model whose tokenizer is used; every document begins with its BOS.
         seed: Seed of the shuffle.
+        window_tokens: Tokens of a window, 2 or more.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     documents = json.loads((data_folder() / "text" / "c4_masktrain.json").read_text())
     ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
-    windows_NT = cut_windows(ids, WINDOW_TOKENS)
+    windows_NT = cut_windows(ids, window_tokens)
     return windows_NT[
         torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(seed))
     ]

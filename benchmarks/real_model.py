@@ -1,0 +1,287 @@
+"""Quality and speed on a real pretrained model, beside the reference implementation of DISP-LLM.
+
+The model is SmolLM2-135M-Instruct in bfloat16 (`benchmarks/smollm2.py`) unless `--model` names
+another folder. Text is cut into windows of 512 tokens, a step has four. Rows of the figures:
+
+- masks: 200 steps of masks, nothing else (`--model.settle null`);
+- frozen: masks, refit and gains, in at most the time of the reference's 200 steps;
+- recovered: the same, with weights of the cut model trained instead of gains;
+- depth: whole blocks removed, the least influential first, and refitted; nothing is trained;
+- widths: masks by importance, refitted; nothing is trained. The opponent of depth.
+
+Perplexity is that of the first 100 windows of c4 and wikitext2, accuracy that of the first 200
+questions of PIQA, ARC-easy and HellaSwag. Excess is ln(perplexity) - ln(dense perplexity) in nats,
+the mean of both texts. Times are those of this process on the CPU, in turns; a reference step takes
+1.13 plain steps, a forward and backward pass through the frozen model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from benchmarks.data import (
+    data_folder,
+    evaluation_windows,
+    mask_training_windows,
+    write_figures,
+)
+from benchmarks.disp_quality import excess
+from benchmarks.smollm2 import smollm2_folder
+from secateur.program import train
+from secateur.pruning.depth import BlockInfluence, Blocks, OneShot
+from secateur.pruning.export.cut import cut
+from secateur.pruning.families import PARTS
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.measure.report import count
+from secateur.pruning.measure.speed import measure_speed
+from secateur.pruning.measure.zero_shot import read_questions, zero_shot
+from secateur.pruning.plan import Plan, plan_from_indices, plan_without
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.gate_gradient import Fisher
+from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking
+from secateur.pruning.widths.refit import refit
+
+WINDOW_TOKENS, BATCH_SIZE = 512, 4
+TASKS = {"piqa": "piqa_val", "arc_easy": "arc_easy_test", "hellaswag": "hellaswag_val_first1500"}
+# The released code of DISP-LLM after 200 steps at kept 0.5, measured on this model and these
+# windows: gates are kept where P(keep) is 0.5 or more (0.488 of the parameters).
+REFERENCE = {"c4": 134.8, "wikitext2": 221.1}
+REFERENCE_KEPT, REFERENCE_STEPS, REFERENCE_STEP = 0.5, 200, 1.13  # plain steps of a step
+# 16 rounds of 8 windows: as long as 32 plain steps.
+SEARCH = GradualRanking(rounds=16, batches_per_round=2, batch_size=BATCH_SIZE)
+REFIT_WINDOWS = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run of the command line.
+
+    Args:
+        steps: Optimiser steps.
+        settings: What differs from configs/disp.yaml.
+    """
+
+    steps: int
+    settings: tuple[str, ...] = ()
+
+
+REFIT = f"--model.settle.refit_windows={REFIT_WINDOWS}"
+# As many steps as fit, with the ranking and the refit, into the time of the reference's 200.
+RECIPES = {
+    "masks": Recipe(200, ("--model.settle=null",)),
+    "frozen": Recipe(120, (REFIT,)),
+    "recovered": Recipe(
+        120, (REFIT, "--model.settle.fraction=0.75", "--model.settle.train=LowRank")
+    ),
+}
+
+
+class Bench:
+    """A dense model, its texts and questions, and the length of a plain step.
+
+    Args:
+        folder: The model.
+        items: Questions of a task that are asked, 0 or more.
+    """
+
+    def __init__(self, folder: str, items: int) -> None:
+        self.folder = folder
+        self.dense = self.load(folder)
+        texts = evaluation_windows(folder, 100, WINDOW_TOKENS)
+        self.texts = {name: texts[name] for name in REFERENCE}
+        self.windows_WT = mask_training_windows(folder, window_tokens=WINDOW_TOKENS)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tasks = data_folder() / "tasks"
+        self.questions = {
+            name: read_questions(tasks / f"{file}.jsonl", tokenizer)[:items]
+            for name, file in TASKS.items()
+            if items
+        }
+        self.dense_perplexity = self.perplexities(self.dense)
+        self.figures: dict[str, Any] = {}
+        self.note("dense", self.dense)
+
+    @staticmethod
+    def load(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+        """The model in a folder, frozen, for evaluation."""
+        model = BaseModel(Path(folder)).load(dtype).eval()
+        return model.requires_grad_(False)
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity of both texts."""
+        return {name: perplexity(model, own).value for name, own in self.texts.items()}
+
+    def note(self, name: str, model: PreTrainedModel) -> None:
+        """Measure a model; a name ends in the fraction that is kept."""
+        found = self.dense_perplexity if model is self.dense else self.perplexities(model)
+        self.figures |= {f"perplexity_{text}_{name}": value for text, value in found.items()}
+        for task, questions in self.questions.items():
+            self.figures[f"accuracy_{task}_{name}"] = zero_shot(model, questions).accuracy
+        if model is not self.dense:
+            own = statistics.mean(excess(found, self.dense_perplexity).values())
+            self.figures[f"excess_{name}"] = own
+            kept = [count(m).block_projection_parameters for m in (model, self.dense)]
+            self.figures[f"kept_counted_{name}"] = kept[0] / kept[1]
+
+    def plain_step_seconds(self) -> float:
+        """Median of three forward and backward passes through the frozen model."""
+        model, input_BT, seconds = self.dense, self.windows_WT[:BATCH_SIZE], []
+        for _ in range(4):
+            start = time.process_time()
+            embedded = model.get_input_embeddings()(input_BT).detach().requires_grad_()
+            model(inputs_embeds=embedded, labels=input_BT, use_cache=False).loss.backward()
+            seconds.append(time.process_time() - start)
+        return statistics.median(seconds[1:])  # the first after other work is slower
+
+    def speeds(self, models: dict[str, PreTrainedModel], repeats: int) -> None:
+        """Prefill of 4 x 256 tokens and decoding at batch 1, over the dense model."""
+        models = {"dense": self.dense, **models}
+        clock = time.process_time
+        prefill = measure_speed(models, 4, 256, 2, repeats, clock=clock)
+        decode = measure_speed(models, 1, 64, 32, repeats, clock=clock)
+        for name in models:
+            seconds = prefill[name].prefill_seconds, decode[name].decode_seconds
+            self.figures |= {f"prefill_ms_{name}": seconds[0] * 1e3}
+            self.figures |= {f"decode_ms_{name}": seconds[1] * 1e3}
+            if name != "dense":
+                of_dense = prefill["dense"].prefill_seconds, decode["dense"].decode_seconds
+                self.figures |= {f"prefill_over_dense_{name}": seconds[0] / of_dense[0]}
+                self.figures |= {f"decode_over_dense_{name}": seconds[1] / of_dense[1]}
+
+    def ranked(self, budget: Budget) -> Ranking:
+        """The gates by importance, as every run of masks begins."""
+        return SEARCH.choose(self.dense, budget, Fisher(), self.windows_WT)
+
+    def widths(self, budget: Budget, ranking: Ranking) -> Plan:
+        """What a ranking leaves for a budget."""
+        sites = find_sites(self.dense, budget.family(self.dense.config))
+        table = budget.cost.table(self.dense)
+        kept = budget.finalise(ranking.positions_N(), sites, table)
+        return plan_from_indices(self.dense, "", kept, {})
+
+    def without_blocks(self, blocks: int) -> Plan:
+        """What is left without the least influential blocks."""
+        windows_WT = self.windows_WT[:16]
+        chosen = OneShot(BlockInfluence())(self.dense, windows_WT, Blocks(blocks)).blocks
+        gone = [(block, part) for block in chosen for part in PARTS]
+        return plan_without(self.dense, "", gone, {})
+
+    def refitted(self, plan: Plan) -> PreTrainedModel:
+        """The model that a plan leaves, refitted on the training text after that of the ranking."""
+        narrow = cut(self.dense, plan)
+        text_WT: Tensor = self.windows_WT[SEARCH.num_windows :][:REFIT_WINDOWS]
+        refit(self.dense, narrow, plan, text_WT)
+        return narrow.eval()
+
+
+def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[str]) -> None:
+    """One run of the command line."""
+    train(
+        [
+            "fit",
+            "--config=configs/disp.yaml",
+            f"--trainer.default_root_dir={root}",
+            f"--trainer.max_steps={recipe.steps}",
+            "--trainer.accelerator=cpu",
+            "--trainer.limit_val_batches=0",
+            "--trainer.enable_progress_bar=false",
+            f"--model.base={folder}",
+            f"--model.budget.keep={keep}",
+            f"--model.learning.start.search.batches_per_round={SEARCH.batches_per_round}",
+            f"--model.learning.start.search.batch_size={SEARCH.batch_size}",
+            f"--data.train={data_folder() / 'text' / 'c4_masktrain.json'}",
+            f"--data.validation={data_folder() / 'text' / 'c4_heldout.json'}",
+            f"--data.window_tokens={WINDOW_TOKENS}",
+            f"--data.batch_size={BATCH_SIZE}",
+            "--data.validation_windows=8",
+            *recipe.settings,
+            *extra,
+        ]
+    )
+
+
+def trained(bench: Bench, what: str, keep: float, root: Path, extra: Sequence[str]) -> None:
+    """Run a recipe and measure what it exports, against the reference where there is one."""
+    before = bench.plain_step_seconds()
+    start = time.process_time()
+    learn(bench.folder, keep, RECIPES[what], root, extra)
+    seconds = time.process_time() - start
+    step = (before + bench.plain_step_seconds()) / 2
+    name = f"{what}_{keep}"
+    bench.note(name, bench.load(root / "model"))
+    cost = seconds / step / (REFERENCE_STEPS * REFERENCE_STEP)
+    bench.figures |= {f"seconds_{name}": seconds, f"cost_over_reference_{name}": cost}
+    if keep == REFERENCE_KEPT:
+        reference = statistics.mean(excess(REFERENCE, bench.dense_perplexity).values())
+        bench.figures["reference_excess"] = reference
+        over = bench.figures[f"excess_{name}"] / reference
+        bench.figures[f"{what}_over_reference_{keep}"] = over
+
+
+def speed(bench: Bench, keeps: Sequence[float], repeats: int) -> None:
+    """Time the default budget: masks by importance, cut."""
+    ranking = bench.ranked(Budget(min(keeps)))
+    plans = {str(keep): bench.widths(Budget(keep), ranking) for keep in keeps}
+    bench.speeds({name: cut(bench.dense, plan).eval() for name, plan in plans.items()}, repeats)
+
+
+def depth(bench: Bench, keeps: Sequence[float], repeats: int) -> None:
+    """Depth and widths at equal FLOPs: quality against measured speed; nothing is trained."""
+    ranking, blocks = bench.ranked(Budget(min(keeps))), bench.dense.config.num_hidden_layers
+    models = {}
+    for keep in keeps:
+        plans = (
+            bench.widths(Budget(keep), ranking),
+            bench.without_blocks(round((1 - keep) * blocks)),
+        )
+        for name, plan in zip(("widths", "depth"), plans, strict=True):
+            models[f"{name}_{keep}"] = bench.refitted(plan)
+    for name, model in models.items():
+        bench.note(name, model)
+    bench.speeds(models, repeats)
+
+
+def main() -> None:
+    """Measure the parts that are asked for, and report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Options that are not known go to train.py."
+    )
+    parts = [*RECIPES, "speed", "depth"]
+    parser.add_argument("--what", nargs="+", choices=parts, default=parts, help="parts to run")
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.7], help="kept fractions")
+    parser.add_argument("--model", help="model folder (default: SmolLM2-135M, made and kept)")
+    parser.add_argument("--items", type=int, default=200, help="questions of a task")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of the timing")
+    parser.add_argument("--keep-runs", type=Path, help="folder for the runs (default: temporary)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args, extra = parser.parse_known_args()
+    torch.set_num_threads(args.threads)
+    bench = Bench(args.model or str(smollm2_folder()), args.items)
+    with tempfile.TemporaryDirectory() as temporary:
+        for what in (part for part in args.what if part in RECIPES):
+            for keep in args.kept:
+                root = (args.keep_runs or Path(temporary)) / f"{what}_{keep}"
+                trained(bench, what, keep, root, extra)
+    if "speed" in args.what:
+        speed(bench, args.kept, args.repeats)
+    if "depth" in args.what:
+        depth(bench, args.kept, args.repeats)
+    write_figures(bench.figures | {"threads": args.threads}, args.json)
+
+
+if __name__ == "__main__":
+    main()
