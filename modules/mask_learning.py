@@ -393,6 +393,7 @@ class MaskLearning(LanguageModelling):
                     named = named_gains(own.float().cpu().clone(), self.settled.sizes)
                     gains = {name: gain_F.clone() for name, gain_F in named.items()}
         widths_S = torch.tensor([float(len(index)) for index in kept])
+        budget = self.budget.suited(self.sites)
         provenance = {
             "method": "DISP-LLM (arXiv 2410.11988)",
             "step": self.global_step,
@@ -401,7 +402,8 @@ class MaskLearning(LanguageModelling):
             "counted": self.budget.cost.label,
             "cost": repr(self.budget.cost),
             "min_width": self.budget.min_width,
-            "width_multiple": self.budget.width_multiple,
+            "width_multiple": budget.width_multiple,
+            "selection": budget.selection,
             "uniform": self.budget.uniform,
             "parts": self.budget.parts,
             "sites": None if self.budget.sites is None else list(self.budget.sites),
@@ -511,7 +513,7 @@ class MaskLearning(LanguageModelling):
             with self.settled.plain() as model, evaluation(model):
                 what = FromModel(model, tokenizer, dtype, dense, plan)
                 deliver(what, origin, folder, windows_NT, one, measured=True)
-        if self.budget.width_multiple > 1:
+        if self.budget.width_multiple not in (None, 1):
             free = dataclasses.replace(self.budget, width_multiple=1)
             kept = free.finalise(self._cpu_logits(), self.sites, self.table)
             unaligned = dataclasses.replace(plan, kept=kept, gains=None)

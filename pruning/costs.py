@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Real
@@ -81,6 +82,8 @@ class Cost(ABC):
     """What is counted."""
 
     whole_model: bool
+    per_weight: ClassVar[int]
+    """Cost of one weight of a projection."""
 
     @property
     def label(self) -> str:
@@ -108,11 +111,12 @@ class Parameters(Cost):
     """
 
     whole_model: bool = False
+    per_weight: ClassVar[int] = 1
 
     def table(self, model: PreTrainedModel, family: Family | None = None) -> CostTable:
         family = family or family_of(model.config)
         sites = find_sites(model, family)
-        products = _projection_products(model, family, sites, weight_unit=1)
+        products = _projection_products(model, family, sites, self.per_weight)
         if not self.whole_model:
             return CostTable(sites, products)
         products += _norm_products(model, family, sites)
@@ -136,6 +140,7 @@ class Flops(Cost):
 
     whole_model: bool = False
     context_tokens: int = 2048
+    per_weight: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.context_tokens < 1:
@@ -144,7 +149,7 @@ class Flops(Cost):
     def table(self, model: PreTrainedModel, family: Family | None = None) -> CostTable:
         family = family or family_of(model.config)
         sites = find_sites(model, family)
-        products = _projection_products(model, family, sites, weight_unit=2)
+        products = _projection_products(model, family, sites, self.per_weight)
         if not self.whole_model:
             return CostTable(sites, products)
         head = model.get_output_embeddings()

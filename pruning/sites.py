@@ -43,6 +43,11 @@ class Site:
         return self.name in PARTS
 
     @property
+    def is_of_stream(self) -> bool:
+        """Whether its entries are those of the residual stream, read or written."""
+        return self.name.endswith(("_in", "_out"))
+
+    @property
     def key(self) -> str:
         """Name used in files: `<block>.<name>`."""
         return f"{self.block}.{self.name}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,11 @@ from transformers import PreTrainedConfig
 from secateur.pruning.costs import Cost, CostTable, Flops
 from secateur.pruning.families import Family, family_of
 from secateur.pruning.sites import Site
+
+_SMALLEST_FAST = 512  # entries of the residual stream from which on shapes decide the speed
+# Measured on one core (width 576, bfloat16): gathering takes as long as a product with about 540
+# features. By its memory traffic, it is about the same on a GPU at width 4096.
+_SELECTION = 512
 
 
 def log_ratio_penalty(
@@ -46,7 +51,12 @@ class Budget:
         cost: What is counted: `Flops` or `Parameters`, of the block projections or the whole model.
         min_width: Fewest entries that a site keeps, 1 or more.
         width_multiple: Every width is a multiple of this, 1 or more (8, 64 and 128 suit matrix
-            hardware); a site whose size is not a multiple may also stay whole.
+            hardware); a site whose size is not a multiple may also stay whole. None takes 32 where
+            the residual stream has 512 entries or more, 64 from 1024 on, and 1 below.
+        selection: Selecting entries of the residual stream takes time: a site of it is cut only
+            where that saves more than a product of the whole stream with this many features, 0 or
+            more. 0 cuts any site. None takes 512 where the residual stream has 512 entries or more,
+            and 0 below.
         uniform: Narrow the MLPs only, all to the same width, so that the result is a stock model of
             its family, without code of its own. Which neurons stay still differs per block.
         parts: Let attentions and MLPs go as a whole, too, by one gate each. What such a part leaves
@@ -62,7 +72,8 @@ class Budget:
     keep: float = 0.5
     cost: Cost = field(default_factory=Flops)
     min_width: int = 1
-    width_multiple: int = 1
+    width_multiple: int | None = None
+    selection: int | None = None
     uniform: bool = False
     parts: bool = False
     sites: Sequence[str] | None = None
@@ -82,9 +93,21 @@ class Budget:
             )
         if self.sites is not None and not self.sites:
             raise ValueError("`sites` must name one site or more, such as `mlp_mid`, got none.")
-        for name in ("min_width", "width_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        for name, least in (("min_width", 1), ("width_multiple", 1), ("selection", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+
+    def suited(self, sites: Sequence[Site]) -> Budget:
+        """The same with `width_multiple` and `selection` as these sites of a model ask for them."""
+        stream = max((site.size for site in sites if site.is_of_stream), default=0)
+        real = stream >= _SMALLEST_FAST
+        multiple, selection = (64 if stream >= 1024 else 32, _SELECTION) if real else (1, 0)
+        return replace(
+            self,
+            width_multiple=multiple if self.width_multiple is None else self.width_multiple,
+            selection=selection if self.selection is None else self.selection,
+        )
 
     def family(self, config: PreTrainedConfig) -> Family:
         """The row of the family with the sites that this budget has gates for.
@@ -109,6 +132,9 @@ class Budget:
                 the minimum width or the width multiple, `uniform` meets MLPs of several sizes, or
                 `sites` names one that the model does not have.
         """
+        self.suited(sites)._check(sites, table)
+
+    def _check(self, sites: Sequence[Site], table: CostTable) -> None:
         names = list(dict.fromkeys(site.name for site in sites if not site.is_part))
         if strange := [name for name in self.sites or () if name not in names]:
             raise ValueError(f"`sites` names {strange[0]!r}; the model has {', '.join(names)}.")
@@ -170,7 +196,12 @@ class Budget:
         Raises:
             ValueError: A score is not finite, or the budget cannot be met (see `check`).
         """
-        self.check(sites, table)
+        return self.suited(sites)._finalise(scores_N, sites, table)
+
+    def _finalise(
+        self, scores_N: Float[Tensor, " N"], sites: Sequence[Site], table: CostTable
+    ) -> tuple[Tensor, ...]:
+        self._check(sites, table)
         if not bool(scores_N.isfinite().all()):
             raise ValueError("Scores of gates must be finite; training has diverged.")
         ranked = [
@@ -197,7 +228,7 @@ class Budget:
         narrow_S = torch.tensor([self.prunes(site) for site in sites])
         floor, size = next((self._floor(site), site.size) for site in sites if self.prunes(site))
         # A size that is not a multiple may stay whole, as everywhere.
-        choices = sorted({*range(floor, size + 1, self.width_multiple), size})
+        choices = sorted({*range(floor, size + 1, self._multiple), size})
 
         def too_wide(width: int) -> bool:
             return float(table(floor_S.masked_fill(narrow_S, width))) > limit
@@ -246,7 +277,33 @@ class Budget:
         floor_S: Tensor,
         top_S: Tensor,
     ) -> Tensor:
-        """Widths of the best chunks of all sites together, between a floor and a top."""
+        """Widths between a floor and a top, of the best chunks of all sites together.
+
+        Sites of the residual stream whose cut does not pay stay whole, where the budget allows.
+        """
+        stream = max((site.size for site in sites if site.is_of_stream), default=0)
+        # Entries of a stream that is narrow already are selected in any case.
+        selects_S = torch.tensor([site.is_of_stream and site.size == stream for site in sites])
+        least_saved = self.cost.per_weight * (self.selection or 0) * stream
+        while True:
+            widths_S = self._prefix_widths(scores_N, sites, table, limit, ranked, floor_S, top_S)
+            saved_S = (top_S - widths_S) * table.marginal(widths_S)
+            unpaid_S = selects_S & (widths_S < top_S) & (saved_S < least_saved)
+            floor_S = torch.where(unpaid_S, top_S, floor_S)
+            if not bool(unpaid_S.any()) or float(table(floor_S)) > limit:
+                return widths_S
+
+    def _prefix_widths(
+        self,
+        scores_N: Tensor,
+        sites: Sequence[Site],
+        table: CostTable,
+        limit: float,
+        ranked: Sequence[Tensor],
+        floor_S: Tensor,
+        top_S: Tensor,
+    ) -> Tensor:
+        """The longest prefix of the best chunks that the limit pays for, and what still fits."""
         chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, top_S)
         chunk_sites, chunk_sizes = chunks
         low = _longest_prefix(*chunks, floor_S, table, limit)
@@ -268,13 +325,17 @@ class Budget:
             cost, marginal_S = float(table(widths_S)), table.marginal(widths_S)
         return widths_S
 
+    @property
+    def _multiple(self) -> int:
+        return self.width_multiple or 1
+
     def _floor(self, site: Site) -> int:
         if site.is_part:
             return 0
         if not self.prunes(site):
             return site.size
-        chunks = -(-self.min_width // self.width_multiple)
-        return min(site.size, chunks * self.width_multiple)
+        chunks = -(-self.min_width // self._multiple)
+        return min(site.size, chunks * self._multiple)
 
     def _ranked_chunks(
         self,
@@ -289,7 +350,7 @@ class Budget:
         scores = scores_N.double().split([site.size for site in sites])
         for place, (order, vector) in enumerate(zip(ranked, scores, strict=True)):
             above = vector[order][int(floor_S[place]) : int(top_S[place])]
-            multiple = 1 if sites[place].is_part else self.width_multiple
+            multiple = 1 if sites[place].is_part else self._multiple
             whole = len(above) - len(above) % multiple
             key_C = above[:whole].view(-1, multiple).mean(1)
             size_C = torch.full_like(key_C, multiple, dtype=torch.long)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,14 +235,14 @@ def test_the_budget_is_met_and_nothing_more_would_fit(seed: int) -> None:
     budget, scores, sites, table = _draw(seed)
     kept = budget.finalise(scores, sites, table)
     widths = [len(index) for index in kept]
-    limit = budget.keep * table.dense * (1 + 1e-9)
+    limit, multiple = budget.keep * table.dense * (1 + 1e-9), budget.width_multiple or 1
     assert float(table(torch.tensor(widths).double())) <= limit
     for place, (site, width) in enumerate(zip(sites, widths, strict=True)):
         assert width >= min(budget.min_width, site.size)
-        assert width % budget.width_multiple == 0 or width == site.size
+        assert width % multiple == 0 or width == site.size
         if width < site.size:
             wider = list(widths)
-            wider[place] = min(site.size, width + budget.width_multiple)
+            wider[place] = min(site.size, width + multiple)
             assert float(table(torch.tensor(wider).double())) > limit, site
 
 
@@ -321,6 +322,7 @@ def test_finalise_works_where_gradients_are_off() -> None:
         (lambda: Budget(keep=math.nan), r"`keep` must be in \(0, 1\], got nan"),
         (lambda: Budget(min_width=0), "`min_width` must be 1 or more, got 0"),
         (lambda: Budget(width_multiple=0), "`width_multiple` must be 1 or more, got 0"),
+        (lambda: Budget(selection=-1), "`selection` must be 0 or more, got -1"),
     ],
 )
 def test_settings_out_of_range(make: Callable[[], Budget], message: str) -> None:
@@ -348,6 +350,43 @@ def test_targets_that_cannot_be_met(budget: Budget, message: str) -> None:
         budget.finalise(torch.zeros(8), sites, table)
 
 
+def _readers(*sizes: int) -> tuple[list[Site], CostTable]:
+    """Sites of a residual stream of 8 entries, each read by a layer of so many outputs."""
+    sites = [Site(block, "mlp_in", 8) for block in range(len(sizes))]
+    products = [(1, place, float(size)) for place, size in enumerate(sizes)]
+    return sites, CostTable(sites, products)
+
+
+def test_a_selection_that_does_not_pay_is_not_made() -> None:
+    # Entries cost 1 at site 0 and 4 at site 1, 40 in all; 30 may stay. By score, two of site 0 and
+    # two of site 1 go, which saves 2 + 8; a product of the stream with one feature costs 8, so
+    # that site 0 stays whole, and site 1 loses 3.
+    sites, table = _readers(1, 4)
+    scores = torch.tensor([0.0, 1, 9, 9, 9, 9, 9, 9, 0, 1, 2, 9, 9, 9, 9, 9])
+    budget = Budget(30 / 40, Parameters(), width_multiple=1, selection=0)
+    assert [len(index) for index in budget.finalise(scores, sites, table)] == [6, 6]
+    kept = replace(budget, selection=1).finalise(scores, sites, table)
+    assert [index.tolist() for index in kept] == [[*range(8)], [3, 4, 5, 6, 7]]
+
+
+def test_a_selection_that_the_budget_asks_for_is_made_in_any_case() -> None:
+    sites, table = _readers(1, 4)
+    budget = Budget(0.5, Parameters(), width_multiple=1, selection=100)
+    widths = [len(index) for index in budget.finalise(torch.zeros(16), sites, table)]
+    assert float(table(torch.tensor(widths))) <= 20
+
+
+@pytest.mark.parametrize(
+    ("stream", "multiple", "selection"), [(511, 1, 0), (512, 32, 512), (1024, 64, 512)]
+)
+def test_shapes_suit_the_model(stream: int, multiple: int, selection: int) -> None:
+    sites = [Site(0, "attn_in", stream), Site(0, "mlp_mid", 4096)]
+    suited = Budget().suited(sites)
+    assert (suited.width_multiple, suited.selection) == (multiple, selection)
+    typed = Budget(width_multiple=3, selection=5)
+    assert typed.suited(sites) == typed
+
+
 def _mlps(*sizes: int) -> tuple[list[Site], CostTable]:
     """Blocks with a site of 2 entries and an MLP; every entry costs 1."""
     sites = [s for b, size in enumerate(sizes) for s in (Site(b, "x", 2), Site(b, "mlp_mid", size))]
@@ -366,7 +405,7 @@ def test_uniform_by_hand() -> None:
 @SEEDS
 def test_uniform_widths_are_the_widest_that_the_budget_pays_for(seed: int) -> None:
     budget, scores, sites, table = _draw(seed)
-    multiple = min(budget.width_multiple, 8)
+    multiple = min(budget.width_multiple or 1, 8)
     whole = table.full_S.clone()
     mlps = torch.tensor([site.name == "mlp_mid" for site in sites])
     floor = min(-(-budget.min_width // multiple) * multiple, int(whole[mlps][0]))
