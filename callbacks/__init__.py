@@ -1,4 +1,4 @@
-"""When things happen: hooks, logging and state around the maths of `pruning`."""
+"""Lightning callbacks: when to prune, log and save, around the maths of `pruning`."""
 
 if __name__ == "callbacks":
     raise ImportError("This package is secateur.callbacks now; see `python -m secateur --help`.")

@@ -1,11 +1,12 @@
-"""Masks on a live model in training: gradients, weights and low-rank updates stay under them.
+"""Keep masks on a live model in training: on gradients, weights and low-rank updates.
 
-A low-rank update B A of a masked matrix is dense. Added to it at the end, it would fill the zeros
-again; cut off only at the end, it would leave another model than the one that was trained. So the
-masked update is what trains: W x + (mask * B A) x, as SparsePEFT of SQFT (arXiv 2410.03750) has it.
+A low-rank update B A of a masked matrix is dense. Added to the matrix at the end, it would fill the
+zeros again; masked only at the end, the exported model would differ from the trained one. So the
+update is masked during training: W x + (mask * B A) x, as in SparsePEFT of SQFT (arXiv 2410.03750).
 
-Memory: a byte per weight of the masked matrices; with low-rank updates also, until the backward
-pass, a number per weight of each adapted one (`gradient_checkpointing` keeps those of one block).
+Memory: one byte per weight of the masked matrices; with low-rank updates also, until the backward
+pass, one number per weight of each adapted matrix (with `gradient_checkpointing` only of one
+block).
 
 Legend: O = output features, I = input features.
 """
@@ -23,11 +24,11 @@ from secateur.pruning.weights.masks import WeightMasks
 
 
 class HeldMasks:
-    """Masks on a model, low-rank updates included, until `release`.
+    """Masks that are kept on a model, low-rank updates included, until `release`.
 
     Args:
         model: The live model; its matrices may carry updates of the package peft.
-        masks: What stays.
+        masks: The kept weights.
 
     Raises:
         ValueError: The model lacks a matrix, or it has another shape.
@@ -49,37 +50,37 @@ class HeldMasks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set what is removed to zero."""
+        """Set the removed weights to zero."""
         for weight, removed_OI in self._removed:
             weight.masked_fill_(removed_OI, 0)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Take what is removed out of the gradients: out of moments and out of clipping, too."""
+        """Zero the gradients of removed weights, so that neither moments nor clipping see them."""
         for weight, removed_OI in self._removed:
             if weight.grad is not None:
                 weight.grad.masked_fill_(removed_OI, 0)
 
     def release(self) -> None:
-        """Let the updates be dense again."""
+        """Remove the masks from the updates."""
         for layer, handles in self._layers:
-            del layer.get_delta_weight  # what was put before that of its class
+            del layer.get_delta_weight  # uncovers the method of the class
             for handle in handles:
                 handle.remove()
 
 
 def is_adapted(layer: nn.Module) -> bool:
-    """Whether a layer carries a low-rank update."""
+    """Test whether a layer has a low-rank update."""
     return hasattr(layer, "get_delta_weight")
 
 
 @torch.no_grad()
 def take_out_updates(model: nn.Module, masks: WeightMasks) -> None:
-    """Subtract from weights the updates that they carry: with these, they are what they were.
+    """Subtract low-rank updates from their weights: weight plus update is then as before.
 
     Args:
-        model: Its adapted matrices hold what they and their updates shall be together.
-        masks: Names those that are looked at.
+        model: Its adapted matrices hold the wanted sum of weight and update.
+        masks: Names the matrices that are changed.
     """
     for _, layer in _layers(model, masks):
         if is_adapted(layer):
@@ -99,11 +100,11 @@ def _layers(model: nn.Module, masks: WeightMasks) -> Iterator[tuple[str, Any]]:
 
 
 def _mask_updates(layer: Any, removed_OI: Tensor) -> list[Any]:
-    """Mask the update of a layer, in its forward pass and where it is added up."""
+    """Mask the update of a layer, in its forward pass and when it is merged."""
     (adapter,) = layer.lora_A
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     dense_update = layer.get_delta_weight
-    read: list[Tensor] = []  # what `down` reads, after dropout
+    read: list[Tensor] = []  # input of `down`, after dropout
 
     def note(module: nn.Module, args: tuple[Tensor]) -> None:
         read[:] = args

@@ -1,4 +1,4 @@
-"""Where callbacks may write."""
+"""Check where callbacks may write."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ _TAKEN = ("plan", "plots", "checkpoints", "metrics", "logs", "depth", "weights",
 
 
 def check_folder(callback: str, folder: str, *own: str) -> None:
-    """Check that a folder lies in the output folder of the run, and that it holds nothing else.
+    """Check that a folder is inside the output folder of the run and is not used otherwise.
 
     Args:
         callback: Name of the callback.
         folder: Its setting `folder`.
-        own: Folders of a run that are for such callbacks.
+        own: Folder names of a run that are reserved for such callbacks.
 
     Raises:
-        ValueError: It lies elsewhere, or a run keeps something else there.
+        ValueError: It is elsewhere, or a run keeps something else there.
     """
     path = Path(folder)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError(
-            f"`folder` {folder!r} of {callback} does not lie below `trainer.default_root_dir`; "
+            f"`folder` {folder!r} of {callback} is not below `trainer.default_root_dir`; "
             f"choose a name, such as {own[0]}."
         )
     if path.parts[0] in {*_TAKEN} - {*own}:

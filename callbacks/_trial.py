@@ -1,4 +1,4 @@
-"""Whether a run only tries its steps."""
+"""Recognise a trial run."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from lightning.pytorch import Trainer
 
 
 def is_trial(trainer: Trainer) -> bool:
-    """Whether `fast_dev_run` is set: such a run leaves nothing behind."""
+    """Test whether `fast_dev_run` is set: such a run writes no results."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined] # set by a helper of Trainer

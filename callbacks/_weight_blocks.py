@@ -1,4 +1,4 @@
-"""The blocks of a pruning while they are worked on: where they are kept, what is shown."""
+"""Finished blocks while weights are pruned: where they are stored, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from secateur.pruning.weights.store import BlockStore, delete_blocks
 
 
 def store_of(folder: Path, settings: Mapping[str, Any], step: int) -> BlockStore:
-    """Where finished blocks are kept; those of this very pruning are there already.
+    """The store of finished blocks; it keeps those of an interrupted run of the same pruning.
 
     Args:
-        folder: Of all prunings of a run, one after the other.
-        settings: What decides the pruning.
-        step: The step of the run before which it is made.
+        folder: Folder of all prunings of a run, one after the other.
+        settings: All that the result of the pruning depends on.
+        step: The optimiser step before which the pruning takes place.
 
     Raises:
         ValueError: At step 0, the folder holds the blocks of another run.
@@ -32,13 +32,13 @@ def store_of(folder: Path, settings: Mapping[str, Any], step: int) -> BlockStore
     except ValueError:
         if step == 0:
             raise
-        delete_blocks(folder)  # of an earlier rise, or of one before the checkpoint
+        delete_blocks(folder)  # of an earlier gradual pruning, or from before the checkpoint
         return BlockStore(folder, settings)
 
 
 @contextmanager
 def shown_progress(trainer: Trainer) -> Iterator[OnBlock]:
-    """A bar that moves with every block; lines in the log where bars are switched off."""
+    """A progress bar over the blocks; lines in the log if progress bars are switched off."""
     if trainer.progress_bar_callback is None:
         yield lambda done, total: rank_zero_info(f"Pruned block {done} of {total}.")
         return

@@ -18,10 +18,10 @@ class AnnealSparsity(Callback):
 
     Args:
         over: Fraction of the steps that learn masks after which the target has reached the budget,
-            in [0, 1]; 0 asks for the whole budget from the first step, as the paper does.
-        curve: How the target gets there.
-        end_temperature: Temperature when masks are learned, above 0; None leaves it alone.
-        temperature_curve: How the temperature gets there.
+            in [0, 1]; 0 applies the full budget from the first step, as in the paper.
+        curve: Shape of the curve of the target.
+        end_temperature: Temperature at the end of mask learning, above 0; None leaves it unchanged.
+        temperature_curve: Shape of the curve of the temperature.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -50,12 +50,12 @@ class AnnealSparsity(Callback):
         module = learns_masks(pl_module, "AnnealSparsity")
         self._total = module.mask_steps
         self._start_temperature = module.temperature
-        if self.end_temperature is not None:  # one that the gates refuse, they refuse now
+        if self.end_temperature is not None:  # let the gates refuse an invalid temperature now
             module.temperature = self.end_temperature
             module.temperature = self._start_temperature
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to go on along other curves: only now are the steps of this run known.
+        """Refuse to resume with different curves; the number of steps is known only now.
 
         Raises:
             ValueError: The checkpoint was written under other settings.
@@ -76,7 +76,7 @@ class AnnealSparsity(Callback):
             module.temperature = start + (end - start) * self.temperature_curve(progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings: the curves themselves follow from the step."""
+        """The settings; the curves are functions of the step."""
         return {
             "over": self.over,
             "curve": type(self.curve).__name__,
@@ -86,5 +86,5 @@ class AnnealSparsity(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the settings of the checkpoint until training starts."""
+        """Store the settings of the checkpoint until training starts."""
         self._saved = state_dict

@@ -1,4 +1,4 @@
-"""Leave a smaller model behind at the end of fit."""
+"""Export the smaller model at the end of fit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class ExportModel(Callback):
     """Finalise, export, verify and measure at the end of fit.
 
     Args:
-        folder: Where the model goes, below `trainer.default_root_dir`. An export of ours that
-            is there already is replaced; any other folder is left alone and refused at the start.
+        folder: Where the model goes, below `trainer.default_root_dir`. An earlier export of ours is
+            replaced; any other existing folder is refused at the start.
 
     Raises:
-        ValueError: `folder` lies elsewhere, or is where a run keeps something else.
+        ValueError: `folder` is elsewhere, or a run keeps something else there.
     """
 
     def __init__(self, folder: str = "model") -> None:
@@ -30,7 +30,7 @@ class ExportModel(Callback):
         self.folder = folder
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find out before training whether the export can be written.
+        """Check before training that the export can be written.
 
         Raises:
             ValueError: The folder holds something else, or the module cannot export.
@@ -38,7 +38,7 @@ class ExportModel(Callback):
         exports(module, "ExportModel").check_export_folder(self._path(trainer))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same check for those who do without our command line."""
+        """Make the same check without our command line."""
         if stage == "fit":
             self.check_first(trainer, pl_module)
 
@@ -46,12 +46,12 @@ class ExportModel(Callback):
         """Export what was learned."""
         module = exports(pl_module, "ExportModel")
         if is_trial(trainer):
-            rank_zero_info("`fast_dev_run` tries the steps of a run and leaves no model behind.")
+            rank_zero_info("`fast_dev_run` only tries the steps of a run and exports no model.")
             return
         if trainer.global_step < (planned := trainer.estimated_stepping_batches):
             rank_zero_warn(
-                f"Training ended after {trainer.global_step} of {planned} steps: what is exported "
-                "now is not what the whole run would have left."
+                f"Training ended after {trainer.global_step} of {planned} steps: the exported "
+                "model differs from that of the complete run."
             )
         try:
             module.export(self._path(trainer), shlex.join(["python", *sys.argv]))

@@ -19,7 +19,7 @@ class PlotWidths(Callback):
         folder: Where the pictures go, below `trainer.default_root_dir`.
 
     Raises:
-        ValueError: `folder` lies elsewhere, or is where a run keeps something else.
+        ValueError: `folder` is elsewhere, or a run keeps something else there.
     """
 
     def __init__(self, folder: str = "plots") -> None:
@@ -27,7 +27,7 @@ class PlotWidths(Callback):
         self.folder = folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out at once whether the module learns masks."""
+        """Check at once that the module learns masks."""
         learns_masks(pl_module, "PlotWidths")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""What all callbacks that prune a model in training share."""
+"""The base class of callbacks that prune a model in training."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from secateur.pruning.protocols import TrainsWeights, calibration_windows, train
 class Prune(Callback, ABC):
     """Prune what is due, at the start of training and before every step.
 
-    A subclass says in `catch_up` what is due and how it is taken out. Its settings and the history
-    of what it did are part of the checkpoint.
+    A subclass defines in `catch_up` what is due and how it is removed. Its settings and the history
+    of its prunings are part of the checkpoint.
 
     Args:
         calibration_windows: Windows of the training text to measure on, 1 or more.
@@ -40,17 +40,18 @@ class Prune(Callback, ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Settings that decide what is pruned: a checkpoint goes on only under the same ones."""
+        """Settings that decide what is pruned; a checkpoint resumes only under the same."""
 
     @abstractmethod
     def catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
-        """Prune what is due at the present step and has not been pruned yet."""
+        """Prune what is due at the current step and has not been pruned yet."""
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
         """Check module and strategy before anything is read.
 
         Raises:
-            ValueError: The module trains no base model, or the strategy divides what trains.
+            ValueError: The module does not train a base model, or the strategy shards the trained
+                weights.
         """
         self.pruned(module).check_removals(trainer.strategy)
 
@@ -61,7 +62,7 @@ class Prune(Callback, ABC):
         self.catch_up(trainer, self.pruned(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was pruned, and the settings that decide the rest."""
+        """The history of prunings, and the settings that decide the rest."""
         return {"settings": self.settings(), "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Remove blocks while a model trains: score, choose, remove, train on.
 
 Sources: "Shortened LLaMA" (arXiv 2402.02834), at once and then recovery; "SLEB" (arXiv 2402.09025)
-scores again after every block, which the gradual schedule does with training in between.
+scores again after every block; the gradual schedule does so with training in between.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from secateur.pruning.protocols import TrainsWeights
 
 
 class Removals(ABC):
-    """When blocks, or halves of them, go; a pure function of the optimiser step."""
+    """When blocks, or halves of them, are removed: a pure function of the optimiser step."""
 
     @abstractmethod
     def due(self, step: int, total: int) -> int:
-        """Units that are gone when a step begins.
+        """Number of units that are removed when a step begins.
 
         Args:
             step: Number of the optimiser step, 0 or more.
-            total: Units that go in all, 1 or more.
+            total: Units to remove in total, 1 or more.
         """
 
     @abstractmethod
     def last_step(self, total: int) -> int:
-        """The step before which the last unit goes."""
+        """The step before which the last unit is removed."""
 
 
 @dataclass(frozen=True)
 class AtOnce(Removals):
-    """All of them before the first step; without any step, the model is pruned only."""
+    """Remove all units before the first step; with 0 steps, the model is pruned and not trained."""
 
     def due(self, step: int, total: int) -> int:
         return total
@@ -64,16 +64,16 @@ class AtOnce(Removals):
 
 @dataclass(frozen=True)
 class OneByOne(Removals):
-    """One block, or one half, every few steps; the model is scored anew each time.
+    """Remove one block, or one half, every few steps; score the model anew each time.
 
     Args:
         every_n_steps: Optimiser steps from one removal to the next, 1 or more.
-        first_step: The step before which the first one goes, 0 or more.
+        first_step: The step before which the first unit is removed, 0 or more.
 
     Raises:
         ValueError: A setting is outside its range.
 
-    Example: every 20 steps from step 10 on, two of three blocks are gone when step 30 begins.
+    Example: every 20 steps from step 10 on, two of three blocks are removed when step 30 begins.
     """
 
     every_n_steps: int
@@ -93,22 +93,22 @@ class OneByOne(Removals):
 
 
 class PruneBlocks(Prune):
-    """Score the blocks of the model, remove those that it needs least, and train on.
+    """Score the blocks of the model, remove the least important, and train on.
 
-    Around every removal the loss and the perplexity of the calibration windows are logged. Below
-    `folder` come the scores, as files that a later run with the same model, text and score reuses,
-    and a picture of them. Whole blocks leave a stock model; with `search.units` HalfBlocks,
-    attention and MLP of a block may go on their own, and the exported model brings the code that
-    loads it.
+    Around every removal the loss and the perplexity of the calibration windows are logged. The
+    scores are written below `folder`, with a picture; a later run with the same model, text and
+    score reuses the files. Removing whole blocks leaves a stock model; with `search.units`
+    HalfBlocks, attention and MLP of a block can be removed separately, and the exported model
+    includes the code that loads it.
 
     Args:
         target: How much to remove, counted on the base model.
         search: How to choose. One-shot by perplexity if not given.
-        removals: When they go; all at once before training if not given.
+        removals: When blocks are removed; all at once before training if not given.
         calibration_windows: Windows of the training text to score on, 1 or more.
         calibration_seed: Seed of the draw of these windows, 0 or more.
-        compensate: Scale what comes before a removed block to make up for it (Prune&Comp, arXiv
-            2507.18212), where that lowers the perplexity of the calibration windows; whole blocks
+        compensate: Scale the weights before a removed block to make up for it (Prune&Comp, arXiv
+            2507.18212), if that lowers the perplexity of the calibration windows; whole blocks
             only.
         folder: Where scores and pictures go, below `trainer.default_root_dir`.
 
@@ -131,17 +131,17 @@ class PruneBlocks(Prune):
         if compensate and not isinstance(self.search.units, WholeBlocks):
             raise ValueError(
                 f"`compensate` is for whole blocks, and `search.units` is {self.search.units}; "
-                "leave out the one or choose WholeBlocks for the other."
+                "leave out `compensate`, or choose WholeBlocks."
             )
         self.removals = removals or AtOnce()
         self.compensate = compensate
-        self._total = 0  # units that go in all
+        self._total = 0  # units to remove in total
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether the target can be reached in time; remove what is due at once.
+        """Check that the target can be reached in time; remove what is due at once.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The target cannot be reached in time.
         """
         module = self.pruned(pl_module)
         self._total = units_to_remove(module.base_model.skeleton(), self.search, self.target)
@@ -150,17 +150,17 @@ class PruneBlocks(Prune):
             raise ValueError(
                 f"`removals` {self.removals} would take out the last of {self._total} units "
                 f"before step {last}, and training has {steps} steps; raise `trainer.max_steps` "
-                "or let them go sooner."
+                "or remove them sooner."
             )
         if trainer.ckpt_path is None:  # else the optimiser of the checkpoint is still to be read
             self.catch_up(trainer, module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether the target was met.
+        """Check that the target was met.
 
         Raises:
-            ValueError: All steps were taken and it was not, as when the run goes on from a
-                checkpoint without this callback that had no steps left.
+            ValueError: It was not met after all steps, for example when a run without this callback
+                is resumed from its last checkpoint.
         """
         removed = len(self.pruned(pl_module).removed_units)
         if removed < self._total and trainer.global_step >= trainer.estimated_stepping_batches:
@@ -187,7 +187,7 @@ class PruneBlocks(Prune):
 
     def _remove(self, trainer: Trainer, module: TrainsWeights, count: int) -> None:
         removal: dict[str, Any] = {}
-        if trainer.is_global_zero:  # the others wait for what it chooses
+        if trainer.is_global_zero:  # the others wait for its choice
             removal = self._choose(trainer, module, count)
         removal = trainer.strategy.broadcast(removal)
         units = [Unit.of_key(key) for key in removal.pop("units")]
@@ -205,13 +205,13 @@ class PruneBlocks(Prune):
         )
 
     def _choose(self, trainer: Trainer, module: TrainsWeights, count: int) -> dict[str, Any]:
-        """What to remove, by its names in the base model, and what it is now worth."""
+        """The units to remove, by their names in the base model, and their present scores."""
         folder, windows_NT = Path(trainer.default_root_dir) / self.folder, self.windows(trainer)
         search = replace(self.search, score=Cached(self.search.score, folder))
         with module.plain() as model:
             before = perplexity(model, windows_NT)
             chosen = search(model, windows_NT, UnitCount(count))
-        chosen = chosen.better or chosen  # of which the search has told
+        chosen = chosen.better or chosen  # the search has logged it
 
         def in_base(units: Iterable[Unit]) -> tuple[Unit, ...]:
             return tuple(Unit(module.kept_blocks[unit.block], unit.part) for unit in units)
@@ -239,12 +239,12 @@ def units_to_remove(model: PreTrainedModel, search: Search, target: Target) -> i
 
     Args:
         model: The base model, live or on the meta device.
-        search: Says which units may go.
+        search: Defines which units may be removed.
         target: How much to remove.
 
     Raises:
-        ValueError: All that may go are not enough, or units differ in size, so that their number
-            depends on which ones go.
+        ValueError: All removable units are not enough, or units differ in size, so that their
+            number depends on the choice.
     """
     config = model.config
     candidates, _ = search.check(config, search.units.of(model), target)
@@ -252,7 +252,7 @@ def units_to_remove(model: PreTrainedModel, search: Search, target: Target) -> i
     if max(sizes) > min(sizes) * (1 + 1e-9):
         units = "blocks" if is_narrow(config.model_type) else "attention and MLP"
         raise ValueError(
-            f"`target` {target} weighs {units} differently, so that nobody can tell how many of "
-            "them go; choose Blocks or BlockFraction."
+            f"`target` {target} gives {units} different costs, so that their number is unknown "
+            "before they are chosen; use Blocks or BlockFraction."
         )
     return next(count for count in range(1, len(sizes) + 1) if target.reached(sizes[:count]))

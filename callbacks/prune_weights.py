@@ -1,10 +1,10 @@
 """Set weights to zero while a model trains, and keep them zero: sparse fine-tuning.
 
-Sources: the parts are in pruning/weights, each with its paper; all at once and then
-training, as in "A Simple and Effective Pruning Approach" (Wanda, arXiv 2306.11695, section 4); or
-gradually, as `secateur.pruning.weights.gradually` has it.
+Sources: each part in pruning/weights names its paper. Pruning at once and training afterwards
+follows "A Simple and Effective Pruning Approach" (Wanda, arXiv 2306.11695, section 4); gradual
+pruning is defined in `secateur.pruning.weights.gradually`.
 
-The file is long because each hook of a run needs a few lines here; the methods lie in
+The file is long because each hook of a run needs a few lines here; the methods are in
 pruning/weights.
 """
 
@@ -55,40 +55,41 @@ _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
 
 
 class PruneWeights(Prune):
-    """Set weights to zero block by block, train on, and keep every zero.
+    """Set weights to zero block by block, train on, and keep the zeros.
 
-    Before every optimiser step the gradients are masked, after it the weights; low-rank updates
-    train and are added up under the masks. Masks are part of the checkpoint, one bit per weight. At
-    the end it is an error if a single removed weight is not zero.
+    Gradients are masked before every optimiser step, and weights after it; low-rank updates are
+    trained and merged under the masks. Masks are part of the checkpoint, one bit per weight. At the
+    end, a removed weight that is not zero is an error.
 
-    Below `folder` come `sparsity.json`, `sparsity.txt` and `sparsity.png`, which tell what was
-    achieved; `masks.safetensors`; and, until the run has ended well, the finished `blocks`, as
-    large as what is pruned of the model: a run that was killed goes on at the block that it was in.
+    Written below `folder`: the achieved sparsity in `sparsity.json`, `sparsity.txt` and
+    `sparsity.png`; `masks.safetensors`; and, until the run has ended without an error, the finished
+    `blocks`, as large as the pruned matrices: a run that was killed resumes at the block that it
+    had reached.
 
-    Compensation, allocation and refinement are tried first, and left out where they raise the
-    perplexity of windows that are held back from them; log and report say so. Where the sparsity
-    rises gradually, that is decided once, before the first rise, at the sparsity of the end.
+    Compensation, allocation and refinement are tried first, and left out if they raise the
+    perplexity of held-back windows; log and report state this. If the sparsity rises gradually,
+    this is decided once, before the first pruning, at the final sparsity.
 
-    Rank 0 prunes while other ranks wait: raise the `timeout` of the strategy where that takes long.
+    Rank 0 prunes while other ranks wait: raise the `timeout` of the strategy if that takes long.
     The folder must be on a file system that all ranks see.
 
     Args:
-        pattern: How many entries of every group go: `Unstructured` or `NM`.
-        score: Which ones stay: `Magnitude`, `Wanda` (if not given), `DaSS` or `ObsSaliency`.
+        pattern: How many entries of every group are removed: `Unstructured` or `NM`.
+        score: Which weights are kept: `Magnitude`, `Wanda` (if not given), `DaSS` or `ObsSaliency`.
         allocation: How the sparsity is spread over the blocks: `Uniform` (if not given) or
             `AlphaPruning`.
         refinement: Changes the masks: `DSnoT` or `Barber`; none if not given.
-        compensation: Changes the weights that stay: `SparseGPTSweep` or `LeastSquares`; none if not
+        compensation: Changes the kept weights: `SparseGPTSweep` or `LeastSquares`; none if not
             given.
         matrices: Which matrices are pruned: `AllLinears` (if not given), `MlpOnly` or
             `AttentionOnly`.
         gradually: How the sparsity rises while the model trains; all at once before the first step
             if not given.
-        calibration_windows: Windows of the training text that statistics are taken from, 1 or more.
-        held_back_windows: Further windows, to try the parts on and to measure, 1 or more.
+        calibration_windows: Windows of the training text to compute statistics on, 1 or more.
+        held_back_windows: Further windows, to test the parts on and to measure, 1 or more.
         calibration_seed: Seed of the draw of all these windows, 0 or more.
-        calibration_batch_size: Windows that a block sees at once, 1 or more.
-        folder: Where all this goes, below `trainer.default_root_dir`.
+        calibration_batch_size: Windows per forward pass of a block, 1 or more.
+        folder: Where results go, below `trainer.default_root_dir`.
 
     Raises:
         ValueError: A setting is outside its range, or the pattern has only one sparsity and is to
@@ -126,11 +127,11 @@ class PruneWeights(Prune):
             try:
                 pattern.with_sparsity(pattern.sparsity / 2)
             except ValueError as error:
-                raise ValueError(f"`gradually` does not go with `pattern`: {error}") from error
+                raise ValueError(f"`gradually` does not suit `pattern`: {error}") from error
         self.gradually, self.held_back_windows = gradually, held_back_windows
         self.calibration_batch_size = calibration_batch_size
         self.masks = WeightMasks()
-        """What stays, by the names of the parameters in the live model."""
+        """The kept weights, by the names of the parameters in the live model."""
         self._decision: Decision | None = None
         self._kept_blocks: list[int] = []
         self._held: HeldMasks | None = None
@@ -138,27 +139,27 @@ class PruneWeights(Prune):
         self._step = -1
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find out at once whether recipe, model and strategy go together.
+        """Check at once that recipe, model and strategy are compatible.
 
         Raises:
-            ValueError: They do not.
+            ValueError: They are not.
         """
         trained = self.pruned(module)
         # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
         if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(
                 f"Masks cannot be held under `trainer.strategy` {type(trainer.strategy).__name__}, "
-                "which has divided weights or optimiser among the ranks. Use one device or ddp, "
-                "with `--model.lora.rank 8` where memory is short."
+                "which shards weights or optimiser states. Use one device or ddp, with "
+                "`--model.lora.rank 8` if memory is short."
             )
         self.recipe.check(linears_of(trained.base_model.skeleton()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune what is due at once; hold the masks of a checkpoint.
+        """Prune what is due at once; apply the masks of a checkpoint.
 
         Raises:
-            ValueError: The sparsity would not be reached in time, the model cannot be pruned like
-                this, or a checkpoint has lost zeros.
+            ValueError: The sparsity would not be reached in time, the model cannot be pruned in
+                this way, or weights of a checkpoint violate its masks.
         """
         module = self.pruned(pl_module)
         self.check_first(trainer, pl_module)
@@ -173,13 +174,13 @@ class PruneWeights(Prune):
         self._hold(module)
         if self.history:
             self._verify(module, "the checkpoint was loaded")
-        if trainer.ckpt_path is None:  # else optimiser and step of the checkpoint are still to come
+        if trainer.ckpt_path is None:  # else optimiser and step are not loaded yet
             self.catch_up(trainer, module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Take the removed weights out of the gradients."""
+        """Zero the gradients of the removed weights."""
         if self._held is not None:
             self._held.mask_gradients()
 
@@ -201,29 +202,29 @@ class PruneWeights(Prune):
         self._step = trainer.global_step
         if self._kept_blocks != self.pruned(pl_module).kept_blocks:
             raise ValueError(
-                "Blocks were removed after weights were pruned, and the masks name blocks that "
-                "have moved. Put PruneBlocks, with `removals` AtOnce, before PruneWeights."
+                "Blocks were removed after weights were pruned, so that the masks no longer match "
+                "the blocks. Put PruneBlocks, with `removals` AtOnce, before PruneWeights."
             )
         self._held.apply()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether a removed weight has come back, before the last checkpoint is written.
+        """Check that all removed weights are zero, before the last checkpoint is written.
 
         Raises:
-            ValueError: One has.
+            ValueError: A removed weight is not zero.
         """
         self._verify(self.pruned(pl_module), "the last step")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same after all that other callbacks do at the end of training.
+        """Make the same check after the other callbacks of the end of training.
 
         Raises:
-            ValueError: A removed weight has come back, or nothing was pruned.
+            ValueError: A removed weight is not zero, or nothing was pruned.
         """
         if not self.history:
             raise ValueError(
-                "PruneWeights has pruned nothing: the checkpoint knows no masks and no step was "
-                "left to take. Start without `--ckpt_path`."
+                "PruneWeights has pruned nothing: the checkpoint has no masks and no step was "
+                "left. Start without `--ckpt_path`."
             )
         self._verify(self.pruned(pl_module), "the end of training")
 
@@ -240,7 +241,7 @@ class PruneWeights(Prune):
         self._hold(self.pruned(pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the finished blocks when everything has gone well; an error does not lead here."""
+        """Remove the finished blocks after a run without errors; not called after an error."""
         if stage == "fit" and trainer.is_global_zero:
             delete_blocks(self._path(trainer) / _BLOCKS)
             if self._trial is not None:
@@ -248,7 +249,7 @@ class PruneWeights(Prune):
                 self._trial = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, what was done so far, and the settings that decide the rest."""
+        """Masks, the history of prunings, and the settings that decide the rest."""
         masks = {}
         for name in self.masks:
             mask_OI = self.masks[name]
@@ -285,7 +286,7 @@ class PruneWeights(Prune):
         }
 
     def _path(self, trainer: Trainer) -> Path:
-        """Where all this goes; of a run that only tries its steps, beside it and for the time."""
+        """Where results go; a trial run uses a temporary folder beside it."""
         folder = Path(trainer.default_root_dir).absolute() / self.folder
         if not is_trial(trainer):
             return folder
@@ -309,9 +310,9 @@ class PruneWeights(Prune):
         if lost:
             raise ValueError(
                 f"After {where}, {sum(lost.values())} weights that were removed are not zero, "
-                f"in {len(lost)} matrices, {min(lost)} first: something has changed weights behind "
-                "PruneWeights. Look for an optimiser, strategy or callback that keeps copies of "
-                "the weights (averages, masters) and leave it out."
+                f"in {len(lost)} matrices, {min(lost)} first: something other than PruneWeights "
+                "has changed weights. Look for an optimiser, strategy or callback that keeps "
+                "copies of the weights (averages, master copies) and leave it out."
             )
 
     def catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
@@ -328,7 +329,7 @@ class PruneWeights(Prune):
         recipe = replace(self.recipe, pattern=self.recipe.pattern.with_sparsity(sparsity))
         event: dict[str, Any] = {}
         store: BlockStore | None = None
-        if trainer.is_global_zero:  # the others wait for what it finds
+        if trainer.is_global_zero:  # the others wait for the result
             store, event = self._work(trainer, module, step, recipe)
         news = trainer.strategy.broadcast((store, event, self._decision))
         store, event, self._decision = news
@@ -362,7 +363,7 @@ class PruneWeights(Prune):
     def _work(
         self, trainer: Trainer, module: TrainsWeights, step: int, recipe: WeightRecipe
     ) -> tuple[BlockStore, dict[str, Any]]:
-        """Prune a plain copy into the store, and tell what that is worth."""
+        """Prune a copy without updates into the store, and measure its quality."""
         held_back_MT, windows_NT = self._split_windows(trainer)
         with module.plain() as model:
             source, batch_size = LiveBlocks(model), self.calibration_batch_size
@@ -410,5 +411,5 @@ class PruneWeights(Prune):
         return drawn_NT[order_N[:held_back]], drawn_NT[order_N[held_back:]]
 
     def _provenance(self) -> dict[str, Any]:
-        """For the model card: the settings, and the last pruning."""
+        """The settings and the last pruning, for the model card."""
         return {"settings": self.settings(), "prunings": len(self.history)} | self.history[-1]

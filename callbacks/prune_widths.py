@@ -1,9 +1,9 @@
-"""Make blocks narrower while a model trains: rank the entries of its widths, cut, refit, train on.
+"""Reduce the widths of blocks while a model trains: rank the entries, cut, refit, train on.
 
 Sources: gate gradients, "LoRAPrune" (arXiv 2305.18403, section 3.2, without its approximation by
 low-rank updates); the squared gradient is the diagonal of the empirical Fisher information, as in
-"A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656). Both with rounds and a
-closed-form refit of what stays.
+"A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656). Both are used in
+rounds, with a closed-form refit of the kept weights.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from secateur.pruning.widths.scores import WidthScore
 class PruneWidths(Prune):
     """Cut the widths of the blocks of a model down to a budget, and train on.
 
-    The model is cut for good: what trains afterwards is the smaller model. Low-rank updates are
-    added up before a cut and start again at zero, and the optimiser forgets its averages. With
-    `compensation`, the weights that stay are refitted in closed form, if that lowers the perplexity
-    of windows that are held back; log and report say so.
+    The model is cut permanently: the smaller model trains from then on. Low-rank updates are merged
+    before a cut and start again at zero, and the optimiser state is reset. With `compensation`, the
+    kept weights are refitted in closed form if that lowers the perplexity of held-back windows; log
+    and report state this.
 
     Args:
-        budget: How much of the base model stays, and in which shapes.
+        budget: How much of the base model is kept, and in which shapes.
         score: What an entry of a width is worth: `Fisher` (if not given), `GateGradient`,
             `WidthMagnitude` or `RandomOrder`.
-        search: How entries are ranked: in rounds, each of which closes the worst.
-        compensation: Refits the weights that stay; None leaves them as they are.
+        search: How entries are ranked: in rounds, each of which removes the lowest-ranked.
+        compensation: Refits the kept weights; None leaves them unchanged.
         gradually: How the widths shrink while the model trains; all at once before the first step
             if not given.
         calibration_windows: Windows of the training text that weights are refitted on, 1 or more;
-            the search reads as many as its rounds need.
-        held_back_windows: Further windows, to try the refit on and to measure, 1 or more.
+            the search reads the number that its rounds need.
+        held_back_windows: Further windows, to test the refit on and to measure, 1 or more.
         calibration_seed: Seed of the draw of all these windows, 0 or more.
         folder: Where results go, below `trainer.default_root_dir`.
 
@@ -134,12 +134,12 @@ class PruneWidths(Prune):
             self._prune(trainer, module, step, keep)
 
     def _kept(self) -> float:
-        """Fraction of the cost of the base model that is left, as far as this callback cut it."""
+        """Fraction of the cost of the base model that is left after the cuts of this callback."""
         return float(self.history[-1]["kept"]) if self.history else 1.0
 
     def _prune(self, trainer: Trainer, module: TrainsWeights, step: int, keep: float) -> None:
         news: Any = None
-        if trainer.is_global_zero:  # the others wait for what it finds
+        if trainer.is_global_zero:  # the others wait for the result
             narrow, plan, event = self._choose(trainer, module, step, keep)
             news = plan.state(), event, narrow.state_dict() if trainer.world_size > 1 else None
         state, event, weights = trainer.strategy.broadcast(news)
@@ -161,12 +161,12 @@ class PruneWidths(Prune):
     def _choose(
         self, trainer: Trainer, module: TrainsWeights, step: int, keep: float
     ) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
-        """The narrow model, the plan that it was cut by, and what is told of both."""
+        """The narrow model, the plan that it was cut by, and figures for log and report."""
         search_WT, refit_WT, held_WT = self._split_windows(trainer)
         with module.plain() as model:
             family = self.budget.family(model.config)
             sites, table = find_sites(model, family), self.budget.cost.table(model, family)
-            # The budget counts the base model, of which `done` is left.
+            # The budget is a fraction of the base model; `done` is the fraction that is left now.
             done = self._kept()
             budget = replace(self.budget, keep=min(1.0, keep / done))
             kept = self.search.choose(model, budget, self.score, search_WT).kept(sites)
@@ -179,7 +179,7 @@ class PruneWidths(Prune):
             before = perplexity(model, held_WT)
             narrow = cut(model, plan)
             after = perplexity(narrow, held_WT)
-            refit = "no refit was asked for"
+            refit = "no refit was set"
             if self.compensation is not None:
                 refitted = cut(model, plan)
                 self.compensation(model, refitted, plan, refit_WT)
@@ -194,7 +194,7 @@ class PruneWidths(Prune):
         return narrow, plan, event
 
     def _split_windows(self, trainer: Trainer) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Windows to rank on, to refit on, and held back from both."""
+        """Windows to rank on, windows to refit on, and windows held back from both."""
         ranked = self.search.num_windows if self.score.reads_text else 0
         count = max(ranked, self.calibration_windows) + self.held_back_windows
         drawn_WT = self.windows(trainer, count)

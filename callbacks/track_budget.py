@@ -1,4 +1,4 @@
-"""Log where the budget stands, and warn early when it will not be reached."""
+"""Log the expected and hard budget, and warn early if the target will not be reached."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from secateur.pruning.sites import split
 
 
 class TrackBudget(Callback):
-    """Log expected and hard budget, widths per kind of site, and the share of undecided gates.
+    """Log expected and hard budget, widths per kind of site, and the fraction of undecided gates.
 
-    The final selection meets the budget in any case; but when the soft gates are far from it, what
-    was trained is not what is exported. A warning is given once, at half of the steps that learn
-    masks or later, when the expected budget is away from its target and its trend does not reach
-    it in time.
+    The final selection always meets the budget; but if the soft gates are far from it, the exported
+    model differs from the trained one. A warning is given once, after half of the mask-learning
+    steps, if the expected budget differs from its target and its trend will not reach it in time.
 
     Args:
-        every_n_steps: Optimiser steps between two looks, 1 or more.
-        tolerance: Largest harmless distance of the expected kept fraction from its target, above 0.
+        every_n_steps: Optimiser steps between two log entries, 1 or more.
+        tolerance: Distance of the expected kept fraction from its target above which to warn, above
+            0.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -37,7 +37,7 @@ class TrackBudget(Callback):
         self._warned = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out at once whether the module learns masks."""
+        """Check at once that the module learns masks."""
         learns_masks(pl_module, "TrackBudget")
 
     def on_train_batch_end(
@@ -51,7 +51,7 @@ class TrackBudget(Callback):
         """Log every `every_n_steps` optimiser steps."""
         step = trainer.global_step
         if step % self.every_n_steps or step in (seen for seen, _ in self._seen):
-            return  # not yet, or a further batch of the same optimiser step
+            return  # not due, or a further batch of the same optimiser step
         module = learns_masks(pl_module, "TrackBudget")
         probability = split(module.keep_probability(), module.sites)
         expected = float(module.table.fraction(torch.stack([p.sum() for p in probability])))
@@ -87,11 +87,11 @@ class TrackBudget(Callback):
         rank_zero_warn(
             f"At step {step} of {total} the gates are expected to keep {expected:.3f} of the cost, "
             f"the target is {module.keep_target:.3f}, and at this rate it will not be reached. "
-            "Train longer, anneal over fewer steps, or take ExactBudget; the exported model "
+            "Train longer, anneal over fewer steps, or use ExactBudget; the exported model "
             "meets the budget, but its masks were not trained at it."
         )
 
 
 def _undecided(probability_N: Tensor) -> float:
-    """Share of gates with 0.1 < P(keep) < 0.9."""
+    """Fraction of gates with 0.1 < P(keep) < 0.9."""
     return float(((probability_N > 0.1) & (probability_N < 0.9)).float().mean())

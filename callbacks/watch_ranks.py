@@ -1,4 +1,4 @@
-"""End a run in which a rank has died, and say which one it was."""
+"""End a run in which a rank has died, and report which one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 
 log = logging.getLogger(__name__)
-_BEAT = 1.0  # seconds between two signs of life
+_BEAT = 1.0  # seconds between two heartbeats
 _CONNECTION = re.compile("gloo|nccl|connection|peer|timed out", re.IGNORECASE)
 
 
 class WatchRanks(Callback):
-    """Every rank gives a sign of life each second; one that is silent for too long ends the run.
+    """Send a heartbeat from every rank each second; end the run if a rank is silent for too long.
 
     A rank that is killed, or whose machine fails, leaves the others waiting in a collective
-    operation, often for half an hour. Here they end within the patience, with the name of the one
-    that is lost. A rank that fails by an error of its own says so before it goes. Signs of life
-    come from a thread: long steps, exports and measurements do not disturb them.
+    operation, often for half an hour. Here they end within `patience_seconds`, and name the lost
+    rank. A rank that fails with an error reports it before it ends. Heartbeats come from a thread:
+    long steps, exports and measurements do not delay them.
 
     Args:
         patience_seconds: Silence after which a rank counts as lost, above 2.
@@ -41,7 +41,7 @@ class WatchRanks(Callback):
         self._watch: _Watch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin to watch, once the ranks have met; it goes on until the process ends."""
+        """Start to watch, once the process group exists, until the process ends."""
         if self._watch is None and trainer.world_size > 1 and distributed.is_initialized():
             shared: Any = distributed.distributed_c10d._get_default_store()
             store = shared.clone()
@@ -54,22 +54,22 @@ class WatchRanks(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Tell the others why this rank goes; or wait to hear who left it in the lurch."""
+        """Report the error of this rank; or wait for the name of the lost rank that caused it."""
         if self._watch is None or not isinstance(exception, Exception):
-            return  # asked to stop, as all are
+            return  # asked to stop, as are all ranks
         if _CONNECTION.search(str(exception)):
             self._watch.over.wait(self.patience_seconds + 3 * _BEAT)  # ends here if one is lost
         self._watch.say(str(exception))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """This rank has finished what it had to do."""
+        """Report that this rank has finished."""
         if self._watch is not None:
             self._watch.farewell()
             self._watch = None
 
 
 class _Watch(threading.Thread):
-    """Signs of life in the store of the process group, under a connection of its own."""
+    """Heartbeats in the store of the process group, over a separate connection."""
 
     def __init__(self, rank: int, num_ranks: int, patience_seconds: float, store: Any) -> None:
         super().__init__(daemon=True, name="WatchRanks")
@@ -89,11 +89,11 @@ class _Watch(threading.Thread):
                 self.store.set(f"watch/beat/{self.rank}", str(beat))
                 lost = self._listen(heard)
             except (RuntimeError, OSError):  # DistError is a RuntimeError: the store is gone
-                lost = "rank 0, which the others meet through"
+                lost = "rank 0, which holds the store of the process group"
             if lost and not self.over.is_set():
                 log.error(
-                    "%s: %s is lost; this rank ends as well. Its own output, and the log of its "
-                    "machine, tell why. `--ckpt_path last` goes on from the last checkpoint.",
+                    "%s: %s is lost; this rank ends as well. See its own output and the log of its "
+                    "machine for the reason. `--ckpt_path last` resumes from the last checkpoint.",
                     self.name_of[self.rank],
                     lost,
                 )
@@ -101,12 +101,12 @@ class _Watch(threading.Thread):
                 os._exit(1)  # the main thread may wait in a collective that never ends
 
     def say(self, words: str) -> None:
-        """Let the others know why this rank goes, and give them the time to hear it."""
+        """Publish why this rank ends, and wait until the others can have read it."""
         self._leave("words", words)
         time.sleep(3 * _BEAT)
 
     def farewell(self) -> None:
-        """Let the others know that this rank has finished; the one that keeps the store stays."""
+        """Publish that this rank has finished; the rank with the store waits for the others."""
         self._leave("farewell", "done")
         until = time.monotonic() + self.patience
         while self.rank == 0 and time.monotonic() < until and not self._all_have_left():
@@ -116,14 +116,14 @@ class _Watch(threading.Thread):
         self.over.set()
         try:
             self.store.set(f"watch/{key}/{self.rank}", value)
-        except (RuntimeError, OSError) as error:  # rank 0 has gone, and the store with it
-            log.info("%s could not say %s: %s", self.name_of[self.rank], key, error)
+        except (RuntimeError, OSError) as error:  # rank 0 has ended, and the store with it
+            log.info("%s could not publish %s: %s", self.name_of[self.rank], key, error)
 
     def _all_have_left(self) -> bool:
         return all(self._read(f"watch/farewell/{other}") for other in self.others)
 
     def _listen(self, heard: dict[int, tuple[bytes, float]]) -> str | None:
-        """The name of a rank that has been silent for too long, or has said why it goes."""
+        """The name of a rank that has been silent for too long, or has published an error."""
         now = time.monotonic()
         for other in self.others:
             if self._read(f"watch/farewell/{other}"):

@@ -1,8 +1,8 @@
 """Training-aware pruning of large language models.
 
-`import secateur as sc` gives every public name, each imported when it is first used. The names lie
-in `secateur.pruning` (the science), `secateur.modules` (what is trained) and `secateur.callbacks`
-(when things happen); the program is `python -m secateur`.
+`import secateur as sc` gives every public name, each imported when it is first used. They are
+defined in `secateur.pruning` (the methods), `secateur.modules` (training modules and data) and
+`secateur.callbacks` (when things happen); the program is `python -m secateur`.
 """
 
 from __future__ import annotations

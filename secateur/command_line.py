@@ -1,4 +1,4 @@
-"""The command line: Lightning's, with an output folder that holds everything of a run."""
+"""The command line: Lightning's, with one output folder for all results of a run."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from secateur.trainer_settings import REFUSED_CALLBACKS, check_trainer
 DEFAULTS = {
     "default_root_dir": "runs/default",
     "max_epochs": -1,
-    "check_val_every_n_epoch": None,  # validation is timed in steps, whatever an epoch is
-    "use_distributed_sampler": False,  # TextData deals windows out to ranks itself
+    "check_val_every_n_epoch": None,  # validation is timed in steps, not in epochs
+    "use_distributed_sampler": False,  # TextData divides the windows among the ranks itself
     "enable_model_summary": False,
 }
 
 
 class _Parser(LightningArgumentParser):
-    """Raises what is wrong with arguments instead of printing a page of usage before it."""
+    """A parser that raises errors, without printing a page of usage first."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # of an object, told to the parser of all
+        if not self.exit_on_error:  # the parser of one object: raise for the outer parser
             super().error(message, ex)
         raise UsageError(message) from ex
 
 
 class TrainCLI(LightningCLI):
-    """Lightning's command line with an output folder that holds everything of a run.
+    """Lightning's command line with one output folder for all results of a run.
 
-    Settings are taken by their whole names, and classes by those that they once had, too. Errors
+    Settings must be given by their full names; former class names are still accepted. Errors
     name settings as they are typed.
     """
 
@@ -62,16 +62,16 @@ class TrainCLI(LightningCLI):
         try:
             super().__init__(*args, **kwargs)
         except ValueError as error:
-            if type(error) is ValueError:  # others have more than words
+            if type(error) is ValueError:  # subclasses carry more than a message
                 error.args = (as_typed(str(error), error.__traceback__, self._typed),)
             raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and find out which checkpoint is meant before anybody reads it.
+        """Parse, and resolve `ckpt_path` before the checkpoint is read.
 
         Raises:
-            UsageError: A setting does not exist, or has a value that it cannot have.
-            ValueError: The checkpoint cannot be read, or there is none to measure.
+            UsageError: A setting does not exist, or has an invalid value.
+            ValueError: The checkpoint cannot be read, or there is no checkpoint to measure.
         """
         yaml_text.install()
         arguments = _with_nulls([*map(_present, sys.argv[1:] if args is None else args)])
@@ -91,11 +91,11 @@ class TrainCLI(LightningCLI):
                 rank_zero_info(f"Resuming from {found}")
             elif config.ckpt_path == "best":
                 raise ValueError(
-                    f"`ckpt_path` is best, but {root}/{FOLDER} notes none; fit with `keep_best` of "
-                    "SaveCheckpoint first, or take last."
+                    f"`ckpt_path` is best, but {root}/{FOLDER} names none; fit with `keep_best` of "
+                    f"SaveCheckpoint first, or take last."
                 )
             elif subcommand != "fit":
-                raise ValueError(f"`ckpt_path` is last, but {root}/{FOLDER} holds none; fit first.")
+                raise ValueError(f"`ckpt_path` is last, but {root}/{FOLDER} has none; fit first.")
             else:
                 rank_zero_info(f"No checkpoint in {root}/{FOLDER}: starting at step 0.")
             config.ckpt_path = str(found) if found else None
@@ -103,7 +103,7 @@ class TrainCLI(LightningCLI):
             check_whole(Path(config.ckpt_path))
 
     def _explain(self, arguments: list[str], message: str) -> str:
-        """What is wrong with arguments that the parser has not taken, in its words if need be."""
+        """Explain arguments that the parser rejected, by its own message if need be."""
         named = [name for name in self.subcommands() if name in arguments]
         if not named:
             return f"Name a command first: {', '.join(self.subcommands())}."
@@ -117,15 +117,15 @@ class TrainCLI(LightningCLI):
         return f"`--{'.'.join(keys)}`: {reason}." if keys else reason
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the settings alone: Lightning would take those in a checkpoint, and a class that it
-        names, which is then imported.
+        """Do nothing: Lightning would take settings from the checkpoint, and import a class named
+        there.
         """
 
     def before_instantiate_classes(self) -> None:
         """Check settings of the trainer, and fill in what follows from others.
 
         Raises:
-            ValueError: One is out of its range, or training would never end.
+            ValueError: A setting is out of its range, or training would never end.
         """
         config: Any = self.config[self.subcommand]
         check_trainer(config.trainer, fitting=self.subcommand == "fit")
@@ -138,7 +138,7 @@ class TrainCLI(LightningCLI):
         strategy = config.trainer.strategy
         if isinstance(strategy, str) and strategy in secateur.modules.__all__:
             strategy = f"secateur.{strategy}"
-        if isinstance(strategy, str) and "." in strategy:  # a class, where a name is expected
+        if isinstance(strategy, str) and "." in strategy:  # a class path instead of a name
             config.trainer.strategy = _object(strategy)
         limits = (config.trainer.max_steps, config.trainer.max_epochs)
         if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)):
@@ -151,7 +151,7 @@ class TrainCLI(LightningCLI):
             config.data.init_args.tokenizer = config.model.init_args.get("base")
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer; what a constructor refuses is told in its own words."""
+        """Make model, data and trainer; show the message of a constructor that raises an error."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -161,10 +161,10 @@ class TrainCLI(LightningCLI):
             raise first from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer: checkpoints are those of SaveCheckpoint, or there are none.
+        """Make the trainer; only SaveCheckpoint writes checkpoints.
 
         Raises:
-            ValueError: There is a callback that does not go with what is here.
+            ValueError: A callback is incompatible with this library.
         """
         given = self.config_init[self.subcommand].trainer.callbacks
         callbacks = given if isinstance(given, list) else [given]
@@ -181,27 +181,27 @@ class TrainCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run a command, on models that are there; fitting takes the output folder for itself."""
+        """Run a command after finding the base model; fitting locks the output folder."""
         if getattr(self.model, "base", None) is not None:
-            _ = self.model.base_folder  # else a wrong base would be a wrong tokenizer
+            _ = self.model.base_folder  # else a wrong base is reported as a wrong tokenizer
         root, setting = Path(self.trainer.default_root_dir), "trainer.default_root_dir"
         writes = subcommand == "fit" and self.trainer.is_global_zero
         with locked(root, setting) if writes else nullcontext():
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Ask callbacks that may refuse to, before text is tokenised and a model is read."""
-        if not self.trainer.checkpoint_callbacks:  # nobody to whom signals could wait
+        """Let callbacks refuse before text is tokenised and a model is read."""
+        if not self.trainer.checkpoint_callbacks:  # no SaveCheckpoint that handles signals
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksFirst):
                 callback.check_first(self.trainer, self.model)
 
     def before_predict(self) -> None:
-        """Find out before the model runs whether there will be something to write.
+        """Check before the model runs that there will be something to write.
 
         Raises:
-            ValueError: Predictions are to be thrown away.
+            ValueError: `return_predictions` is false.
         """
         if self.config[self.subcommand].return_predictions is False:
             raise ValueError(
@@ -222,7 +222,7 @@ class TrainCLI(LightningCLI):
 
 
 def _present(argument: str) -> str:
-    """An argument in which a class has the path that it has now."""
+    """An argument with the current path of the class that it names."""
     name, equals, value = argument.rpartition("=")
     return f"{name}{equals}{yaml_text.present(value)}"
 
@@ -230,7 +230,7 @@ def _present(argument: str) -> str:
 def _with_nulls(arguments: list[str]) -> list[str]:
     """Arguments with `--model.a.b null` as `--model.a {b: null}`.
 
-    The parser takes null for text where the object that has the setting is made by default.
+    The parser reads null as text if the object that has the setting is made by default.
     """
     text = re.sub(
         r"(--(?:model|data)(?:\.\w+)+)\.(\w+)[=\0](?:null|None)(?=\0|$)",

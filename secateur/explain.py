@@ -1,7 +1,7 @@
-"""Find the setting that is wrong, and name settings as users type them.
+"""Find the wrong setting, and name settings as users type them.
 
-The parser of jsonargparse tells in terms of types what it did not take. Here what was typed is
-compared with the signatures of the classes that it names.
+The parser of jsonargparse reports errors in terms of types. Here the typed settings are compared
+with the signatures of the classes that they name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OF_THE_COMMAND = ("ckpt_path", "return_predictions", "seed_everything", "weight
 
 
 def wrong_setting(tree: Mapping[str, Node], known: set[str]) -> str | None:
-    """Tell what is wrong with the first setting that cannot be taken; None if nothing is found.
+    """Explain what is wrong with the first invalid setting; None if nothing is found.
 
     Args:
         tree: The settings, see `secateur.typed.read`.
@@ -36,7 +36,7 @@ def wrong_setting(tree: Mapping[str, Node], known: set[str]) -> str | None:
     """
     for name, node in tree.items():
         if name not in known:
-            return f"{_said(node, name)} is no setting.{did_you_mean(name, known)}"
+            return f"{_said(node, name)} is not a setting.{did_you_mean(name, known)}"
     for name, kind in _ROOTS.items():
         if name in tree and (found := _wrong(tree[name], kind, name)):
             return found
@@ -46,7 +46,7 @@ def wrong_setting(tree: Mapping[str, Node], known: set[str]) -> str | None:
 
 
 def _wrong(node: Node, hint: Any, path: str) -> str | None:
-    """What is wrong with a node or below it."""
+    """The error of a node or of those below it, as text."""
     if isinstance(node, list):
         return next(filter(None, (_wrong(item, hint, path) for item in node)), None)
     if isinstance(node, Leaf):
@@ -61,14 +61,15 @@ def _wrong(node: Node, hint: Any, path: str) -> str | None:
         at = f"{path}.{name}"
         if name not in (CLASS, *parameters) and not _takes_any(kind):
             return (
-                f"{_said(child, at)} is no setting of {kind.__name__}.{_suggest(child, at, kind)}"
+                f"{_said(child, at)} is not a setting of "
+                f"{kind.__name__}.{_suggest(child, at, kind)}"
             )
         if name in hints and (found := _wrong(child, hints[name], at)):
             return found + (_now(child, at, kind) if isinstance(child, Leaf) else "")
-    if get_origin(hint) is not Callable:  # else the one who calls gives some
+    if get_origin(hint) is not Callable:  # else the caller gives some of them
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and name not in node:
-                return f"`--{path}.{name}` must be given: {kind.__name__} cannot do without."
+                return f"`--{path}.{name}` must be given: {kind.__name__} needs it."
     return None
 
 
@@ -80,13 +81,13 @@ def _wrong_value(leaf: Leaf, hint: Any, path: str) -> str | None:
             parser.parse_args([f"--value={leaf.value}"])
         else:
             parser.parse_object({"value": leaf.value})
-    except Exception:  # of any kind, from the constructors of types
+    except Exception:  # constructors of types may raise anything
         return f"{_said(leaf, path)} must be {_described(hint)}, got {leaf.value!r}."
     return None
 
 
 def _names_class(leaf: Leaf, hint: Any) -> bool:
-    """Whether a value can only be the name of a class."""
+    """Test whether a value can only be the name of a class."""
     return (
         bool(_objects(hint))
         and str not in _parts(hint)
@@ -96,7 +97,7 @@ def _names_class(leaf: Leaf, hint: Any) -> bool:
 
 
 def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
-    """The class of an object; None if it cannot be told, text if there is none of that name."""
+    """The class of an object; None if unknown, an error message if no class has that name."""
     kinds, chosen = _objects(hint), node.get(CLASS)
     if chosen is None:
         return kinds[0] if len(kinds) == 1 and not inspect.isabstract(kinds[0]) else None
@@ -113,21 +114,21 @@ def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
         known = vars(package)
     if found:
         if inspect.isclass(found) and not issubclass(found, tuple(kinds)):
-            return f"{_said(chosen, path)} names {chosen.value}, which is no {_described(hint)}."
+            return f"{_said(chosen, path)} names {chosen.value}, which is not a {_described(hint)}."
         return found
     whole = [key for key, c in known.items() if inspect.isclass(c) and not inspect.isabstract(c)]
     return f"{_said(chosen, path)} names {chosen.value}: no such class.{did_you_mean(name, whole)}"
 
 
 def _now(node: Node, path: str, kind: Any) -> str:
-    """What a setting that has moved is called now."""
+    """The present name of a setting that has moved, as a sentence."""
     parent, _, last = path.rpartition(".")
     new = getattr(kind, "moved_settings", {}).get(last)
     return f" It is {_said(node, f'{parent}.{new}').split(' in ')[0]} now." if new else ""
 
 
 def _suggest(node: Node, path: str, kind: Any) -> str:
-    """The nearest setting of a class, or of the objects that it is made of."""
+    """Suggest the nearest setting of a class, or of the objects that are its arguments."""
     if moved := _now(node, path, kind):
         return moved
     own = list(_parameters(kind))
@@ -142,18 +143,18 @@ def _suggest(node: Node, path: str, kind: Any) -> str:
 
 
 def _said(node: Node, path: str) -> str:
-    """A setting as it was typed, and the file that has it."""
+    """A setting as it was typed, and the file that it is in."""
     while isinstance(node, dict | list) and node:
         node = next(iter(node.values())) if isinstance(node, dict) else node[0]
     file = node.file if isinstance(node, Leaf) else None
     return f"`{path}` in {file}" if file else f"`--{path}`"
 
 
-# What types say
+# Types
 
 
 def _parts(hint: Any) -> list[Any]:
-    """The alternatives of a type: those of unions, of what lists hold, of what is returned."""
+    """The alternatives of a type: of unions, of elements of lists, of return values."""
     if get_origin(hint) in (Union, UnionType, list):
         return [part for inner in get_args(hint) for part in _parts(inner)]
     if get_origin(hint) is Callable:
@@ -211,12 +212,12 @@ def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
 
 
 def as_typed(message: str, raised: TracebackType | None, tree: Mapping[str, Node]) -> str:
-    """A message in which settings are named as they are typed: `--data.train`, not `train`.
+    """Rewrite a message to name settings as they are typed: `--data.train`, not `train`.
 
     Args:
-        message: Names a setting in backquotes, by its name in the class that refuses it.
-        raised: Where: the objects that were at work there tell whose setting it is.
-        tree: What was typed.
+        message: Message with a setting in backquotes, by its name in the class that raised it.
+        raised: Traceback; the objects in its frames tell which object has the setting.
+        tree: The typed settings.
     """
     roots = ((tree.get(name, {}), kind, name) for name, kind in _ROOTS.items())
     places = [place for root in roots for place in _places(*root)]
@@ -241,7 +242,7 @@ def as_typed(message: str, raised: TracebackType | None, tree: Mapping[str, Node
 
 
 def _places(node: Node, hint: Any, path: str) -> Iterator[tuple[str, type]]:
-    """Path and class of every object that was typed, and of what these have by default."""
+    """Path and class of every object that was typed, and of their default arguments."""
     if isinstance(node, list):
         for item in node:
             yield from _places(item, hint, path)

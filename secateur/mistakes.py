@@ -1,7 +1,7 @@
-"""Tell mistakes of users in one to three lines; everything else keeps its traceback.
+"""Report mistakes of users in one to three lines; other errors keep their traceback.
 
-Errors of ours are ValueErrors that name setting, value and cure. Those of libraries are told in
-their own words, or in better ones where these do not help.
+Our own errors are ValueErrors that name setting, value and cure. Errors of libraries keep their
+message, or get a clearer one here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LONGEST = 600  # characters of a line
 
 _OURS = (ValueError, OSError, FloatingPointError, ImportError)
 
-# By name: the libraries may not be loaded, and take seconds.
+# By name: importing the libraries only for their exceptions would take seconds.
 _BETTER = {
     "DistNetworkError": (
         "{} Another program may listen there: MASTER_PORT names another port, 1024 to 65535."
@@ -33,17 +33,17 @@ _BETTER = {
 
 @contextmanager
 def told() -> Iterator[None]:
-    """End the program with a message where a user has made a mistake, code 1; 2 in typing.
+    """End the program with a message after a mistake of the user: code 1, or 2 for usage errors.
 
     With SECATEUR_DEBUG in the environment the traceback is shown instead.
 
     Raises:
-        SystemExit: There was a mistake, or the user has stopped the program.
+        SystemExit: The user made a mistake, or stopped the program.
     """
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped; nothing half-written is left.") from None
+        raise SystemExit("\nStopped; no incomplete file is left.") from None
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("SECATEUR_DEBUG"):
@@ -54,7 +54,7 @@ def told() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """An error in at most three lines; None if it is no mistake of a user."""
+    """The text of an error in at most three lines; None if it is not a mistake of the user."""
     names = [kind.__name__ for kind in type(error).__mro__]
     words = next((_BETTER[name] for name in names if name in _BETTER), "{}")
     if words == "{}" and not isinstance(error, _OURS) and not _of_library(error):
@@ -70,8 +70,8 @@ def explain(error: BaseException) -> str | None:
 
 
 def _of_library(error: BaseException) -> bool:
-    """Whether a library has raised an error on purpose, as it does about a wrong setting."""
-    if type(error).__module__.startswith("safetensors"):  # compiled, it has no place
+    """Test whether a library has raised an error on purpose, as it does about a wrong setting."""
+    if type(error).__module__.startswith("safetensors"):  # compiled: has no frame
         return True
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
@@ -84,7 +84,7 @@ def _of_library(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """What an error says; of the system, with the file before the reason."""
+    """The message of an error; for system errors, with the file before the reason."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}."
     return str(error) or type(error).__name__

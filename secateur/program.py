@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TRAINING = {
     "fit": "train: learn masks, prune, recover, export",
-    "validate": "perplexity of what a checkpoint would export, on the validation text",
+    "validate": "perplexity, on the validation text, of the model that a checkpoint would export",
     "test": "the same on the test text",
     "predict": "the loss of every window of a text",
 }
@@ -27,7 +27,10 @@ _COMMANDS = {
     "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),
     "gguf": ("pruning.export.gguf_file", "write a model folder as one file for llama.cpp"),
-    "nemotron-nas": ("pruning.export.nemotron_nas", "write a pruned model as vLLM has it built in"),
+    "nemotron-nas": (
+        "pruning.export.nemotron_nas",
+        "write a pruned model for vLLM, as Nemotron-NAS",
+    ),
     "serve-check": ("pruning.export.serve_check", "try a model folder in real servers"),
     "repair": ("pruning.export.repair", "bring an earlier pruned model up to date"),
     "memory": ("pruning.widths.memory", "predict the memory of learning masks"),
@@ -45,11 +48,11 @@ commands:
 
 examples:
   python -m secateur fit --config configs/disp.yaml --model.base MODEL --data.train texts.json
-  python -m secateur fit --config configs/disp.yaml ... --ckpt_path last     go on after a stop
+  python -m secateur fit --config configs/disp.yaml ... --ckpt_path last     resume after a stop
   python -m secateur compare dense=MODEL pruned=runs/disp/model --text held_out.txt
 
-Everything of a run lies below --trainer.default_root_dir (runs/disp in configs/disp.yaml): the
-smaller model in model/, what stays in plan/, the figures in report.md.
+All results of a run are below --trainer.default_root_dir (runs/disp in configs/disp.yaml): the
+smaller model in model/, the kept indices in plan/, the figures in report.md.
 
 options of a run:
   python -m secateur fit --help                            all settings
@@ -65,7 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: What follows the name of the program; None takes it from the command line.
+        arguments: Arguments after the name of the program; None reads them from the command line.
 
     Raises:
         SystemExit: The command ended, with code 1 after an error and 2 after a mistake in typing.
@@ -86,12 +89,13 @@ def _run(arguments: Sequence[str]) -> None:
     if not any(name in arguments for name in _TRAINING):
         known = [*_TRAINING, *_COMMANDS]
         raise UsageError(
-            f"`{arguments[0]}` is no command; there are {', '.join(known)}."
+            f"`{arguments[0]}` is not a command; the commands are {', '.join(known)}."
             f"{did_you_mean(arguments[0], known)}"
         )
     if "fit" in arguments:
-        # Asked to stop while libraries and models load: that waits for SaveCheckpoint, which
-        # unblocks. SIGTERM does so where `srun` sends it; elsewhere a person has thought again.
+        # Block signals to stop while libraries and models load; SaveCheckpoint unblocks them.
+        # SIGTERM is blocked only under `srun`; elsewhere it comes from a person and ends the
+        # program at once.
         early = {signal.SIGUSR1} | ({signal.SIGTERM} if "SLURM_STEP_ID" in os.environ else set())
         signal.pthread_sigmask(signal.SIG_BLOCK, early)
     train()

@@ -1,4 +1,4 @@
-"""Drop messages of libraries that tell a user of the program nothing, or what is not so."""
+"""Drop messages of libraries that do not help a user of the program, or are wrong here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 class _Without(logging.Filter):
-    """Passes every message that does not contain a text."""
+    """A filter that passes every message that does not contain a text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -19,17 +19,17 @@ class _Without(logging.Filter):
 
 
 def quieten() -> None:
-    """Drop messages of libraries that tell a user of this program nothing, or what is not so."""
+    """Drop messages of libraries that do not help a user of this program, or are wrong here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for logger, text in (
         ("DeepSpeed", "Setting accelerator to CPU"),
         ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"),
         ("lightning.pytorch.utilities.rank_zero", "Tip: For seamless cloud"),
-        # SaveCheckpoint does that.
+        # SaveCheckpoint handles this.
         ("lightning.pytorch.trainer.connectors.signal_connector", "SLURM auto-requeueing"),
     ):
         logging.getLogger(logger).addFilter(_Without(text))
-    # TextData reads a memory map: workers would only cost.
+    # TextData reads a memory map: workers would only slow it down.
     warnings.filterwarnings("ignore", ".*does not have many workers")
-    # Lightning's own use of what torch has deprecated.
+    # Lightning itself uses functions that torch has deprecated.
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)

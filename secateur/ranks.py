@@ -1,4 +1,4 @@
-"""Refuse to start where ranks have been given other settings, models, text or checkpoints."""
+"""Refuse to start if ranks have different settings, models, text or checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import distributed
 
 from secateur.pruning.files.checkpoints import read_seal
 
-# Places may differ between machines; what lies there may not.
+# Paths may differ between machines; the contents may not.
 _PLACES = (
     "ckpt_path",
     "config",
@@ -28,10 +28,10 @@ _PLACES = (
 
 
 class CompareRanks(Callback):
-    """Compare, before anything is trained, what every rank has been given.
+    """Compare the settings and files of all ranks before training.
 
-    Ranks that train on other data, or with other settings, would go on without an error and leave a
-    model that nobody asked for; with another number of steps they wait for each other forever.
+    Ranks that train on different data, or with different settings, would raise no error and export
+    a wrong model; with different numbers of steps they wait for each other forever.
 
     Args:
         settings: All settings of this rank, nested as the command line has them.
@@ -41,10 +41,10 @@ class CompareRanks(Callback):
         self.settings = settings
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare with the others, once the ranks have met.
+        """Compare with the other ranks, once the process group exists.
 
         Raises:
-            ValueError: They differ; names the rank and the setting.
+            ValueError: Ranks differ; names the rank and the setting.
         """
         if trainer.world_size == 1 or not distributed.is_initialized():
             return
@@ -64,7 +64,7 @@ def refuse_differences(told: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         told: Host of every rank, and its settings by name.
 
     Raises:
-        ValueError: They differ; names the first rank that does, and every setting of it.
+        ValueError: Ranks differ; names the first rank that does, and all its differing settings.
     """
     _, first = told[0]
     for rank, (host, settings) in enumerate(told):
@@ -82,7 +82,7 @@ def refuse_differences(told: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by the names under which they are typed, with their values as text."""
+    """Settings by their names on the command line, with their values as text."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             yield from flat(value, name if key == "init_args" else f"{name}.{key}".lstrip("."))
@@ -96,7 +96,7 @@ def flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _contents(trainer: Trainer, module: LightningModule, checkpoint: str | None) -> dict[str, Any]:
-    """Hashes of what is read, by the settings that name it."""
+    """Hashes of the files that are read, by the settings that name them."""
     found: dict[str, Any] = {}
     if getattr(module, "base", None) is not None:
         found["model.base"] = module.base_fingerprint

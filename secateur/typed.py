@@ -1,4 +1,4 @@
-"""Settings as they were typed, on the command line and in the files that it names, unchecked."""
+"""Settings as typed, on the command line and in its configuration files, unchecked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Leaf:
     """A value and where it was typed.
 
     Args:
-        value: Text of the command line, or a value of YAML.
-        is_text: Whether it is text that the parser has yet to read.
-        file: The file that has it; None for the command line.
+        value: Text from the command line, or a value from YAML.
+        is_text: Whether the value is text that the parser has not parsed yet.
+        file: The file that it is in; None for the command line.
     """
 
     value: Any
@@ -39,7 +39,7 @@ def read(arguments: Sequence[str]) -> dict[str, Node]:
     """All settings of a command line.
 
     Raises:
-        UsageError: A file cannot be read, or is no YAML.
+        UsageError: A file cannot be read, or is not YAML.
     """
     tree: dict[str, Node] = {}
     for name, text in _options(arguments):
@@ -74,14 +74,14 @@ def _of_file(name: str) -> dict[str, Node]:
         raise UsageError(f"`--config` {name} is not YAML: {_reason(error)}.") from error
     if not isinstance(content, dict):
         raise UsageError(
-            f"`--config` {name} holds no settings; configs/disp.yaml shows what a recipe has."
+            f"`--config` {name} holds no settings; see configs/disp.yaml for an example."
         )
     found: dict[str, Node] = _of_yaml(content, Path(name))
     return found
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, in one line."""
+    """The reason why a file cannot be parsed, in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return str(error)
@@ -96,7 +96,7 @@ def _of_text(text: str) -> Node:
 
 
 def _of_yaml(value: Any, file: Path | None = None) -> Node:
-    """The node of a YAML value; `init_args` is no level of its own."""
+    """The node of a YAML value; the level `init_args` is left out."""
     if isinstance(value, list):
         return [_of_yaml(item, file) for item in value]
     if not isinstance(value, dict):
@@ -111,7 +111,7 @@ def _of_yaml(value: Any, file: Path | None = None) -> Node:
 
 
 def _put(tree: dict[str, Node], name: str, node: Node, append: bool) -> None:
-    """Set a setting by its dotted name; settings of a list are those of its last object."""
+    """Store a setting under its dotted name; in a list it belongs to the last object."""
     *parents, last = name.replace(".init_args.", ".").split(".")
     for parent in parents:
         child = tree.get(parent)
@@ -130,7 +130,7 @@ def _put(tree: dict[str, Node], name: str, node: Node, append: bool) -> None:
 
 
 def _object(node: Node) -> dict[str, Node]:
-    """A node that takes settings, whatever was there: a leaf names its class."""
+    """Turn a node into one that holds settings; a leaf becomes its `class_path`."""
     if isinstance(node, dict):
         return node
     return {CLASS: node} if isinstance(node, Leaf) else {}

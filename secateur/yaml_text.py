@@ -1,4 +1,4 @@
-"""Read YAML that a user has written: no bombs, nothing twice, and classes under old names."""
+"""Read YAML of users: limit its size, refuse repeated keys, accept old class names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _RENAMED = {
     "pruning.depth.Magnitude": "BlockMagnitude",
     "pruning.depth.scores.Magnitude": "BlockMagnitude",
 }
-"""Classes that have another name now, by their old paths."""
+"""New names of renamed classes, by their old paths."""
 
 _load_as_before = get_loader("yaml")
 
 
 def install() -> None:
-    """Have the command line read configurations and values by `load`."""
+    """Make the command line read configurations and values with `load`."""
     set_loader("yaml", load, (yaml.YAMLError,))
 
 
@@ -29,7 +29,7 @@ def load(text: str) -> Any:
     """A value from YAML text.
 
     Raises:
-        YAMLError: It is no YAML, has a key twice, or stands for too many values.
+        YAMLError: The text is not YAML, has a key twice, or expands to too many values.
     """
     if len(text) > _MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has more than {_MOST_CHARACTERS:,} characters")
@@ -41,7 +41,7 @@ def load(text: str) -> Any:
 
 
 def present(value: Any) -> Any:
-    """A value with the paths of classes that have moved as they are now, at any depth."""
+    """A value in which paths of moved classes are replaced by the current ones, at any depth."""
     if isinstance(value, dict):
         return {key: present(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -52,9 +52,9 @@ def present(value: Any) -> Any:
 
 
 def _present_path(old: str, name: str) -> str:
-    """Path of the class with a name; of several, the one whose module is most like the old path.
+    """Current path of a class by its name; of several, the one with the module most like the old.
 
-    What is not found stays as it is: it may be a file.
+    A name that is not found is returned unchanged: it may be a file.
     """
 
     def shared(module: str) -> int:
@@ -70,21 +70,21 @@ def _present_path(old: str, name: str) -> str:
 
 
 def _check(node: Any, sizes: dict[int, int]) -> int:
-    """Count the values of a node, those behind an alias each time that it is used.
+    """Count the values of a node; an alias counts each time that it is used.
 
     Raises:
         YAMLError: There are too many, or a mapping has a key twice.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise yaml.YAMLError(f"{_line(node)}: an alias stands for what it is part of")
+            raise yaml.YAMLError(f"{_line(node)}: an alias refers to a node that contains it")
         return sizes[id(node)]
     sizes[id(node)] = 0
     parts = []
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
-            raise yaml.YAMLError(f"{_line(node)}: `{twice[0]}` is there twice")
+            raise yaml.YAMLError(f"{_line(node)}: `{twice[0]}` is given twice")
         parts = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         parts = node.value
@@ -92,7 +92,7 @@ def _check(node: Any, sizes: dict[int, int]) -> int:
     for part in parts:
         count += _check(part, sizes)
         if count > _MOST_VALUES:
-            raise yaml.YAMLError(f"it stands for more than {_MOST_VALUES:,} values")
+            raise yaml.YAMLError(f"it expands to more than {_MOST_VALUES:,} values")
     sizes[id(node)] = count
     return count
 

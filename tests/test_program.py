@@ -81,21 +81,21 @@ def refused(line: TrainCLI, arguments: list[str]) -> str:
 
 
 MISSPELT = {
-    "--trainer.max_step=5": "`--trainer.max_step` is no setting .* mean `--trainer.max_steps`?",
+    "--trainer.max_step=5": "`--trainer.max_step` is not a setting .* mean `--trainer.max_steps`?",
     "--model.budget.kep=0.4": "`--model.budget.kep` .* of Budget. .* mean `--model.budget.keep`?",
     "--model.keep=0.4": "Did you mean `--model.budget.keep`?",
     "--model.hypernetwork=GRUHypernetwork --model.hypernetwork.hiden_size=4": (
         "Did you mean `--model.hypernetwork.hidden_size`?"
     ),
     "--data.windowtokens=16": "`--data.windowtokens` .* Did you mean `--data.window_tokens`?",
-    "--trainer.callbacks.folders=a": "no setting of ExportModel. .* `--trainer.callbacks.folder`?",
+    "--trainer.callbacks.folders=a": "setting of ExportModel. .* `--trainer.callbacks.folder`?",
     "--trainer.callbacks+=SaveCheckpont": "no such class. Did you mean `SaveCheckpoint`?",
     "--trainer.callbacks+=CausalLM": "CausalLM: no such class",
-    "--trainer.callbacks+=secateur.CausalLM": "secateur.CausalLM, which is no Callback",
+    "--trainer.callbacks+=secateur.CausalLM": "secateur.CausalLM, which is not a Callback",
     "--model.optimizer=torch.optim.AdmW": "no such class. Did you mean `AdamW`?",
     "--model.optimizer=torhc.optim.AdamW": "torhc.optim.AdamW, which cannot be imported",
     "--model=MaskLerning": "`--model` names MaskLerning: .* mean `MaskLearning`?",
-    "--ckptpath=last": "`--ckptpath` is no setting. Did you mean `ckpt_path`?",
+    "--ckptpath=last": "`--ckptpath` is not a setting. Did you mean `ckpt_path`?",
     "--model.learning.start.scale=a": "`--model.learning.start.scale` must be a number, got 'a'",
     "--model.budget.keep=half": "`--model.budget.keep` must be a number, got 'half'",
     "--trainer.max_steps=1.5": "`--trainer.max_steps` must be a whole number, got '1.5'",
@@ -140,7 +140,7 @@ BAD_RECIPES = {
     "budget": ("keep:", "kep:", "`model.budget.kep` in .* mean `model.budget.keep`?"),
     "trainer": ("max_steps", "max_step", "`trainer.max_step` in .* `trainer.max_steps`?"),
     "callback": ("every_n_steps", "every_steps", "`trainer.callbacks.every_n_steps`?"),
-    "group": ("data:", "date:", "`date` in .* is no setting. Did you mean `data`?"),
+    "group": ("data:", "date:", "`date` in .* is not a setting. Did you mean `data`?"),
     "class": ("TextData", "TextDate", "`data` in .* names TextDate: .* mean `TextData`?"),
     "init_args": ("init_args:\n    base", "init_arg:\n    base", "`model.init_args`?"),
     "value": ("keep: 0.5", "keep: half", "`model.budget.keep` in .* must be a number, got 'half'"),
@@ -149,12 +149,12 @@ BAD_RECIPES = {
     "twice": (
         "  max_steps: 8",
         "  max_steps: 8\n  max_steps: 9",
-        "line 2: `max_steps` is there twice",
+        "line 2: `max_steps` is given twice",
     ),
     "list": ("trainer:", "- trainer:", "is not YAML: line"),
     "code": ("BASE", "!!python/object/apply:os.getcwd []", "not YAML: line 9: .* for the tag"),
-    "bomb": ("trainer:", f"{BOMB}trainer:", "it stands for more than 100,000 values"),
-    "cycle": ("8", "&a [*a]", "line 2: an alias stands for what it is part of"),
+    "bomb": ("trainer:", f"{BOMB}trainer:", "it expands to more than 100,000 values"),
+    "cycle": ("8", "&a [*a]", "line 2: an alias refers to a node that contains it"),
     "deep": ("8", "[" * 5000, "it is nested too deeply"),
     "large": ("8", "8 " + "#" * 1_000_000, "it has more than 1,000,000 characters"),
     "empty": (RECIPE, "", "holds no settings"),
@@ -248,9 +248,9 @@ ODD = {
     "limit_train_batches": (0, "is 0, so that nothing is trained"),
     "barebones": (True, "leaves out logs and checkpoints"),
     "precision": ("bf16-true", "Take 32-true with `--model.dtype bfloat16`, or bf16-mixed"),
-    "strategy": ("ddp_spawn", "take ddp, which starts them anew"),
+    "strategy": ("ddp_spawn", "use ddp, which starts new processes"),
     "devices": ("-2", "must be 1 or more, or -1 for all, got -2"),
-    "accelerator": ("gpu", "sees no GPU here; take cpu"),
+    "accelerator": ("gpu", "sees no GPU here; use cpu"),
 }
 PLAIN = {
     "accumulate_grad_batches": 1, "gradient_clip_val": None, "log_every_n_steps": 50,
@@ -331,8 +331,8 @@ def test_a_port_in_use_is_told_with_the_setting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
-        ("fti --model MaskLearning", "`fti` is no command; .* Did you mean `fit`?", 2),
-        ("--foo", "`--foo` is no command", 2),
+        ("fti --model MaskLearning", "`fti` is not a command; .* Did you mean `fit`?", 2),
+        ("--foo", "`--foo` is not a command", 2),
         ("fit", "`--model` must be given", 2),
         ("surgery", "required: BASE, PLAN, OUT. `python -m secateur surgery --help`", 2),
         ("depth BASE OUT --remov 3", "no option `--remov`. Did you mean `--remove`?", 2),

@@ -234,7 +234,7 @@ def refuses(arguments: list[str], message: str) -> None:
 
 
 def test_optimisers_are_those_of_the_modules() -> None:
-    refuses(["fit", "--optimizer=torch.optim.SGD"], "`--optimizer` is no setting")
+    refuses(["fit", "--optimizer=torch.optim.SGD"], "`--optimizer` is not a setting")
 
 
 def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
             "has ModelCheckpoint, .* Take SaveCheckpoint: .*keep_best`",
         ),
-        ("--ckpt_path=best", "`--ckpt_path` is best, but .*/run/checkpoints notes none"),
+        ("--ckpt_path=best", "`--ckpt_path` is best, but .*/run/checkpoints names none"),
         ("--data.train=/no/such/text.json", "`--data.train`: there is no file /no/such/text.json"),
     ],
 )
@@ -416,9 +416,7 @@ def test_last_without_checkpoints_starts_a_fit_says_so_and_starts_nothing_else(
     assert not list(tmp_path.rglob("*.ckpt"))
     empty = tmp_path / "empty"
     arguments = ["--model=MaskLearning", f"--model.base={inputs / 'base'}"]
-    refuses(
-        ["validate", *arguments, *on_text(inputs, empty), "--ckpt_path=last"], "holds none; fit"
-    )
+    refuses(["validate", *arguments, *on_text(inputs, empty), "--ckpt_path=last"], "has none; fit")
 
 
 def test_another_base_model_is_refused(inputs: Path, started: Path, tmp_path: Path) -> None:

@@ -343,5 +343,5 @@ def test_halves_go_from_the_files_of_the_base_and_in_pairs_as_blocks(
 def test_halves_of_unlike_size_need_a_target_that_counts_them(inputs: Path) -> None:
     model, search = BaseModel(inputs / "base").skeleton(), OneShot(Falling(), units=HalfBlocks())
     assert units_to_remove(model, search, BlockFraction(0.3)) == 3
-    with pytest.raises(ValueError, match="weighs attention and MLP differently"):
+    with pytest.raises(ValueError, match="gives attention and MLP different costs"):
         units_to_remove(model, search, ParameterFraction(0.1))

@@ -332,7 +332,7 @@ def test_blocks_go_before_weights(inputs: Path, tmp_path: Path) -> None:
         ({"held_back_windows": 0}, "`held_back_windows` must be 1 or more, got 0"),
         ({"calibration_seed": -1}, "`calibration_seed` must be 0 or more"),
         ({"calibration_batch_size": 0}, "`calibration_batch_size` must be 1 or more"),
-        ({"gradually": Gradually(5)}, "`gradually` does not go with `pattern`: `pattern` NM.2, 4"),
+        ({"gradually": Gradually(5)}, "`gradually` does not suit `pattern`: `pattern` NM.2, 4"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -422,7 +422,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_running_job_is_requeued(slurm: Path) -> None:
-    assert requeue() == "Job 7 is requeued and will go on from there."
+    assert requeue() == "Job 7 is requeued and will resume from there."
     assert "scontrol requeue 7\n" in (slurm / "calls").read_text()
 
 
@@ -430,7 +430,7 @@ def test_it_is_told_apart_from_a_failure_that_the_requeueing_ends_its_own_comman
     slurm: Path,
 ) -> None:
     (slurm / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
-    assert requeue() == "Job 7 is requeued and will go on from there."
+    assert requeue() == "Job 7 is requeued and will resume from there."
 
 
 def test_of_an_array_only_the_task_is_requeued(
@@ -444,7 +444,7 @@ def test_of_an_array_only_the_task_is_requeued(
 
 def test_a_cancelled_job_stays_cancelled(slurm: Path) -> None:
     (slurm / "squeue").write_text("#!/bin/sh\necho COMPLETING\n")
-    assert requeue() == "Job 7 is COMPLETING: whether it runs again is up to SLURM."
+    assert requeue() == "Job 7 is COMPLETING: SLURM decides whether it runs again."
     assert not (slurm / "calls").exists()
 
 
@@ -457,5 +457,5 @@ def test_a_refusal_is_told_with_what_to_do(slurm: Path) -> None:
 @pytest.mark.usefixtures("slurm")
 def test_outside_of_slurm_the_user_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SLURM_STEP_ID")  # as in a batch script that does not use `srun`
-    assert requeue() == "Run again: the same command with `--ckpt_path last` goes on."
+    assert requeue() == "Run again: the same command with `--ckpt_path last` resumes."
     assert not (tmp_path / "calls").exists()

@@ -140,7 +140,7 @@ def test_a_run_that_is_preempted_twice_ends_as_an_undisturbed_one(
     )
     run.end()
     assert run.cluster.show(urgent)["JobState"] == "COMPLETED"
-    assert run.said.count(f"Job {run.job} is requeued and will go on from there.") == 2
+    assert run.said.count(f"Job {run.job} is requeued and will resume from there.") == 2
     first, second = run.resumed_from()
     assert EVERY <= first < second < STEPS
     assert run.results() == whole.results()
