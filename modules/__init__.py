@@ -1,4 +1,4 @@
-"""What is trained and on what: Lightning modules, data modules, loading and sharding."""
+"""Lightning modules, data modules, and strategies that load and shard models."""
 
 if __name__ == "modules":
     raise ImportError("This package is secateur.modules now; see `python -m secateur --help`.")

@@ -1,4 +1,4 @@
-"""Configurations of models that are made from nothing."""
+"""Configurations of models that start from random weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def make_config(architecture: Mapping[str, Any]) -> Any:
     """The configuration of a model to start from scratch.
 
     Args:
-        architecture: `model_type` and whatever the configuration of the family takes.
+        architecture: `model_type` and any settings of the family's configuration.
 
     Raises:
-        ValueError: It names no model, or none that transformers knows.
+        ValueError: It names no `model_type`, or one that transformers does not know.
     """
     settings = dict(architecture)
     model_type = settings.pop("model_type", None)

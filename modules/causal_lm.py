@@ -1,10 +1,11 @@
 """Train a language model the ordinary way: from scratch, or further from a checkpoint.
 
-Further means fine-tuning, and recovery after pruning: callbacks take blocks or weights out of the
-model, and what stays is trained on its text, on what the dense model says of it (distillation,
-arXiv 1503.02531, at temperature 1), or on both; all weights or low-rank updates of them.
+Further training is fine-tuning, or recovery after pruning: callbacks remove blocks, widths or
+weights, and the pruned model is trained on text, on the predictions of the dense model
+(distillation, arXiv 1503.02531, at temperature 1), or on both; all weights train, or low-rank
+updates.
 
-The file is long because one LightningModule has all hooks of a run, and callbacks work through it.
+The file is long because one LightningModule has all hooks of a run, and callbacks call it.
 """
 
 from __future__ import annotations
@@ -53,30 +54,30 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 class CausalLM(LanguageModelling):
-    """Next-token training of a causal language model, and recovery of one that is pruned.
+    """Next-token training of a causal language model, and recovery of a pruned one.
 
     Args:
-        architecture: Configuration of a model to start from scratch: `model_type` and whatever the
-            family's configuration takes, such as `hidden_size`. Exclusive with `base`.
+        architecture: Configuration of a model to train from scratch: `model_type` and any settings
+            of the family's configuration, such as `hidden_size`. Exclusive with `base`.
         base: A model to train further: a folder or a hub id. Exclusive with `architecture`.
-        optimizer: Called with the parameters that train.
+        optimizer: Called with the trained parameters.
         warmup_steps: Steps over which the learning rate rises from 0, 0 or more; it then falls to
             0 along a cosine until the last step.
-        loss: What is trained. Distillation needs a teacher, which takes the memory of one more
+        loss: The training loss. Distillation needs a teacher, which costs the memory of one more
             model and the time of one more forward pass.
         teacher: The model to distil from: a folder or a hub id with the vocabulary of `base`. If
             not given, `base` itself, as it was before anything was pruned.
-        lora: Train low-rank updates instead of all weights; they are added up at export.
+        lora: Train low-rank updates instead of all weights; they are merged at export.
         dtype: Type of the weights of `base`: "auto" or a torch name such as "bfloat16". Small
-            steps are lost in bfloat16: train all weights in "float32".
-        export_dtype: Type of the weights that are exported: "auto" is that of the files of `base`.
+            updates round to zero in bfloat16: train all weights in "float32".
+        export_dtype: Type of the exported weights: "auto" is the type of the files of `base`.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
             more time.
-        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+        loss_chunk_tokens: Tokens whose logits are in memory at once, 1 or more.
 
     Raises:
-        ValueError: Both or neither of `architecture` and `base` are given, what needs a `base`
-            has none, or a setting is out of range.
+        ValueError: Both or neither of `architecture` and `base` are given, a setting that needs a
+            `base` is given without one, or a setting is out of range.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class CausalLM(LanguageModelling):
         if teacher is not None and not loss.distillation:
             raise ValueError(
                 "`teacher` is given and `loss.distillation` is 0, so that nothing is learned from "
-                "it; raise the one or leave out the other."
+                "it; raise `loss.distillation` or leave out `teacher`."
             )
         self._base = None if base is None else BaseModel(base)
         other = None if teacher is None else BaseModel(teacher, "teacher")
@@ -117,7 +118,7 @@ class CausalLM(LanguageModelling):
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
         self.loss, self.lora = loss, lora
         self.export_dtype, self.gradient_checkpointing = export_dtype, gradient_checkpointing
-        self.divisible = base is not None  # only a model that is read can be divided
+        self.divisible = base is not None  # only a model read from files can be sharded
         self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
         self._depth = Depth()
         self._cuts: list[Plan] = []
@@ -141,7 +142,7 @@ class CausalLM(LanguageModelling):
             self._teacher.load(self)
 
     def _prepare(self) -> None:
-        """Make the model ready to train: low-rank updates, recomputation, training mode."""
+        """Prepare the model for training: low-rank updates, recomputation, training mode."""
         if self.lora is not None:
             self.lora.inject(self.model)
         if self.gradient_checkpointing:
@@ -154,12 +155,12 @@ class CausalLM(LanguageModelling):
         self.check_data(self._config)
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to where the model is."""
+        """Load the teacher on the device of the model."""
         if self._teacher is not None and self._teacher.model is not None:
             self._teacher.model.to(self.device)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, with warm-up and cosine decay over the whole of training."""
+        """The optimiser, with warm-up and cosine decay over all training steps."""
         optimizer = self._optimizer()
         schedule = get_cosine_schedule_with_warmup(
             optimizer,
@@ -196,7 +197,7 @@ class CausalLM(LanguageModelling):
         return losses.total
 
     def recipe(self) -> dict[str, Any]:
-        """Where the model came from, what it learns, its warm-up and its optimiser."""
+        """Origin of the model, training loss, warm-up and optimiser."""
         return {
             "architecture": self.architecture,
             "base": self.base and self.base_fingerprint,
@@ -217,26 +218,26 @@ class CausalLM(LanguageModelling):
         """
         if self._base is None:
             raise ValueError(
-                "A model that starts from `architecture` has no base that could be pruned; train "
-                "it, and give the exported folder as `base`."
+                "A model that starts from `architecture` has no base to prune; train it first, and "
+                "give the exported folder as `base`."
             )
         return self._base
 
     @property
     def base_folder(self) -> Path:
-        """Local folder of the base model; ValueError where there is none."""
+        """Local folder of the base model; ValueError if there is none."""
         return self.base_model.folder
 
     @property
     def base_fingerprint(self) -> str:
-        """Content hash of the base model; ValueError where there is none."""
+        """Content hash of the base model; ValueError if there is none."""
         return self.base_model.fingerprint
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """The model as it would be exported now: in evaluation mode, low-rank updates added up.
+        """The model as it would be exported now: in evaluation mode, low-rank updates merged.
 
-        At the end everything is put back, to the bit.
+        At the end the model is restored exactly.
         """
         training = self.model.training
         self.model.eval()
@@ -248,19 +249,19 @@ class CausalLM(LanguageModelling):
 
     @property
     def kept_blocks(self) -> list[int]:
-        """Numbers, in the base model, of the blocks of which anything is left."""
+        """Numbers, in the base model, of the blocks that are not entirely removed."""
         return self._depth.kept_blocks
 
     @property
     def removed_units(self) -> list[Unit]:
-        """Units of the base model that are gone, in order."""
+        """Removed units of the base model, in order."""
         return self._depth.removed
 
     def check_removals(self, strategy: Strategy) -> None:
-        """Find out before training whether blocks can be removed under a strategy.
+        """Check before training that blocks can be removed under a strategy.
 
         Raises:
-            ValueError: It divides weights or optimiser among the ranks.
+            ValueError: It shards weights or optimiser states.
         """
         check_undivided(strategy)
 
@@ -270,17 +271,18 @@ class CausalLM(LanguageModelling):
         provenance: Mapping[str, Any],
         compensate_on: Tensor | None = None,
     ) -> None:
-        """Take blocks out of the model, of the optimiser and its state; the teacher keeps them.
+        """Remove blocks from the model, the optimiser and its state; the teacher keeps them.
 
         Args:
             units: Blocks or halves of blocks, by their numbers in the base model.
-            provenance: Why these, for the model card: JSON values only.
-            compensate_on: Windows of text (int64, shape (N, T)): what stays is scaled to make up
-                for the blocks if that predicts them better, see `pruning/depth/compensation.py`.
+            provenance: How they were chosen, for the model card: JSON values only.
+            compensate_on: Windows of text (int64, shape (N, T)): remaining weights are scaled to
+                make up for the blocks if that lowers the loss on them, see
+                `pruning/depth/compensation.py`.
 
         Raises:
-            ValueError: A unit is not there (any more), no block or attention would stay, the model
-                is sharded, or halves were to be compensated.
+            ValueError: A unit does not exist or is already removed, no block or attention would
+                remain, the model is sharded, or halves were to be compensated.
         """
         if self._cuts:
             raise ValueError(
@@ -300,10 +302,10 @@ class CausalLM(LanguageModelling):
     def _remove_compensated(
         self, places: Sequence[Unit], provenance: Mapping[str, Any], windows_NT: Tensor
     ) -> Mapping[str, Any]:
-        """Returns the provenance with the factors, if there are any."""
+        """Remove and compensate blocks; return the provenance, with the factors if applied."""
         if self.lora is not None:
             raise ValueError(
-                "Compensation scales weights that `lora` keeps frozen; leave one of the two out, "
+                "Compensation scales weights that `lora` keeps frozen; leave out one of the two, "
                 "or prune with `--trainer.max_steps 0` first."
             )
         if halves := [unit.key for unit in places if unit.part != "block"]:
@@ -321,11 +323,11 @@ class CausalLM(LanguageModelling):
         return dict(provenance) | found.provenance
 
     def adopt(self, narrow: PreTrainedModel, plan: Plan) -> None:
-        """Train a narrow model in the place of the live one; low-rank updates start at zero.
+        """Train a narrow model instead of the present one; low-rank updates start at zero.
 
         Args:
-            narrow: What the plan leaves of the live model with its updates added up, in `plain`.
-            plan: What stays of the live model.
+            narrow: The live model with its updates merged (`plain`), cut by the plan.
+            plan: The kept indices of the live model.
 
         Raises:
             ValueError: Halves of blocks were removed, or the model is sharded.
@@ -343,16 +345,16 @@ class CausalLM(LanguageModelling):
         let_go(self.trainer.strategy, self)
 
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
-        """Note that a callback has changed weights, for the model card.
+        """Record that a callback has changed weights, for the model card.
 
         Args:
-            method: What it is called there, such as `weights`.
+            method: Its name there, such as `weights`.
             provenance: How they were changed: JSON values only.
         """
         self.provenance[method] = dict(provenance)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store which blocks are left; of a model with low-rank updates only these are stored.
+        """Store which blocks remain; with low-rank updates, store only the updates.
 
         Frozen weights that a callback has changed are stored as well.
         """
@@ -369,12 +371,13 @@ class CausalLM(LanguageModelling):
             checkpoint["state_dict"] = {name: state[name] for name in sorted(trained)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other settings, and remove what had been removed.
+        """Refuse a checkpoint of other settings, and repeat its removals and cuts.
 
         The weights are loaded and the optimiser is made after this.
 
         Raises:
-            ValueError: The settings differ, or it, or those that follow, would lack weights.
+            ValueError: The settings differ, or this checkpoint or the following ones would lack
+                weights.
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["pruning"]["removals"]
@@ -393,21 +396,21 @@ class CausalLM(LanguageModelling):
         if self.lora is not None and self.provenance and self._reader is not None:
             raise ValueError(
                 "The checkpoint has frozen weights that a callback has changed, and checkpoints "
-                f"under `trainer.strategy` {type(self.trainer.strategy).__name__} leave frozen "
-                "weights out. Go on under ddp; or export there, and give that folder as `base`."
+                f"under `trainer.strategy` {type(self.trainer.strategy).__name__} leave out frozen "
+                "weights. Resume under ddp; or export under ddp, and give that folder as `base`."
             )
-        if "compensation" in self.provenance:  # the embeddings were scaled, their copy was not
+        if "compensation" in self.provenance:  # the embeddings were scaled, the tied head was not
             untie(self.model)
         self.refuse_incomplete(checkpoint["state_dict"])
 
     def check_export_folder(self, folder: Path) -> None:
-        """Refuse, before training, a folder that the export could not replace."""
+        """Refuse, before training, a folder that the export must not replace."""
         check_folder(folder, None if self.base is None else self.base_folder)
 
     def export(self, folder: Path, command: str) -> None:
         """Save model and tokenizer, compare and measure the result, see `deliver`.
 
-        A model that was made from scratch is saved only: it has no dense model to be compared with.
+        A model trained from scratch is only saved: there is no dense model to compare it with.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.base is None:
@@ -435,14 +438,14 @@ class CausalLM(LanguageModelling):
                 deliver(what, origin, folder, windows_NT, one, measured=True)
 
     def _plan(self) -> Plan | None:
-        """What stays of the base model; None if nothing was taken out."""
+        """The kept indices of the base model; None if nothing was removed."""
         plans = list(self._cuts)
         if self._depth.removals:
             plans.insert(0, self._depth.plan(self.base_model))
         return reduce(Plan.then, plans) if plans else None
 
     def _only_shortened(self) -> bool:
-        """Whether the base model's files, without some blocks, are what is to be exported."""
+        """Test whether the export equals the base model's files without some blocks."""
         trained = self.global_step or self.provenance or self.export_dtype != "auto"
         return bool(self._depth.removals) and not trained
 
@@ -464,7 +467,7 @@ class CausalLM(LanguageModelling):
         )
 
     def _dense(self) -> PreTrainedModel:
-        """The base model as it was, where this rank computes."""
+        """The original base model, on the device of this rank."""
         dense = self._teacher.model if self._teacher and self._teacher.name == self.base else None
         if dense is None:
             dense = self.base_model.load(self.dtype_name)
@@ -488,7 +491,7 @@ class CausalLM(LanguageModelling):
     @contextmanager
     def _seeded(self, batch_idx: int) -> Iterator[None]:
         """Dropout as a pure function of seed, step, batch and rank: a resumed run repeats it."""
-        seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where `seed_everything` leaves it
+        seed = os.environ.get("PL_GLOBAL_SEED", "0")  # set by `seed_everything`
         place = f"{seed} {self.global_step} {batch_idx} {self.global_rank}"
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

@@ -1,4 +1,4 @@
-"""Tell at the start of a run whether it fits its device, instead of hours later."""
+"""Check at the start of a run that it fits the memory of its device."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def check_memory(trainer: Trainer, config: PreTrainedConfig, run: Run) -> None:
     """Compare the memory that a run needs with that of its device, and warn if it is more.
 
     Args:
-        trainer: Its strategy says how the model is divided, its device what there is.
-        config: Of the base model.
-        run: Settings of the run, as on one rank that holds the model whole.
+        trainer: Its strategy defines how the model is sharded, its device the available memory.
+        config: Configuration of the base model.
+        run: Settings of the run for one rank with the complete model.
 
     Raises:
         ValueError: Weights and trained state alone are more than the device has.
@@ -39,17 +39,17 @@ def check_memory(trainer: Trainer, config: PreTrainedConfig, run: Run) -> None:
         if needed > host:
             raise ValueError(
                 f"`offload_parameters` keeps {needed / GB:.1f} GB of weights in the memory of a "
-                f"machine with {num_ranks} ranks, which has {host / GB:.1f} GB; take more nodes, "
-                "or leave it out where the GPUs have room for the shares."
+                f"machine with {num_ranks} ranks, which has {host / GB:.1f} GB; use more nodes, or "
+                "leave it out if the shards fit on the GPUs."
             )
 
 
 def divided(run: Run, trainer: Trainer) -> Run:
-    """The run as the strategy of a trainer divides it."""
+    """The run as the strategy of a trainer shards it."""
     strategy: Any = trainer.strategy
     if not getattr(strategy, "divides_models", False):
         return run
-    on_host = strategy.root_device.type == "cpu"  # nowhere else to go
+    on_host = strategy.root_device.type == "cpu"  # host memory is device memory
     return replace(
         run,
         shards=trainer.world_size,
@@ -59,10 +59,10 @@ def divided(run: Run, trainer: Trainer) -> Run:
 
 
 def memory_of(device: torch.device, ranks: int) -> int | None:
-    """Memory of a device in bytes, as far as this process may use it; None where nobody can say.
+    """Memory of a device in bytes that this process may use; None if unknown.
 
     Args:
-        device: Of this rank.
+        device: Device of this rank.
         ranks: Ranks on this machine, which share its memory if they run on the CPU; 1 or more.
     """
     if device.type == "cuda":
@@ -76,10 +76,10 @@ def memory_of(device: torch.device, ranks: int) -> int | None:
 def _limits(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[int]:
-    """Limits of the control groups that this process is in: a scheduler or a container sets them.
+    """Memory limits of the control groups of this process, set by a scheduler or a container.
 
     Args:
-        root: Where the groups lie, of version 2, or of version 1 in the folder `memory`.
+        root: Folder of the groups: of version 2, or, in its folder `memory`, of version 1.
         own: The file that names the groups of the process.
     """
     found = []
@@ -99,14 +99,14 @@ def _limits(
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes of state per trained parameter: two numbers, in 8 bit with a scale per 256, or whole.
+    """Bytes of state per trained parameter: two numbers in float32, or in 8 bit with scales.
 
-    A bound where an optimiser keeps less than Adam does.
+    An upper bound for an optimiser that keeps less state than Adam.
     """
     bits = state_bits(optimizer)
     return 2 * (bits / 8 + (4 / 256 if bits == 8 else 0))
 
 
 def state_bits(optimizer: torch.optim.Optimizer) -> int:
-    """Bits of a number in the states of an optimiser: 32 but for some of bitsandbytes."""
+    """Bits per number in the states of an optimiser: 32 except for some of bitsandbytes."""
     return int(getattr(getattr(optimizer, "args", None), "optim_bits", 32))

@@ -1,4 +1,4 @@
-"""A base model whose weights do not train: how it is held, and how its noise is turned off."""
+"""A frozen base model: data type, packing, and disabling of dropout."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from secateur.modules.quantisation import Quantisation
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """How the frozen base model is held.
+    """How the frozen base model is kept in memory.
 
     Args:
-        dtype: Type of the frozen weights: "auto" keeps that of the file, else a torch name such
+        dtype: Type of the frozen weights: "auto" is that of the files, else a torch name such
             as "bfloat16".
         quantisation: Packs the frozen weights while masks are learned, `FourBit` or `EightBit`; the
-            export cuts the original ones. None leaves them as they are.
+            export cuts the original ones. None leaves them unchanged.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
-            more time. On by default in the recipes from 7B.
-        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+            more time. On in the recipes for 7B and larger.
+        loss_chunk_tokens: Tokens whose logits are in memory at once, 1 or more.
 
     Raises:
         ValueError: `loss_chunk_tokens` is below 1.
@@ -39,7 +39,7 @@ class FrozenBase:
 
 
 def freeze(model: nn.Module) -> None:
-    """No gradients to the weights and no dropout: the gates are the only noise."""
+    """Disable gradients of the weights and dropout: the gates are the only noise."""
     model.requires_grad_(False)
     model.train()  # gradient checkpointing works in training mode only
     for module in model.modules():

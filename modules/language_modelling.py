@@ -1,4 +1,4 @@
-"""What learning masks and training weights share: how a model is measured, when training stops."""
+"""The base class of mask learning and weight training: validation, checks, divergence."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class ReadsModels(Protocol):
     """A strategy that reads models in its own way."""
 
     divides_models: bool
-    """Whether a model that was read lies in shares on the ranks."""
+    """Whether a model that was read is sharded."""
 
     def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
-        """This rank's share of a model."""
+        """Read this rank's shard of a model."""
 
     def fetching(self, model: nn.Module) -> Any:
-        """A module of models that were read, no part of what trains, that can be called."""
+        """A callable version of a module with frozen models that were read."""
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """With some parameters whole on every rank."""
+        """Gather some parameters on every rank, for the duration of a `with` block."""
 
 
 class LanguageModelling(LightningModule, ABC):
     """A causal language model, measured by the tokens that it predicts inside each window.
 
-    A subclass makes `model`, trains, and may say by `measured` in which state it is measured.
+    A subclass makes `model`, trains it, and may override `measured` to change how it is measured.
     """
 
     divisible = False
-    """Whether the model may lie in shares on the ranks, no rank holding it whole."""
+    """Whether the model may be sharded, so that no rank holds it completely."""
     frozen_weights = False
-    """Whether something else trains than the model itself."""
+    """Whether the model itself is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class LanguageModelling(LightningModule, ABC):
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
-        """The settings that decide a run: a checkpoint goes on only under the same ones."""
+        """Settings that affect a run; a checkpoint resumes only under the same settings."""
 
     def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
-        """Read a model as the strategy keeps it: whole, or this rank's share of it.
+        """Read a model as the strategy keeps it: completely, or this rank's shard.
 
         Args:
-            base: Where it lies.
+            base: The model to read.
             dtype: "auto" or the name of a torch type.
 
         Raises:
@@ -72,37 +72,37 @@ class LanguageModelling(LightningModule, ABC):
         return reader.read_model(base, dtype) if reader else base.load(dtype)
 
     def fetching(self, model: nn.Module) -> Any:
-        """What to call instead of a module of models that were read but are no part of this one:
-        where they lie in shares, it gathers them layer by layer.
+        """A callable version of a module with models that are not submodules of this one; if they
+        are sharded, it gathers them layer by layer.
         """
         return self._reader.fetching(model) if self._reader else model
 
     @property
     def divided(self) -> bool:
-        """Whether no rank holds the model whole."""
+        """Whether the model is sharded, so that no rank holds it completely."""
         return self._reader is not None and self._reader.divides_models
 
     def whole_parameters(self) -> list[nn.Parameter]:
-        """Parameters that every rank needs whole between steps, however the others are divided."""
+        """Parameters that every rank needs completely between steps, even if others are sharded."""
         return []
 
     def whole(self) -> AbstractContextManager[None]:
-        """With `whole_parameters` whole, outside of a step; every rank has to enter."""
+        """Gather `whole_parameters` outside of a step; every rank has to enter."""
         return self._reader.whole(self.whole_parameters()) if self._reader else nullcontext()
 
     @property
     def _reader(self) -> ReadsModels | None:
-        """The strategy, if it may divide what it reads; a module without a trainer has none."""
+        """The strategy, if it may shard the models that it reads; None without a trainer."""
         strategy = None if self._trainer is None else self.trainer.strategy
         return strategy if isinstance(strategy, ReadsModels) else None
 
     def measured(self) -> AbstractContextManager[Any]:
-        """The model in the state in which it is measured; unless overridden, as it is."""
+        """The model in the state in which it is measured; by default unchanged."""
         return nullcontext(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        """Start from nothing, here and not at the end: a fit cannot go on from the numbers of a
-        `validate`, which PyTorch makes unfit for anything else (inference mode).
+        """Reset the perplexity here and not at the end: tensors of a `validate` are in inference
+        mode, and a later fit cannot use them.
         """
         self.perplexity.reset()
 
@@ -116,7 +116,7 @@ class LanguageModelling(LightningModule, ABC):
         self._log_perplexity("val_perplexity")
 
     def on_test_start(self) -> None:
-        """Testing measures what validation measures."""
+        """Prepare as for validation: testing measures the same model."""
         self.on_validation_start()
 
     def on_test_epoch_start(self) -> None:
@@ -132,7 +132,7 @@ class LanguageModelling(LightningModule, ABC):
         self._log_perplexity("test_perplexity")
 
     def on_predict_start(self) -> None:
-        """Prediction measures what validation measures."""
+        """Prepare as for validation: prediction measures the same model."""
         self.on_validation_start()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[float]:
@@ -140,8 +140,8 @@ class LanguageModelling(LightningModule, ABC):
         return [float(F.cross_entropy(*pair)) for pair in self._predictions(batch)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the settings that decide the run."""
-        with self.whole():  # the recipe tells the shapes of what trains
+        """Store the settings that affect the run."""
+        with self.whole():  # the recipe holds the shapes of the trained parameters
             checkpoint["secateur"] = self.recipe() | self._length()
         checkpoint["batches_per_step"] = self.trainer.accumulate_grad_batches
 
@@ -149,33 +149,33 @@ class LanguageModelling(LightningModule, ABC):
         """Refuse a checkpoint of another base model or configuration, or an incomplete one.
 
         Raises:
-            ValueError: The settings differ, or something is missing.
+            ValueError: The settings differ, or part of the checkpoint is missing.
         """
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         needed = ["secateur", "state_dict", *(["loops", "optimizer_states"] if fitting else [])]
         if missing := [key for key in needed if not checkpoint.get(key)]:
-            raise ValueError(f"The checkpoint lacks {', '.join(missing)}; take another one.")
+            raise ValueError(f"The checkpoint lacks {', '.join(missing)}; use another one.")
         saved, current = dict(checkpoint["secateur"]), self.recipe()
         if fitting:
             current |= self._length()
-            if saved.get("ranks") != current["ranks"]:  # as many windows per rank, or in all
+            if saved.get("ranks") != current["ranks"]:  # compare per rank or in total
                 for key in ("ranks", "windows_per_step"):
                     saved.pop(key, None)
                     current.pop(key)
-        else:  # measuring takes no steps, whatever the settings say
+        else:  # measuring takes no optimiser steps
             for key in self._length():
                 saved.pop(key, None)
         refuse_other(saved, current, type(self).__name__)
         if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
-            raise ValueError("The checkpoint lacks the state of the optimiser; take another one.")
-        if self.frozen_weights:  # else it may have to become smaller first
+            raise ValueError("The checkpoint lacks the state of the optimiser; use another one.")
+        if self.frozen_weights:  # else the model may have to be cut first
             self.refuse_incomplete(checkpoint["state_dict"])
         batches = self.trainer.accumulate_grad_batches
         _count_batches(checkpoint, checkpoint.get("batches_per_step", batches), batches)
 
     def refuse_incomplete(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse weights of a checkpoint in which something is missing that trains, or that
-        training has left: nobody else looks where frozen weights may be missing.
+        """Refuse a checkpoint that lacks weights that are, or were, trained: loading is not strict,
+        since frozen weights may be missing.
 
         Args:
             state: Weights by name.
@@ -186,36 +186,36 @@ class LanguageModelling(LightningModule, ABC):
         own: dict[str, Tensor] = dict(self.named_buffers(recurse=False))
         own |= {name: p for name, p in self.named_parameters() if p.requires_grad}
         for name, tensor in own.items():
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # of DeepSpeed, in shares
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed: full shape
             if name not in state:
-                raise ValueError(f"The checkpoint lacks the weights {name}; take another one.")
+                raise ValueError(f"The checkpoint lacks the weights {name}; use another one.")
             if tuple(state[name].shape) != shape:
                 raise ValueError(
                     f"The checkpoint has {name} in shape {tuple(state[name].shape)} instead of "
-                    f"{shape}; take another one."
+                    f"{shape}; use another one."
                 )
 
     def check_strategy(self) -> None:
-        """Refuse, before anything is read, a strategy that nobody has made this work under.
+        """Refuse, before anything is read, a strategy that is not supported.
 
         Raises:
             ValueError: It is Lightning's own, for several devices, and not DDP.
         """
-        strategy = self.trainer.strategy  # by exact class: many others are made from DDP
+        strategy = self.trainer.strategy  # by exact class: many others are subclasses of DDP
         known = isinstance(strategy, SingleDeviceStrategy | ReadsModels)
         if not known and type(strategy) is not DDPStrategy:
             raise ValueError(
                 f"`trainer.strategy` {type(strategy).__name__} would wrap and save models in ways "
-                "that masks, checkpoints and exports here do not know. Use ddp where a model fits "
-                "on every device; Zero instead of deepspeed, or ShardedDDP instead "
-                "of FSDP, where it does not (docs/sharding.md)."
+                "that masks, checkpoints and exports here do not support. Use ddp if a model fits "
+                "on every device; otherwise Zero instead of deepspeed, or ShardedDDP instead of "
+                "FSDP (docs/sharding.md)."
             )
 
     def check_data(self, config: Any) -> None:
         """Check that the text suits a model before the model is made.
 
         Raises:
-            ValueError: Its windows are too long, or its tokenizer has tokens of its own.
+            ValueError: Its windows are too long, or its tokenizer has tokens that the model lacks.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
@@ -223,7 +223,7 @@ class LanguageModelling(LightningModule, ABC):
             check_vocabulary(data.tokenizer, config)
 
     def stop_diverged(self, what: str, value: Tensor) -> NoReturn:
-        """End a run whose loss is no number, before the optimiser takes the step.
+        """End a run whose loss is infinite or NaN, before the optimiser takes the step.
 
         Raises:
             FloatingPointError: Always; names the step, the cause and the last good checkpoint.
@@ -236,7 +236,7 @@ class LanguageModelling(LightningModule, ABC):
         )
 
     def _length(self) -> dict[str, Any]:
-        """How long training is, which schedules stretch with, and how large its steps are."""
+        """Length of training, on which schedules depend, and the size of a step."""
         trainer = self.trainer
         data = getattr(trainer, "datamodule", None)
         windows = getattr(data, "batch_size", 1) * trainer.accumulate_grad_batches
@@ -262,15 +262,15 @@ class LanguageModelling(LightningModule, ABC):
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Class and settings: resuming restores the old ones, whatever the configuration says now."""
+    """Class and settings of an optimiser; resuming restores these, whatever the configuration."""
     return f"{type(optimizer).__name__} {optimizer.defaults}"
 
 
 def _count_batches(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Have Lightning count the batches of the epoch as steps of `now` batches make them; it stores
-    batches, of which it made steps of `before`.
+    """Correct Lightning's count of batches in the epoch: the checkpoint counts batches of steps of
+    `before` batches each, and steps now have `now` batches.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     more = progress["ready"] * now // before - progress["ready"]
-    for key in progress:  # the last batch may not be completed yet
+    for key in progress:  # the last batch may not be finished yet
         progress[key] += more

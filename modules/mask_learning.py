@@ -1,16 +1,16 @@
 """Learn which dimensions of a frozen language model to keep.
 
 Source: "DISP-LLM: Dimension-Independent Structural Pruning for Large Language Models"
-(arXiv 2410.11988): a hypernetwork makes the logits of all gates, and gates multiply into the frozen
-model (eqs. 5 to 8).
+(arXiv 2410.11988): a hypernetwork computes the logits of all gates, and gates multiply features of
+the frozen model (eqs. 5 to 8).
 
-Differs from the paper: gates start from a ranking by importance, every sample of them meets the
+Differs from the paper: gates start from a ranking by importance, every sample of gates meets the
 budget, logistic instead of Gumbel noise, one sample for loss and budget, and a deterministic,
 budget-exact selection. In the last part of training the model is cut, refitted in closed form, and
 trained by distillation from the dense one. docs/disp.md has the measured effect of each.
 
-The file is long because one LightningModule has all hooks of a run; what they do lies elsewhere:
-gates and budget in `pruning.widths`, settling in `modules.settling`.
+The file is long because one LightningModule has all hooks of a run; the maths is elsewhere: gates
+and budget in `pruning.widths`, settling in `modules.settling`.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ class MaskLearning(LanguageModelling):
 
     Args:
         base: The model to prune: a folder, or the id of a model on the hub.
-        budget: How much of the model stays, and in which shapes.
+        budget: How much of the model is kept, and in which shapes.
         sampler: How logits become gates.
-        hypernetwork: Makes the logits; called with the list of site sizes.
-        optimizer: Trains the hypernetwork, and then what settles; called with a group of parameters
-            for each.
-        learning: Where gates start, what they learn from, and how they meet the budget.
-        settle: What follows once the masks are chosen; None exports the masks alone.
-        frozen: How the frozen weights are held.
+        hypernetwork: Computes the logits; called with the list of site sizes.
+        optimizer: Trains the hypernetwork, and then the settled model; called with one group of
+            parameters for each.
+        learning: Initial gates, training loss, and how gates meet the budget.
+        settle: Refit and training of the cut model once the masks are chosen; None exports the
+            masks alone.
+        frozen: How the frozen weights are kept in memory.
     """
 
     divisible = frozen_weights = True
@@ -108,7 +109,7 @@ class MaskLearning(LanguageModelling):
         "gradient_checkpointing": "frozen.gradient_checkpointing",
         "loss_chunk_tokens": "frozen.loss_chunk_tokens",
     }
-    """What settings of earlier versions are called now."""
+    """New names of settings of earlier versions."""
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class MaskLearning(LanguageModelling):
         self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
         self.learning, self.settle, self.frozen = learning, settle, frozen
         self.keep_target = budget.keep
-        self.strict_loading = False  # checkpoints hold what trains, not the frozen model
+        self.strict_loading = False  # checkpoints hold trained parameters, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self._trained = False
         self.sites: list[Site]
@@ -138,15 +139,15 @@ class MaskLearning(LanguageModelling):
         self._notes: dict[str, Any] = {}
         self._nothing: nn.Parameter | None = None
 
-    # Everything that a strategy may shard is made here; it is called once, on every rank.
+    # Everything that a strategy may shard is made here; called once, on every rank.
     def configure_model(self) -> None:
-        """Read the frozen model, hang the gates in, make the hypernetwork."""
+        """Read the frozen model, insert the gates, make the hypernetwork."""
         if self.model is not None:
             fitting = self.trainer.state.fn == TrainerFn.FITTING
             if fitting and self.trainer.ckpt_path is None:  # a second fit starts afresh
                 self._begin()
             return
-        # An unknown family is told before the weights are read.
+        # An unknown family is reported before the weights are read.
         family = self.budget.family(self.base_model.config)
         dtype, quantisation = self.frozen.dtype, self.frozen.quantisation
         if quantisation is None:
@@ -167,11 +168,11 @@ class MaskLearning(LanguageModelling):
         self._begin()
 
     def _begin(self) -> None:
-        """Gates as they are before the first step."""
+        """Reset the gates to their state before the first step."""
         self.hypernetwork = self._make_hypernetwork([site.size for site in self.sites])
         torch.nn.init.zeros_(self.start_N)
         torch.nn.init.zeros_(self.settled_N)
-        self.settled, self._notes = None, {}  # in this order: what follows asks whether it cuts
+        self.settled, self._notes = None, {}  # first: the following lines depend on it
         if self.settle is not None and not self._cuts:
             # Made now, for a strategy to divide.
             self.settled = MaskedGains(self.model, self.hooks)
@@ -180,16 +181,16 @@ class MaskLearning(LanguageModelling):
 
     @property
     def _cuts(self) -> bool:
-        """Whether the model is cut when the masks have settled: it lies here whole, unpacked."""
+        """Whether the model is cut once masks settle: it is neither sharded nor packed."""
         whole = not self.divided and self.frozen.quantisation is None
         asked = self.settle is not None and self.settle.cut
         return whole and asked and not isinstance(self.settled, MaskedGains)
 
     def setup(self, stage: str) -> None:
-        """Check that text, strategy and memory suit the model before the model is read.
+        """Check text, strategy and memory before the model is read.
 
         Raises:
-            ValueError: They do not.
+            ValueError: One of them does not suit the model.
         """
         self.check_strategy()
         config = self.base_model.config
@@ -198,14 +199,14 @@ class MaskLearning(LanguageModelling):
             check_quantised_run(self.frozen.quantisation, self.trainer.strategy)
         if self.learning.start is not None and self.divided:
             raise ValueError(
-                "`--model.learning.start` ranks gates on a whole model, and `trainer.strategy` "
-                f"{type(self.trainer.strategy).__name__} divides it among the ranks; set "
+                "`--model.learning.start` ranks gates on a complete model, and `trainer.strategy` "
+                f"{type(self.trainer.strategy).__name__} shards it; set "
                 "`--model.learning.start null`."
             )
         if self.settle is not None and not self._cuts and not isinstance(self.settle.train, Gains):
             raise ValueError(
                 f"`settle.train` {type(self.settle.train).__name__} trains weights of the cut "
-                "model, and the base model is divided among ranks or packed. Take Gains, export, "
+                "model, and the base model is sharded or packed. Use Gains, export, "
                 "and recover the exported model with CausalLM."
             )
         self.check_data(config)
@@ -214,7 +215,7 @@ class MaskLearning(LanguageModelling):
         self.temperature = self.sampler.start_temperature
 
     def configure_optimizers(self) -> Any:
-        """One optimiser: the hypernetwork trains until the masks settle, the rest from then on."""
+        """One optimiser: the hypernetwork trains until the masks settle, then the settled model."""
         optimizer = self._optimizer()
         check_optimizer(optimizer, self.device)
         begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
@@ -237,7 +238,8 @@ class MaskLearning(LanguageModelling):
         """Optimiser steps in which masks are learned; in the steps after, they have settled.
 
         Raises:
-            ValueError: Training has no end, or there is no such step and no ranking to start from.
+            ValueError: `max_steps` is not set, or there is no such step and no ranking to start
+                from.
         """
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
@@ -245,7 +247,7 @@ class MaskLearning(LanguageModelling):
         steps = round(total * (1 - (self.settle.fraction if self.settle else 0.0)))
         if steps < 1 and self.learning.start is None:
             raise ValueError(
-                f"{total} steps leave none to learn masks in; lower `settle.fraction`, raise "
+                f"{total} steps leave no step to learn masks; lower `settle.fraction`, raise "
                 "`trainer.max_steps`, or start from importance (`learning.start`)."
             )
         return steps
@@ -262,7 +264,7 @@ class MaskLearning(LanguageModelling):
 
     @property
     def temperature(self) -> float:
-        """Softness of the gates now."""
+        """The present temperature of the gates."""
         return self.sampler.temperature
 
     @temperature.setter
@@ -270,16 +272,16 @@ class MaskLearning(LanguageModelling):
         self.sampler.temperature = value
 
     def whole_parameters(self) -> list[nn.Parameter]:
-        """All that trains: gates are made, and plans are drawn up, on every rank."""
+        """All trained parameters: every rank computes gates and plans."""
         return [*self.hypernetwork.parameters(), *(self.settled.trained() if self.settled else [])]
 
     def on_fit_start(self) -> None:
-        """Rank the gates to start from, unless a checkpoint tells."""
+        """Rank the gates to start from, unless a checkpoint has them."""
         if self.learning.start is not None and self.trainer.ckpt_path is None:
             self.start_N.copy_(self._ranked(self.learning.start))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let the masks settle when their steps are over."""
+        """Fix the masks when the steps that learn them are over."""
         if self.global_step >= self.mask_steps and not bool(self.settled_N.any()):
             self._settle()
 
@@ -313,7 +315,7 @@ class MaskLearning(LanguageModelling):
             penalty = self.learning.pressure.penalty(fraction, self.keep_target)
         self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
         loss = losses.total + penalty
-        if isinstance(self.trainer.model, DistributedDataParallel):  # waits for all that trains
+        if isinstance(self.trainer.model, DistributedDataParallel):  # waits for all gradients
             loss = loss + 0.0 * torch.stack([p.sum() for p in self._resting()]).sum()
         if not bool(loss.isfinite()):
             cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
@@ -321,13 +323,13 @@ class MaskLearning(LanguageModelling):
         return loss
 
     def _resting(self) -> list[nn.Parameter]:
-        """Parameters that train in another part of training."""
+        """Parameters that are not trained in this part of training."""
         if self._has_settled:
             return list(self.hypernetwork.parameters())
         return self._of_second_group()
 
     def _of_second_group(self) -> list[nn.Parameter]:
-        """Parameters that train once the masks have settled, or one that stands in for them."""
+        """Parameters that train once the masks have settled, or a placeholder for them."""
         if self.settled is not None:
             return self.settled.trained()
         assert self._nothing is not None
@@ -339,7 +341,7 @@ class MaskLearning(LanguageModelling):
 
     @contextmanager
     def _applied(self, gates: Sequence[Tensor] | None) -> Iterator[Any]:
-        """The model with some gates, or, without any, as it has settled."""
+        """The model with the given gates; with None, the settled model."""
         if gates is None and self.settled is not None:
             with self.settled.applied():
                 yield self.settled.model
@@ -348,7 +350,7 @@ class MaskLearning(LanguageModelling):
                 yield self.model
 
     def on_train_start(self) -> None:
-        """From here on there is something to measure."""
+        """Record that gates have been trained."""
         self._trained = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -359,16 +361,16 @@ class MaskLearning(LanguageModelling):
                     parameter.grad = None
 
     def on_validation_start(self) -> None:
-        """Draw up what would be exported now: the hard, budget-exact plan."""
+        """Compute the plan that would be exported now: hard and exactly on budget."""
         if not self._trained and self.trainer.ckpt_path is None and not self.trainer.training:
             rank_zero_info(
-                "No `ckpt_path` is given: measured are gates that have not been trained; "
-                "`--ckpt_path last` measures those of the run."
+                "No `ckpt_path` is given: untrained gates are measured; `--ckpt_path last` "
+                "measures those of the run."
             )
         self._measured = [gate_I.to(self.device) for gate_I in self.plan().gates()]
 
     def measured(self) -> AbstractContextManager[Any]:
-        """The settled model, or, before there is one, the dense one with the gates of the plan."""
+        """The settled model, or, before that, the dense model with the gates of the plan."""
         return self._applied(None if self._has_settled else self._measured)
 
     @torch.no_grad()
@@ -381,15 +383,15 @@ class MaskLearning(LanguageModelling):
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """The deterministic plan of the gates as they are now, exactly on budget.
+        """The deterministic plan of the present gates, exactly on budget.
 
-        Gains that do not lie in the weights of a cut model are part of it.
+        Gains that are not in the weights of a cut model are part of it.
         """
         kept, gains = self._kept(), None
         if isinstance(self.settled, MaskedGains):
             with self.whole():
                 own = self.settled.gains
-                if bool((own != 1).any()):  # they are trained only once the masks have settled
+                if bool((own != 1).any()):  # gains train only once the masks have settled
                     named = named_gains(own.float().cpu().clone(), self.settled.sizes)
                     gains = {name: gain_F.clone() for name, gain_F in named.items()}
         widths_S = torch.tensor([float(len(index)) for index in kept])
@@ -416,7 +418,7 @@ class MaskLearning(LanguageModelling):
 
     @torch.no_grad()
     def _ranked(self, start: Importance) -> Tensor:
-        """Logits to start from, less what the hypernetwork gives before its first step."""
+        """Initial logits minus the hypernetwork's output before its first step."""
         found: Any = None
         if self.trainer.is_global_zero or self.divided:
             count = start.search.num_windows if start.score.reads_text else 0
@@ -430,7 +432,7 @@ class MaskLearning(LanguageModelling):
         return ranked_N - first_N
 
     def _text(self, count: int, seed: int) -> Tensor:
-        """Windows of the training text (int64, shape (W, T)), again and again if it has fewer."""
+        """Windows of the training text (int64, shape (W, T)), repeated if it has fewer."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         there = len(data.train_windows)
         if there < count:
@@ -442,14 +444,14 @@ class MaskLearning(LanguageModelling):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Choose the masks for good; cut and refit the model, where it can be cut."""
+        """Choose the final masks; cut and refit the model if it can be cut."""
         masks_N = masks_of(self._kept(), self.sites)
         self.settled_N.copy_(masks_N.bool())
         if self.settle is None:
             return
         if isinstance(self.settled, MaskedGains):
             self.settled.gates = split(masks_N, self.sites)
-            self._notes = {"refit": "not made: the base model is packed or divided among ranks"}
+            self._notes = {"refit": "not made: the base model is packed or sharded"}
             return
         plan, narrow = self.plan(), None
         news: Any = None
@@ -467,7 +469,7 @@ class MaskLearning(LanguageModelling):
         train_instead(self.trainer.strategy, self, self.settled.trained() if self.settled else [])
 
     def _take(self, narrow: PreTrainedModel, settle: Settle) -> None:
-        """Make the cut model part of what trains."""
+        """Make the cut model the trained one."""
         freeze(narrow)
         self.settled = settle.train.of(narrow)
         if self.frozen.gradient_checkpointing:
@@ -477,14 +479,14 @@ class MaskLearning(LanguageModelling):
             self._nothing.requires_grad_(False)
 
     def check_export_folder(self, folder: Path) -> None:
-        """Refuse, before training, a folder that the export could not replace."""
+        """Refuse, before training, a folder that the export must not replace."""
         check_folder(folder, self.base_folder)
 
     def export(self, folder: Path, command: str) -> None:
         """Finalise, cut the base model's files, prove and measure the result; see `deliver`.
 
-        With a width multiple, the widths that the same gates would have without it are measured
-        beside them, see `report_alignment`; not where ranks divide the model.
+        With a width multiple, the widths that the same gates would have without it are also
+        measured, see `report_alignment`; not if the model is sharded.
         """
         windows = self.trainer.datamodule.validation_set  # type: ignore[attr-defined]
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
@@ -492,17 +494,17 @@ class MaskLearning(LanguageModelling):
         if not self.divided and not self.trainer.is_global_zero:
             return
         if self.settle is not None and self._cuts and not self._has_settled:
-            self._settle()  # no step was left for that
+            self._settle()  # no step was left to settle in
         if self.settled is not None and self._cuts:
             self._undo_if_worse(self.settled)
         plan = self.plan()
         masks = {"masks": dict(plan.provenance)}
         origin = Origin(self.base, base, plan.base, command, self.global_step, masks)
-        if self.divided:  # every rank does a part
+        if self.divided:  # every rank exports a part
             deliver(FromFiles(plan), origin, folder, windows_NT, AllRanks(device), measured=True)
             return
         dense = self.model
-        if self.frozen.quantisation is not None:  # packed weights are neither cut nor compared with
+        if self.frozen.quantisation is not None:  # packed weights are not used for the export
             dense = load_original(self.base_model, self.device, copies=2)
         one = OneRank(base, device)
         if self.settled is None or isinstance(self.settled, MaskedGains):
@@ -520,7 +522,7 @@ class MaskLearning(LanguageModelling):
             report_alignment(dense, plan, unaligned, base, folder, windows_NT)
 
     def _undo_if_worse(self, settled: Settled) -> None:
-        """Put back what was trained if the windows that are held back say so."""
+        """Undo the training of the settled model if it raised the held-back perplexity."""
         assert self.settle is not None
         held_WT = self._text(self.settle.held_back_windows, self.sampler.seed)
         with settled.plain() as model:
@@ -536,7 +538,7 @@ class MaskLearning(LanguageModelling):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what trains and the settings that decide the run; the base model is only named."""
+        """Store trained parameters and settings, and the fingerprint of the base model."""
         checkpoint["state_dict"] = {
             key: value
             for key, value in checkpoint["state_dict"].items()
@@ -566,13 +568,13 @@ class MaskLearning(LanguageModelling):
             return
         masks_N = checkpoint["state_dict"]["settled_N"].float()
         if self.settle is not None and self._cuts and bool(masks_N.any()):
-            # It was written where the model could not be cut, after the masks had settled.
+            # It was written after the masks had settled, by a run that could not cut the model.
             self.settled = MaskedGains(self.model, self.hooks)
         if isinstance(self.settled, MaskedGains):
             self.settled.gates = split(masks_N, self.sites)
 
     def recipe(self) -> dict[str, Any]:
-        """Base model and how it is held, budget, gates, settling and optimiser."""
+        """Base model and its data type, budget, gates, settling and optimiser."""
         return {
             "base": self.base_fingerprint,
             "budget": repr(self.budget),
@@ -594,7 +596,7 @@ class MaskLearning(LanguageModelling):
         return optimizer
 
     def _run(self) -> Run:
-        """What decides the memory of a step."""
+        """The settings that affect the memory of a step."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return Run(
             dtype=self.base_model.dtype_of(self.frozen.dtype),
@@ -614,7 +616,7 @@ class MaskLearning(LanguageModelling):
 
     @torch.no_grad()
     def _kept(self) -> tuple[Tensor, ...]:
-        """Indices (int64) of what stays, per site, exactly on budget; deterministic."""
+        """Kept indices (int64) per site, exactly on budget; deterministic."""
         if self._has_settled:
             masks = split(self.settled_N.cpu(), self.sites)
             return tuple(mask.nonzero().squeeze(1) for mask in masks)
@@ -628,13 +630,13 @@ class MaskLearning(LanguageModelling):
             return logits_N.cpu()
 
     def _on_budget(self, scores_N: Tensor) -> Tensor:
-        """Masks (N,) of the best scores that the budget of this step pays for."""
+        """Masks (N,) of the highest scores that fit the budget of this step."""
         budget = dataclasses.replace(self.budget, keep=self.keep_target)
         kept = budget.finalise(scores_N.float().cpu(), self.sites, self.table)
         return masks_of(kept, self.sites)
 
     def _gates(self) -> tuple[Tensor, ...]:
-        """A sample of the gates of this step."""
+        """Sample the gates of this step."""
         logits_N = self.hypernetwork() + self.start_N
         if not bool(logits_N.isfinite().all()):
             self.stop_diverged("a logit of the gates", logits_N.sum())
@@ -648,7 +650,7 @@ class MaskLearning(LanguageModelling):
         return self._open(split(gates_N, self.sites))
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Ones at the sites that the budget does not prune."""
+        """Set gates to one at sites that the budget does not prune."""
         return tuple(
             gate if self.budget.prunes(site) else torch.ones_like(gate)
             for gate, site in zip(gates, self.sites, strict=True)

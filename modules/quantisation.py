@@ -1,4 +1,4 @@
-"""Models whose weights are packed while masks are learned, by bitsandbytes."""
+"""Models whose weights bitsandbytes packs while masks are learned."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Quantisation(ABC):
     """How the weights of the linear layers in the blocks are packed while masks are learned.
 
     Gradients pass through packed weights to the gates; the export cuts the original files, and is
-    proven and measured in the original precision.
+    verified and measured in the original precision.
     """
 
     storage: Storage
 
     @abstractmethod
     def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
-        """What transformers is told.
+        """The quantisation configuration for transformers.
 
         Args:
-            compute: Type that products are computed in.
+            compute: Type of matrix products.
         """
 
 
@@ -58,7 +58,7 @@ class EightBit(Quantisation):
     storage = INT8
 
     def config(self, compute: torch.dtype) -> BitsAndBytesConfig:
-        # At every call of every layer it says that float16 is what it computes in.
+        # It warns at every call of every layer that it computes in float16.
         logger = logging.getLogger("bitsandbytes.autograd._functions")
         logger.addFilter(_without_cast_note)
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -76,8 +76,8 @@ def load_quantised(
     Args:
         base: The model with its original weights.
         quantisation: How the linear layers of the blocks are packed.
-        dtype: Type of all else and of computation; "auto" is that of the file.
-        device: Where the model goes; what is packed stays there.
+        dtype: Type of the other weights and of computation; "auto" is that of the files.
+        device: Device of the model; packed weights cannot move.
 
     Raises:
         ValueError: A library is missing, or the folder cannot be read.
@@ -97,8 +97,8 @@ def load_quantised(
             f"pip install 'secateur[cluster]'. ({error})"
         ) from error
     for module in model.modules():
-        # In evaluation mode on some CPUs, bitsandbytes packs 4-bit weights anew, in place, in a
-        # form that has no gradient and not every width.
+        # In evaluation mode on some CPUs, bitsandbytes repacks 4-bit weights in place, in a format
+        # without gradients and not for every width.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if isinstance(getattr(module, "weight", None), Int8Params):
@@ -107,25 +107,25 @@ def load_quantised(
 
 
 def _forget_input(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-    """Let go of the input of an 8-bit layer, which only a gradient of its weights would need.
+    """Free the input of an 8-bit layer, which only a gradient of its weights would need.
 
-    bitsandbytes keeps it for the backward pass in any case, and where activation checkpointing does
-    not see it: the inputs of all layers of the model would be alive at once.
+    bitsandbytes always keeps it for the backward pass, hidden from activation checkpointing: the
+    inputs of all layers of the model would be in memory at once.
     """
     node: Any = output.grad_fn
-    if hasattr(node, "tensors"):  # of the kernels for GPUs
+    if hasattr(node, "tensors"):  # GPU kernels
         node.tensors = (None,) * len(node.tensors)
-    elif hasattr(node, "A"):  # of those for CPUs
+    elif hasattr(node, "A"):  # CPU kernels
         node.A = None
 
 
 def load_original(base: BaseModel, device: torch.device, copies: int) -> PreTrainedModel:
-    """A model in the type of its files, on the device if it has room and else on the host.
+    """A model in the type of its files, on the device if it fits there and else on the host.
 
     Args:
         base: The model.
-        device: Where it would go.
-        copies: Models of its size that must find room, itself included, 1 or more.
+        device: The preferred device.
+        copies: Number of models of its size that must fit, itself included, 1 or more.
 
     Raises:
         ValueError: The folder cannot be read as a causal language model.
@@ -139,7 +139,7 @@ def load_original(base: BaseModel, device: torch.device, copies: int) -> PreTrai
 
 
 def check_quantised_run(quantisation: Quantisation, strategy: Any) -> None:
-    """Refuse a strategy that would cut packed weights into pieces.
+    """Refuse a strategy that would shard packed weights.
 
     Args:
         quantisation: How the weights are packed.
@@ -151,14 +151,15 @@ def check_quantised_run(quantisation: Quantisation, strategy: Any) -> None:
     if getattr(strategy, "divides_models", False):
         raise ValueError(
             f"`quantisation` {type(quantisation).__name__} and `trainer.strategy` "
-            f"{type(strategy).__name__} with a sharded model do not go together: packed weights "
-            "cannot be split between ranks. Use ZeRO stage 1 or 2 or DDP, where every rank holds "
-            "the packed model, or leave `quantisation` out and shard the original weights."
+            f"{type(strategy).__name__} with a sharded model cannot be combined: packed weights "
+            "cannot be split between ranks. Use ZeRO stage 1 or 2 or DDP, which keep the packed "
+            "model on every rank, or leave `quantisation` out and shard the original weights."
         )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Refuse a paged optimiser where there are no pages: bitsandbytes would go on without.
+    """Refuse a paged optimiser on devices without paging, where bitsandbytes would silently not
+    page.
 
     Raises:
         ValueError: It is paged and the device is not CUDA.

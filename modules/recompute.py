@@ -11,12 +11,12 @@ from secateur.pruning.widths.gate_hooks import GateHooks
 
 
 def recompute(model: PreTrainedModel, hooks: GateHooks | None = None) -> None:
-    """Switch gradient checkpointing on, block by block.
+    """Switch on gradient checkpointing, block by block.
 
     Args:
         model: The model.
-        hooks: Gates that multiply into it: those of the forward pass multiply again when a block
-            is recomputed.
+        hooks: Gates of the model: the gates of the forward pass are used again when a block is
+            recomputed.
     """
     # Renamed in transformers 5.23, which deprecates the old name.
     old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"

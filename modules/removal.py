@@ -1,4 +1,4 @@
-"""What an optimiser and a strategy have to know when what trains changes on the way."""
+"""Update optimiser and strategy when the trained parameters change during training."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def check_undivided(strategy: Strategy) -> None:
-    """Blocks can be removed only where every rank holds all of them.
+    """Check that every rank holds all weights, so that blocks can be removed.
 
     Raises:
-        ValueError: The strategy divides or copies the weights.
+        ValueError: The strategy shards or copies the weights.
     """
-    # Strategies that divide or copy weights, DeepSpeed's among them, are subclasses of DDP's.
+    # Strategies that shard or copy weights, DeepSpeed's among them, are subclasses of DDP's.
     if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise ValueError(
             f"Blocks cannot be removed under `trainer.strategy` {type(strategy).__name__}, "
-            "which divides weights or optimiser among the ranks. Prune on one device or ddp with "
+            "which shards weights or optimiser states. Prune on one device or ddp with "
             "`--trainer.max_steps 0`, then train the exported model under the strategy, with "
             "`teacher` for distillation from the dense one."
         )
 
 
 def let_go(strategy: Strategy, module: LightningModule) -> None:
-    """Make optimiser and DDP forget parameters that the module does not have any more."""
+    """Remove parameters from optimiser and DDP that the module no longer has."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for optimizer in strategy.optimizers:
         (group,) = optimizer.param_groups
@@ -41,7 +41,7 @@ def let_go(strategy: Strategy, module: LightningModule) -> None:
 def train_instead(
     strategy: Strategy, module: LightningModule, parameters: list[nn.Parameter]
 ) -> None:
-    """Give the last group of the optimiser other parameters, and tell DDP."""
+    """Replace the parameters of the optimiser's last group, and wrap the module in DDP again."""
     for optimizer in strategy.optimizers:
         group = optimizer.param_groups[-1]
         for parameter in group["params"]:
@@ -51,8 +51,8 @@ def train_instead(
 
 
 def let_rest(optimizer: torch.optim.Optimizer) -> None:
-    """Leave groups at learning rate 0 out of a step, even if a strategy gives them zero gradients,
-    which would enter the averages that such a group begins with later.
+    """Leave groups at learning rate 0 out of a step: zero gradients that a strategy gives them
+    would enter their moment averages.
     """
     hidden: list[tuple[Any, Any]] = []
 
@@ -72,7 +72,7 @@ def let_rest(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _wrap_again(strategy: Strategy, module: LightningModule) -> None:
-    if isinstance(strategy.model, DistributedDataParallel):  # it waits for every gradient
+    if isinstance(strategy.model, DistributedDataParallel):  # waits for all gradients
         assert isinstance(strategy, DDPStrategy)
         strategy.model = module
         strategy.configure_ddp()

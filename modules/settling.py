@@ -1,8 +1,8 @@
-"""What trains once the masks are chosen: gains, low-rank updates, or all weights of the cut model.
+"""Training once the masks are chosen: gains, low-rank updates, or all weights of the cut model.
 
-A `Settled` model is the model after the masks have settled, and what trains of it. Where one
-process holds the base model whole, it is cut, so that a step costs what the smaller model costs;
-where ranks divide it, or its weights are packed, gates and gains multiply into the whole one.
+A `Settled` model is the model after the masks have settled, with its trained parameters. If every
+process holds the complete base model, it is cut, so that a step costs as much as one of the smaller
+model; if it is sharded or packed, gates and gains multiply features of the base model.
 
 Legend: F = features on one side of a projection, W = windows, T = tokens.
 """
@@ -33,10 +33,10 @@ from secateur.pruning.widths.refit import Refit
 
 
 class Settled(nn.Module, ABC):
-    """A model whose masks have settled, and what trains of it.
+    """A model whose masks have settled, and its trained parameters.
 
     Args:
-        model: The model: cut, or whole under gates.
+        model: The cut model, or the base model with gates.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,15 +49,15 @@ class Settled(nn.Module, ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Put back what was trained, to the model before the first step."""
+        """Restore the model before the first step."""
 
     def applied(self) -> AbstractContextManager[None]:
-        """Make the model compute with what was trained, for the duration of a `with` block."""
+        """Apply the trained parameters to the model, for the duration of a `with` block."""
         return nullcontext()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """The model with what was trained in its weights, and nothing else to it."""
+        """The model with the trained parameters merged into its weights, without hooks."""
         yield self.model
 
 
@@ -77,7 +77,7 @@ class _Gains(Settled):
         nn.init.ones_(self.gains)
 
     def named(self) -> dict[str, Tensor]:
-        """The gains by name, as `GateHooks` and plans want them."""
+        """The gains by name, as `GateHooks` and plans need them."""
         return named_gains(self.gains, self.sizes)
 
     def applied(self) -> AbstractContextManager[None]:
@@ -132,7 +132,7 @@ class _AllWeights(Settled):
 
 
 class Trained(ABC):
-    """What of the cut model trains."""
+    """Which parameters of the cut model train."""
 
     lr: float
     """Highest learning rate, above 0; it rises over the first tenth of the settled steps and
@@ -140,12 +140,12 @@ class Trained(ABC):
 
     @abstractmethod
     def of(self, model: PreTrainedModel) -> Settled:
-        """Make a cut model ready to train; it becomes part of what is returned."""
+        """Prepare a cut model for training; it becomes part of the result."""
 
 
 @dataclass(frozen=True)
 class Gains(Trained):
-    """Gains: factors on the features at both sides of every projection; no weight trains.
+    """Gains: factors on the features on both sides of every projection; weights are frozen.
 
     Args:
         lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
@@ -166,7 +166,7 @@ class LowRank(Trained):
     """Low-rank updates of all projections, added to the weights at export.
 
     Args:
-        lora: Rank, strength and places of the updates.
+        lora: Rank, scaling and target layers of the updates.
         lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
             falls to 0 along a cosine.
     """
@@ -205,16 +205,16 @@ def _check_lr(lr: float) -> None:
 
 
 class MaskedGains(Settled):
-    """Gates and gains on a whole base model, where it cannot be cut.
+    """Gates and gains on the base model, if it cannot be cut.
 
     Args:
-        model: The base model, frozen, no part of this module.
+        model: The base model, frozen, not a submodule.
         hooks: Its gates.
     """
 
     def __init__(self, model: PreTrainedModel, hooks: GateHooks) -> None:
         nn.Module.__init__(self)
-        object.__setattr__(self, "model", model)  # the module that learns masks has it already
+        object.__setattr__(self, "model", model)  # already a submodule of the mask learner
         self.hooks = hooks
         self.sizes = gain_sizes(skeleton(model.config), hooks.family)
         self.gains = nn.Parameter(torch.ones(sum(self.sizes.values())))
@@ -233,20 +233,20 @@ class MaskedGains(Settled):
 
 @dataclass(frozen=True)
 class Settle:
-    """What follows once the masks are chosen: the model is cut, refitted, and trained.
+    """Settings for the steps after the masks are chosen: the model is cut, refitted, and trained.
 
-    Where ranks divide the model, or its weights are packed, it is not cut: gains are trained under
-    the masks, and nothing is refitted.
+    If the model is sharded or packed, it is not cut: gains are trained with the masks applied, and
+    nothing is refitted.
 
     Args:
-        cut: Cut the model; false trains gains under the masks of the whole one in any case.
-        fraction: Fraction of the training steps that the settled model trains, in [0, 1).
-        train: What trains: `Gains` (no weight does), `LowRank` or `AllWeights`.
-        refit: Closed-form refit of the cut weights before they train; None leaves them as they are.
-        refit_windows: Windows of the training text that weights are refitted on, 1 or more.
-        held_back_windows: Further windows; refit and training are undone where they raise the
-            perplexity of these, 1 or more.
-        loss: What is trained.
+        cut: Cut the model; false always trains gains on the masked base model.
+        fraction: Fraction of the training steps in which the settled model trains, in [0, 1).
+        train: Trained parameters: `Gains` (weights are frozen), `LowRank` or `AllWeights`.
+        refit: Closed-form refit of the cut weights before training; None leaves them unchanged.
+        refit_windows: Windows of the training text to refit weights on, 1 or more.
+        held_back_windows: Further windows; refit and training are undone if they raise the
+            perplexity on these, 1 or more.
+        loss: The training loss.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -271,20 +271,20 @@ class Settle:
 def cut_and_refitted(
     dense: PreTrainedModel, plan: Plan, settle: Settle, windows_WT: Int[Tensor, "W T"]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Cut a model down to a plan, and refit it where that helps.
+    """Cut a model by a plan, and refit it if that lowers the perplexity of held-back windows.
 
     Args:
-        dense: The model, with open gates.
-        plan: What stays of it.
-        settle: What is asked for.
-        windows_WT: Token ids: those that are held back first, then those to refit on.
+        dense: The model, with all gates open.
+        plan: Its kept indices.
+        settle: Settings of cut and refit.
+        windows_WT: Token ids: first the windows held back, then those to refit on.
 
     Returns:
-        The cut model, and for the report: perplexity of the windows that are held back when the
-        model is cut, when it is refitted, and of the better of both.
+        The cut model, and for the report: perplexity of the held-back windows of the cut model, of
+        the refitted model, and of the better of both.
 
     Raises:
-        ExportError: The cut model is not the masked one.
+        ExportError: The cut model and the masked model disagree.
         ValueError: There is too little text to refit on.
     """
     held_WT, refit_WT = windows_WT.split([settle.held_back_windows, settle.refit_windows])

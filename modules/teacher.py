@@ -1,4 +1,4 @@
-"""The model that another one is distilled from."""
+"""The teacher model of distillation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from secateur.pruning.losses import Head, head_of
 
 
 class Teacher:
-    """A frozen model, no part of the module that learns from it: not trained, saved or sharded.
+    """A frozen model outside the module that learns from it: not trained or saved with it.
 
     Args:
-        base: Where it lies.
+        base: The teacher model.
     """
 
     def __init__(self, base: BaseModel) -> None:
@@ -26,20 +26,20 @@ class Teacher:
         self._states: Any = None
 
     def load(self, student: LanguageModelling) -> None:
-        """Read the model, in the type of its files, as the strategy of the student keeps it.
+        """Read the model in the type of its files, sharded if the student's strategy shards it.
 
         Args:
             student: The module that learns from it.
 
         Raises:
-            ValueError: Its vocabulary is another one.
+            ValueError: Its vocabulary differs.
         """
         model = student.read_model(self.base, "auto")
         theirs, ours = model.config.vocab_size, student.model.config.vocab_size
         if theirs != ours:
             raise ValueError(
-                f"`teacher` {str(self.name)!r} has a vocabulary of {theirs} and the model one of "
-                f"{ours}; distillation needs the same."
+                f"`teacher` {str(self.name)!r} has a vocabulary of {theirs} tokens and the model "
+                f"one of {ours}; distillation needs the same."
             )
         model.requires_grad_(False)
         model.eval()
@@ -47,7 +47,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, input_BT: Tensor) -> tuple[Tensor, Head]:
-        """What it says of windows: hidden states as `predicting_states` gives, and the head."""
+        """Hidden states of windows, as from `predicting_states`, and the output head."""
         assert self.model is not None
         return self._states(input_BT), head_of(self.model)
 

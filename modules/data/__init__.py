@@ -1,1 +1,1 @@
-"""Text, as windows of tokens."""
+"""Text data as windows of tokens."""

@@ -1,9 +1,10 @@
 """Windows of tokens in an order that survives interruption and another number of ranks.
 
-The samples of a run form one endless sequence: permutation 0 of all windows, then permutation 1,
+The samples of a run form one infinite sequence: permutation 0 of all windows, then permutation 1,
 and so on, where a permutation is a pure function of (seed, number). A global batch takes the next
 batch_size x ranks samples, rank r the r-th slice of it. So one number, the samples taken by all
-ranks together, says where a run is, and what a batch holds does not depend on who asks.
+ranks together, defines the position of a run, and the content of a batch does not depend on the
+number of ranks or workers.
 
 Legend: B = windows of a batch, T = tokens of a window.
 """
@@ -24,12 +25,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class Windows(Dataset[Tensor]):
-    """Consecutive windows of a token array on disk; nothing is read before it is asked for.
+    """Consecutive windows of a token array on disk, read on access.
 
     Args:
         path: One-dimensional .npy file of token ids.
         window_tokens: Tokens of a window.
-        first: Window of the file that is number 0 here.
+        first: Index in the file of the first window.
         count: Number of windows.
     """
 
@@ -48,7 +49,7 @@ class Windows(Dataset[Tensor]):
         return torch.from_numpy(self._windows[np.asarray(indices) + self.first].astype(np.int64))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process opens the file itself: a pickled memory map would carry all of the data.
+        # A worker process opens the file itself: pickling a memory map would copy all of the data.
         return Windows, (self.path, self.window_tokens, self.first, self.count)
 
     @cached_property
@@ -60,15 +61,15 @@ class Windows(Dataset[Tensor]):
 
 
 def as_batch(windows_BT: Any) -> dict[str, Tensor]:
-    """What a module is given: `input_ids`, int64 of shape (B, T)."""
+    """The batch of a module: `input_ids`, int64 of shape (B, T)."""
     return {"input_ids": windows_BT}
 
 
 class WindowSampler(Sampler[list[int]]):
-    """The batches of one rank, full ones only; its state is one number.
+    """Sampler of the batches of one rank, full ones only; its state is one number.
 
-    One iteration is as many global batches as the windows fill, and a whole number of optimiser
-    steps. What is left over is not lost: the next iteration goes on from there.
+    One iteration has as many global batches as the windows fill, rounded down to complete optimiser
+    steps. The remaining windows come first in the next iteration.
 
     Args:
         num_windows: Number of windows.
@@ -115,11 +116,11 @@ class WindowSampler(Sampler[list[int]]):
             yield [self._window(sample) for sample in range(start, start + self.batch_size)]
 
     def state_dict(self) -> dict[str, int]:
-        """Samples taken so far by all ranks together."""
+        """Number of samples taken so far by all ranks together."""
         return {"samples": self.samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after that many samples."""
+        """Continue after this number of samples."""
         self.samples = state["samples"]
 
     def _window(self, sample: int) -> int:
@@ -129,18 +130,19 @@ class WindowSampler(Sampler[list[int]]):
 
 @lru_cache(maxsize=2)  # a batch touches at most two permutations, except when data are tiny
 def _order(num_windows: int, seed: int, epoch: int) -> Tensor:
-    # Seeds of 32 bits, which is what the generator uses; the odd factor keeps the epochs of
+    # Seeds of 32 bits, as the generator uses; the odd factor keeps the epochs of
     # neighbouring seeds apart. Epoch 0 is `torch.randperm` seeded with `seed`, as elsewhere.
     generator = torch.Generator().manual_seed((seed + 0x9E3779B1 * epoch) % 2**32)
     return torch.randperm(num_windows, generator=generator)
 
 
 class WindowLoader(StatefulDataLoader):  # type: ignore[misc]
-    """Loader of a `WindowSampler` whose state is that of the sampler and nothing else.
+    """Loader of a `WindowSampler` whose state is only that of the sampler.
 
-    torchdata keeps, with every batch that it hands out, the state of the sampler at that batch,
-    however far its workers have read ahead. Its own state also holds the workers, and can go on
-    only with as many of them; the state of the sampler can go on anywhere.
+    torchdata stores, with every batch that it returns, the state of the sampler at that batch, even
+    if its workers have read further ahead. The state of torchdata's loader includes the workers,
+    and can be restored only with the same number of them; the state of the sampler can always be
+    restored.
 
     Args:
         windows: The windows.
@@ -158,13 +160,13 @@ class WindowLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[Any]:
         if self._iterator is not None:
-            # Lightning ends an epoch by counting batches: the workers may be ahead of it.
+            # Lightning ends an epoch by counting batches; the workers may have read further.
             self.load_state_dict(self.state_dict())
         iterator: Iterator[Any] = super().__iter__()
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples that all ranks together have been handed so far."""
+        """Number of samples that all ranks together have received so far."""
         if self._iterator is None:
             return dict(self.batch_sampler.state_dict())
         state = super().state_dict()
@@ -172,6 +174,6 @@ class WindowLoader(StatefulDataLoader):  # type: ignore[misc]
         return dict(main["_index_sampler_state"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, with any number of ranks and workers."""
+        """Restore a state, with any number of ranks and workers."""
         super().load_state_dict({})  # forget the iterator
         self.batch_sampler.load_state_dict(state_dict)

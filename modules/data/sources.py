@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders of files, data sets of the hub."""
+"""Sources of documents: files, folders of files, data sets of the hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WRONG = re.compile("[\0\ud800-\udfff]")
 
 
 class Source(ABC):
-    """Where documents come from."""
+    """A source of documents."""
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -30,7 +30,7 @@ class Source(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """Hash of the content, whatever it is called and wherever it lies."""
+        """Hash of the content, independent of names and paths."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LocalFile(Source):
         """The documents in order.
 
         Raises:
-            ValueError: The content is not what the suffix promises, or lacks the text field.
+            ValueError: The content does not match the suffix, or lacks the text field.
         """
         match self.path.suffix.lower():
             case ".txt":
@@ -82,12 +82,12 @@ class LocalFile(Source):
 
     @property
     def holds_text(self) -> bool:
-        """Whether a file in a folder may be meant: objects that describe something are not."""
+        """Test whether a file in a folder holds text, and not objects with other data."""
         return self.path.suffix.lower() != ".json" or self._has_lines or self._begins_with(b"[")
 
     @property
     def _has_lines(self) -> bool:
-        """Whether the first line is an object of its own, as in JSON lines of whatever suffix."""
+        """Test whether the first line is a complete object, as in JSON lines."""
         if not self._begins_with(b"{"):
             return False
         with self.path.open("rb") as file:
@@ -147,7 +147,7 @@ class Rows(Source):
 
     Args:
         setting: The setting that named it, for errors.
-        name: What the setting says.
+        name: Value of the setting.
         text_field: Column that holds the text.
     """
 
@@ -200,14 +200,14 @@ class HubData(Rows):
             return datasets.load_dataset(name, config or None, split=split or "train")
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`{self.setting}` {self.name!r} is neither a file or folder here nor a data set "
-                f"that the hub gives: {error}"
+                f"`{self.setting}` {self.name!r} is neither a local file or folder nor a data set "
+                f"of the hub: {error}"
             ) from error
 
 
 class SavedData(Rows):
-    """A folder that `save_to_disk` of the library datasets has written; of several splits that of
-    `train`.
+    """A folder that `save_to_disk` of the library datasets has written; if it has splits, `train`
+    is used.
     """
 
     MARKS = ("dataset_dict.json", "state.json")
@@ -247,7 +247,7 @@ def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> l
                 raise ValueError(f"`{setting}`: there is no file {path}; check the path.")
             if path.suffix.lower() not in _SUFFIXES:
                 raise ValueError(
-                    f"`{setting}`: {path} is of no known kind; give {', '.join(_SUFFIXES)}."
+                    f"`{setting}`: {path} has an unknown suffix; give {', '.join(_SUFFIXES)}."
                 )
             sources.append(LocalFile(setting, path, text_field))
         else:
@@ -258,7 +258,7 @@ def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> l
 
 
 def _in_folder(setting: str, folder: Path, text_field: str) -> list[LocalFile]:
-    """The files of text below a folder, in order of path; says which these are.
+    """The text files below a folder, in order of path; log which these are.
 
     Raises:
         ValueError: There are none.
@@ -285,7 +285,7 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def _no_character(found: re.Match[str]) -> str:
-    """What was found in a text that is no character and cannot be encoded."""
+    """Describe an invalid character of a text that cannot be encoded."""
     if found[0] == "\0":
         return "a zero character and is not text"
     return f"half of a character, {found[0]!r}, which cannot be encoded"

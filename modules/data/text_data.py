@@ -29,35 +29,35 @@ from secateur.pruning.files.settings import refuse_other
 class TextData(LightningDataModule):
     """Text as batches of token windows: `input_ids`, int64 of shape (batch_size, window_tokens).
 
-    Documents are encoded as the tokenizer does by default (BOS in front for Llama and Gemma; where
-    a tokenizer adds neither BOS nor EOS, an EOS follows every document), concatenated in order and
-    cut into windows. No text is thrown away but the last partial window of a split. The tokens are
-    kept on disk and memory-mapped: later runs and all ranks start at once.
+    Documents are encoded with the tokenizer's defaults (BOS in front for Llama and Gemma; if a
+    tokenizer adds neither BOS nor EOS, an EOS follows every document), concatenated in order and
+    cut into windows. Only the last partial window of a split is dropped. The tokens are cached on
+    disk and memory-mapped: later runs and all ranks start at once.
 
     The order of training is a pure function of `seed`, the same on any number of ranks, and a
     resumed run sees exactly the batches that an uninterrupted one would have seen. Every batch is
     full: windows that do not fill one are the first of the next epoch. Use with
-    `use_distributed_sampler=False`, because ranks are dealt with here.
+    `use_distributed_sampler=False`, because this class divides the data among ranks.
 
     Args:
         train: Text to train on: files, folders of files, or data sets of the hub, one or a list.
             Files: .txt (one document), .json (a list of strings or objects), .jsonl, .parquet.
-            Folders: files below, hidden ones aside, or what `save_to_disk` of datasets has written.
+            Folders: all files below except hidden ones, or the output of datasets' `save_to_disk`.
             Hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; every row is a document.
         validation: Text to validate on, in the same forms. If not given, documents of `train` are
             held out.
-        tokenizer: Folder or hub id of the tokenizer; the base model's if linked to it.
+        tokenizer: Folder or hub id of the tokenizer; the command line sets the base model's.
         window_tokens: Tokens of a window, 2 or more, at most the positions of the model.
         batch_size: Windows of a batch on one rank, 1 or more.
         text_field: Field of objects, and column of tables, that holds the text.
-        held_out: Fraction of the documents of `train` that is held out where `validation` is not
-            given, in (0, 1): every 20th document for 0.05. Of too few documents to choose from,
-            the last windows are held out instead.
-        validation_windows: Use only the first so many validation windows, 1 or more; all of them
-            if not given.
+        held_out: Fraction of the documents of `train` that is held out if `validation` is not
+            given, in (0, 1): every 20th document for 0.05. With too few documents, the last windows
+            are held out instead.
+        validation_windows: Number of validation windows to use, the first ones, 1 or more; all if
+            not given.
         seed: Seed of the training order, 0 or more.
         cache_dir: Folder of the tokenised texts; ~/.cache/secateur/tokens if not given.
-        num_workers: Processes that read ahead, 0 or more; 0 is enough, reading is a memory map.
+        num_workers: Processes that read ahead, 0 or more; 0 is enough, since data is memory-mapped.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -96,7 +96,7 @@ class TextData(LightningDataModule):
         self.held_out = held_out if validation is None else None
         self.validation_windows = validation_windows
         self.seed, self.num_workers = seed, num_workers
-        self._ready: set[Path] = set()  # entries of the cache that are there and whole
+        self._ready: set[Path] = set()  # cache entries that exist and are complete
         self.cache_dir = Path(cache_dir or "~/.cache/secateur/tokens").expanduser()
 
     @cached_property
@@ -104,7 +104,7 @@ class TextData(LightningDataModule):
         """The tokenizer.
 
         Raises:
-            ValueError: It is not set, or is not one.
+            ValueError: It is not set, or is not a tokenizer.
         """
         if self.tokenizer_name is None:
             raise ValueError("`tokenizer` must be set: the folder or hub id of a tokenizer.")
@@ -118,13 +118,13 @@ class TextData(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the windows and their order, hex, 64 digits; the same wherever the files lie."""
+        """Hash of the windows and their order, hex, 64 digits; independent of file paths."""
         texts = [entry.name for entry in self._entries.values()]
         text = f"{texts} {self.window_tokens} {self.validation_windows} {self.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def prepare_data(self) -> None:
-        """Tokenise what the cache does not have yet; called once per machine, and by `setup`."""
+        """Tokenise text that the cache lacks; called once per machine, and by `setup`."""
         for setting, entry in self._entries.items():
             held_out = self.held_out if setting == "train" else None
             if entry not in self._ready:
@@ -135,9 +135,9 @@ class TextData(LightningDataModule):
         """Cut the windows.
 
         Raises:
-            ValueError: There is no text, or less than a window of it.
+            ValueError: There is no text, or less than one window.
         """
-        self.prepare_data()  # the cache has it all, except on ranks that do not share a disk
+        self.prepare_data()  # does nothing, except on ranks that do not share a disk
         train = self._entries["train"] / TRAIN
         if self.validation is not None:
             self.train_windows = self._cut("train", train)
@@ -175,7 +175,7 @@ class TextData(LightningDataModule):
                 "ranks; give more text or shorten `window_tokens`."
             )
         if rest:  # ranks that run different numbers of batches would wait for each other forever
-            rank_zero_info(f"Validation leaves out {rest} windows to be equal on all ranks.")
+            rank_zero_info(f"Validation leaves out {rest} windows so that all ranks have as many.")
         mine = range(self._rank, each * self._num_ranks, self._num_ranks)
         return DataLoader(
             Subset(self.validation_set, mine),
@@ -193,7 +193,7 @@ class TextData(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """What tells, in a checkpoint, which data the run has seen."""
+        """The hash of the data, for the checkpoint."""
         return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -272,7 +272,7 @@ def check_window(window_tokens: int, config: PreTrainedConfig) -> None:
     """Check that a window fits the positions of a model.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It does not fit.
     """
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and window_tokens > positions:
@@ -286,7 +286,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     """Check that a model has an embedding for every token of a tokenizer.
 
     Raises:
-        ValueError: It has not.
+        ValueError: A token has no embedding.
     """
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > config.vocab_size:

@@ -1,4 +1,4 @@
-"""From documents to token arrays on disk, made once and memory-mapped ever after."""
+"""Token arrays of documents, written to disk once and memory-mapped from then on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from secateur.pruning.files.checksums import damaged_files, write_sums
 TRAIN, HELD_OUT = "train.npy", "held_out.npy"
 _FORMAT = "secateur-tokens-2"
 _PLACE = ("_name_or_path", "is_local", "local_files_only", "name_or_path")
-"""What a tokenizer's configuration tells of the place that it was loaded from."""
+"""Keys of a tokenizer's configuration that depend on the path that it was loaded from."""
 _DOCUMENTS_AT_ONCE = 256  # enough for the threads of a fast tokenizer, little memory
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides how a tokenizer encodes, hex, 64 digits."""
+    """Hash of everything that affects how a tokenizer encodes, hex, 64 digits."""
     content = hashlib.sha256(repr(_ends(tokenizer)).encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -49,7 +49,7 @@ def cache_key(
         sources: The documents.
         tokenizer: Fingerprint of the tokenizer.
         text_field: Field that holds the text.
-        held_out: Share of the documents that goes into an array of its own, in (0, 1), or None.
+        held_out: Fraction of the documents to write to a separate array, in (0, 1), or None.
     """
     facts = [_FORMAT, tokenizer, text_field, held_out, [source.digest() for source in sources]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -64,22 +64,22 @@ def tokenise(
     """Write the tokens of all documents, in order, unless the cache has them already.
 
     The entry is a folder of one-dimensional .npy arrays: `train.npy`, and `held_out.npy` with every
-    1 / held_out-th document. It appears whole or not at all, also when several processes make it.
+    1 / held_out-th document. It appears complete or not at all, even if several processes write it.
 
     Args:
         sources: The documents.
         tokenizer: Encodes them with its usual special tokens.
-        held_out: Share of the documents to hold out, in (0, 1), or None.
-        entry: Folder to make.
+        held_out: Fraction of the documents to hold out, in (0, 1), or None.
+        entry: Folder to write.
 
     Raises:
-        ValueError: The cache has an entry that is damaged, or cannot be made.
+        ValueError: The cache has a damaged entry, or cannot be created.
     """
     if entry.is_dir():
         if damaged := damaged_files(entry, (TRAIN, HELD_OUT)):
             raise ValueError(
-                f"`cache_dir`: {entry / damaged[0]} is not as it was written. Delete {entry}; the "
-                "text is tokenised again."
+                f"`cache_dir`: {entry / damaged[0]} is damaged. Delete {entry}; the text is then "
+                "tokenised again."
             )
         return
     rank_zero_info(f"Tokenising {len(sources)} files or data sets into {entry} ...")
@@ -107,7 +107,7 @@ def tokenise(
 
 
 class _GrowingArray:
-    """A one-dimensional .npy file whose length is not known when it is begun."""
+    """A one-dimensional .npy file whose length is not known in advance."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
         self.file, self.dtype, self.length = file, dtype, 0
@@ -118,7 +118,7 @@ class _GrowingArray:
         self.length += len(ids)
 
     def finish(self) -> None:
-        """Write the length, for which numpy leaves room in the header."""
+        """Write the length into the space that numpy reserves in the header."""
         self.file.seek(0)
         self._write_header()
         self.file.flush()
@@ -130,11 +130,11 @@ class _GrowingArray:
 
 
 def _encoded(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of every document that has text, with what marks its ends."""
+    """Token ids of every document that has text, with BOS and EOS."""
     starts, ends = _ends(tokenizer)
     closing = [tokenizer.eos_token_id] if not (starts or ends) else []
     if closing == [None]:
-        rank_zero_info("The tokenizer has neither BOS nor EOS: documents follow without a mark.")
+        rank_zero_info("The tokenizer has neither BOS nor EOS: documents are joined directly.")
         closing = []
     documents = (text for source in sources for text in source.documents() if text)
     while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
@@ -144,7 +144,7 @@ def _encoded(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether the tokenizer itself puts BOS in front of a text, and EOS behind it."""
+    """Test whether the tokenizer itself adds BOS before a text, and EOS after it."""
     ids = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return bos is not None and ids[0] == bos, eos is not None and ids[-1] == eos

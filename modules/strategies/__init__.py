@@ -1,1 +1,1 @@
-"""Strategies that divide a model among ranks."""
+"""Strategies that shard a model among ranks."""

@@ -1,9 +1,9 @@
-"""DDP for what trains, FSDP2 for the frozen model: a large frozen model without DeepSpeed.
+"""DDP for trained parameters, FSDP2 for the frozen model: large frozen models without DeepSpeed.
 
 Source: "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (arXiv 2304.11277), in
 its second form, `torch.distributed.fsdp.fully_shard`. Each block of the frozen model is gathered
-when it computes and let go after; what trains, which is small, is whole on every rank and kept
-equal by DDP, so that checkpoints are those of DDP.
+for its computation and freed afterwards; the trained parameters, which are few, are replicated by
+DDP, so that checkpoints are those of DDP.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from secateur.pruning.files.shares import read_shares
 
 
 class ShardedDDP(DDPStrategy):
-    """DDP whose frozen model lies in shares on the ranks, by FSDP2; on GPUs and CPU ranks.
+    """DDP with the frozen model sharded by FSDP2; on GPUs and CPU ranks.
 
-    Blocks are gathered one by one, without reading ahead: `Zero` hides more of the
-    transfers behind the computation. Tied embeddings stay whole on every rank.
+    Blocks are gathered one by one, without prefetching: `Zero` overlaps more of the transfers with
+    computation. Tied embeddings are replicated on every rank.
 
     Args:
         timeout_seconds: Time after which a rank gives up on the others in a collective operation,
@@ -43,7 +43,7 @@ class ShardedDDP(DDPStrategy):
     """
 
     divides_models = True
-    live_parameters = None  # a block at a time
+    live_parameters = None  # one block at a time
 
     def __init__(self, timeout_seconds: float = 1800.0) -> None:
         if timeout_seconds <= 0:
@@ -51,23 +51,23 @@ class ShardedDDP(DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_seconds))
 
     def connect(self, model: LightningModule) -> None:
-        """Take a module on.
+        """Attach a module.
 
         Raises:
-            ValueError: It trains the model itself.
+            ValueError: The module trains the model itself.
         """
         if not getattr(model, "frozen_weights", False):
             raise ValueError(
-                f"`strategy` ShardedDDP divides a frozen model, and {type(model).__name__} trains "
+                f"`strategy` ShardedDDP shards a frozen model, and {type(model).__name__} trains "
                 "its own; use Zero or DDP."
             )
         super().connect(model)
 
     def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
-        """This rank's share of a causal language model, frozen.
+        """Read this rank's shard of a causal language model, frozen.
 
         Args:
-            base: Where it lies.
+            base: The model to read.
             dtype: "auto" or the name of a torch type.
 
         Raises:
@@ -89,16 +89,16 @@ class ShardedDDP(DDPStrategy):
         return model
 
     def fetching(self, model: nn.Module) -> nn.Module:
-        """Models that were read gather their blocks themselves."""
+        """The model itself: models read here gather their blocks themselves."""
         return model
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """What trains is whole anyway."""
+        """Do nothing: trained parameters are replicated."""
         return nullcontext()
 
     def setup(self, trainer: Trainer) -> None:
-        """Set up DDP, which sends what trains from rank 0 to the others, and leaves out what lies
-        in shares.
+        """Set up DDP, which sends trained parameters from rank 0 to the others; sharded ones are
+        left out.
         """
         assert self.model is not None
         frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
@@ -106,7 +106,7 @@ class ShardedDDP(DDPStrategy):
         super().setup(trainer)
 
     def teardown(self) -> None:
-        """Leave the model where it is: what comes after training, an export, uses it."""
+        """Leave the model on its device: the export after training uses it."""
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.model = self.lightning_module
@@ -117,7 +117,7 @@ class ShardedDDP(DDPStrategy):
 
 
 def _parts(model: PreTrainedModel) -> list[nn.Module]:
-    """What is gathered at once: every block, and the embeddings and the head if they are apart."""
+    """Modules to gather one at a time: every block; embeddings and head if they are not tied."""
     parts = blocks_of(model, family_of(model.config))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embeddings.weight is not head.weight:
@@ -126,7 +126,7 @@ def _parts(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory for what this rank holds; buffers have theirs already."""
+    """Allocate this rank's parameters; buffers are allocated already."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -137,7 +137,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _share(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Where this rank keeps its share of a parameter, and the entry that it begins with."""
+    """This rank's shard of a parameter, and the index of its first entry."""
     data = parameter.detach()
     if not isinstance(data, DTensor):
         return data.view(-1), 0

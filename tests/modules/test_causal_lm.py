@@ -234,7 +234,7 @@ def test_pruned_weights_below_updates_do_not_go_on_where_checkpoints_leave_them_
     checkpoint = torch.load(tmp_path / "some.ckpt", weights_only=True)
     module.on_load_checkpoint(checkpoint)
     monkeypatch.setattr(CausalLM, "_reader", Zero(stage=2))
-    with pytest.raises(ValueError, match="leave frozen weights out. Go on under ddp"):
+    with pytest.raises(ValueError, match="leave out frozen weights. Resume under ddp"):
         module.on_load_checkpoint(checkpoint)
 
 

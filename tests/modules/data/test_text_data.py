@@ -434,7 +434,7 @@ def test_lightning_cli_makes_it(
          "'body', 'id'"),
         ("a.parquet", b"PAR1 no", "not a parquet file"),
         ("a.txt", b"short", "less than one window of `window_tokens` 8"),
-        ("a.pdf", b"%PDF", "of no known kind; give .json, .jsonl, .parquet, .txt"),
+        ("a.pdf", b"%PDF", "has an unknown suffix; give .json, .jsonl, .parquet, .txt"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused(
@@ -536,7 +536,7 @@ def test_a_damaged_cache_is_told_with_what_to_delete(
             (entry / name).unlink()
             if damaged is not None:
                 (entry / name).write_bytes(damaged)
-            with pytest.raises(ValueError, match=f"is not as it was written. Delete {entry}"):
+            with pytest.raises(ValueError, match=f"is damaged. Delete {entry}"):
                 make(path).setup()
         (entry / name).write_bytes(whole)
     make(path).setup()
@@ -575,7 +575,7 @@ def test_missing_files_and_hub_data_are_told(
         (tmp_path / "none.json", "there is no file .*none.json"),
         ("none.txt", "there is no file none.txt"),
         (tmp_path / "empty", "holds no file of"),
-        ("someone/nothing", "neither a file or folder here nor a data set .* no such data set"),
+        ("someone/nothing", "neither a local file or folder nor a data set .* no such data set"),
     ):
         with pytest.raises(ValueError, match=message):
             make(train).setup()

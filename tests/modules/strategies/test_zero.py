@@ -29,7 +29,11 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("strategy", "settings", "message"),
     [
-        (Zero(stage=3), {"architecture": {"model_type": "llama"}}, "from nothing. Use `stage` 2"),
+        (
+            Zero(stage=3),
+            {"architecture": {"model_type": "llama"}},
+            "from random weights. Use `stage` 2",
+        ),
         (ShardedDDP(), {"base": "hub/model"}, "CausalLM trains its own; use Zero or DDP"),
     ],
 )
