@@ -589,7 +589,7 @@ class MaskLearning(LanguageModelling):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settled = self._of_second_group()
-        lr = self.settle.train.lr if self.settle else 0.0
+        lr = self.settle.train.highest_lr if self.settle else 0.0
         group = {"params": settled, "lr": lr, "weight_decay": 0.0}
         optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, group])
         let_rest(optimizer)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -134,9 +134,21 @@ class _AllWeights(Settled):
 class Trained(ABC):
     """Which parameters of the cut model train."""
 
-    lr: float
-    """Highest learning rate, above 0; it rises over the first tenth of the settled steps and
-            falls to 0 along a cosine."""
+    # None stands for the usual rate: a class that is put in the place of another one on the
+    # command line takes over what the settings of both are called.
+    lr: float | None
+    usual_lr: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"`lr` must be above 0, got {self.lr}.")
+
+    @property
+    def highest_lr(self) -> float:
+        """Highest learning rate; it rises over the first tenth of the settled steps and falls to 0
+        along a cosine.
+        """
+        return self.usual_lr if self.lr is None else self.lr
 
     @abstractmethod
     def of(self, model: PreTrainedModel) -> Settled:
@@ -148,14 +160,12 @@ class Gains(Trained):
     """Gains: factors on the features on both sides of every projection; weights are frozen.
 
     Args:
-        lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
-            falls to 0 along a cosine.
+        lr: Highest learning rate, above 0; 0.03 if not given. It rises over the first tenth of
+            the settled steps and falls to 0 along a cosine.
     """
 
-    lr: float = 0.03
-
-    def __post_init__(self) -> None:
-        _check_lr(self.lr)
+    lr: float | None = None
+    usual_lr: ClassVar[float] = 0.03
 
     def of(self, model: PreTrainedModel) -> Settled:
         return _Gains(model)
@@ -167,15 +177,13 @@ class LowRank(Trained):
 
     Args:
         lora: Rank, scaling and target layers of the updates.
-        lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
-            falls to 0 along a cosine.
+        lr: Highest learning rate, above 0; 0.001 if not given. It rises over the first tenth of
+            the settled steps and falls to 0 along a cosine.
     """
 
     lora: LoRA = field(default_factory=lambda: LoRA(rank=32, alpha=32.0, dropout=0.0))
-    lr: float = 1e-3
-
-    def __post_init__(self) -> None:
-        _check_lr(self.lr)
+    lr: float | None = None
+    usual_lr: ClassVar[float] = 1e-3
 
     def of(self, model: PreTrainedModel) -> Settled:
         return _LowRank(model, self.lora)
@@ -186,22 +194,15 @@ class AllWeights(Trained):
     """All weights, in float32 while they train.
 
     Args:
-        lr: Highest learning rate, above 0; it rises over the first tenth of the settled steps and
-            falls to 0 along a cosine.
+        lr: Highest learning rate, above 0; 0.0003 if not given. It rises over the first tenth of
+            the settled steps and falls to 0 along a cosine.
     """
 
-    lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        _check_lr(self.lr)
+    lr: float | None = None
+    usual_lr: ClassVar[float] = 3e-4
 
     def of(self, model: PreTrainedModel) -> Settled:
         return _AllWeights(model)
-
-
-def _check_lr(lr: float) -> None:
-    if not lr > 0:
-        raise ValueError(f"`lr` must be above 0, got {lr}.")
 
 
 class MaskedGains(Settled):
@@ -240,7 +241,8 @@ class Settle:
 
     Args:
         cut: Cut the model; false always trains gains on the masked base model.
-        fraction: Fraction of the training steps in which the settled model trains, in [0, 1).
+        fraction: Fraction of the training steps in which the settled model trains, in [0, 1]; with
+            1, no masks are learned.
         train: Trained parameters: `Gains` (weights are frozen), `LowRank` or `AllWeights`.
         refit: Closed-form refit of the cut weights before training; None leaves them unchanged.
         refit_windows: Windows of the training text to refit weights on, 1 or more.
@@ -261,8 +263,8 @@ class Settle:
     loss: LossWeights = field(default_factory=lambda: LossWeights(0.0, 1.0))
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise ValueError(f"`fraction` must be in [0, 1), got {self.fraction}.")
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"`fraction` must be in [0, 1], got {self.fraction}.")
         for name in ("refit_windows", "held_back_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")

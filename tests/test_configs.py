@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from secateur.modules.settling import AllWeights, Gains, LowRank, Trained
 from tests.runs import NOISE, call, make_inputs
 
 pytestmark = NOISE
@@ -44,6 +45,20 @@ def test_a_recipe_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert config["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
     assert config["model"]["class_path"].endswith(recipe["model"]["class_path"])
+
+
+@pytest.mark.parametrize("kind", [LowRank, AllWeights])
+def test_what_settles_otherwise_takes_its_own_learning_rate(
+    kind: type[Trained], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = CONFIGS / "disp.yaml"
+    choice = f"--model.settle.train={kind.__name__}"
+    with pytest.raises(SystemExit):
+        call(["fit", f"--config={path}", *missing(path), choice, "--print_config"])
+    settle = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["settle"]
+    assert settle["train"]["class_path"].endswith(kind.__name__)
+    assert settle["train"]["init_args"]["lr"] is None
+    assert kind().highest_lr == kind.usual_lr < Gains().highest_lr
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

@@ -218,7 +218,7 @@ def test_a_recipe_with_old_paths_is_taken(line: TrainCLI, tmp_path: Path) -> Non
     ("setting", "message"),
     [
         ("--model.budget.keep=1.5", "`--model.budget.keep` must be in (0, 1], got 1.5."),
-        ("--model.settle.fraction=1", "`--model.settle.fraction` must be in [0, 1), got 1"),
+        ("--model.settle.fraction=2", "`--model.settle.fraction` must be in [0, 1], got 2"),
         ("--model.base=/no/such", "`--model.base` '/no/such' does not exist"),
         ("--data.window_tokens=65", "`--data.window_tokens` 65 is longer than the 64 positions"),
         ("--data.train=/no/such.json", "`--data.train`: there is no file /no/such.json"),

@@ -319,7 +319,7 @@ def test_a_nan_budget_is_told_apart_from_a_nan_loss(
         (lambda: Penalty(0.0), "`strength` must be above 0, got 0"),
         (lambda: ExactBudget(0.0), "`temperature` must be above 0, got 0"),
         (lambda: Importance(scale=0.0), "`scale` must be above 0, got 0"),
-        (lambda: Settle(fraction=1.0), r"`fraction` must be in \[0, 1\), got 1.0"),
+        (lambda: Settle(fraction=1.5), r"`fraction` must be in \[0, 1\], got 1.5"),
         (lambda: Settle(refit_windows=0), "`refit_windows` must be 1 or more, got 0"),
         (lambda: Gains(lr=0.0), "`lr` must be above 0, got 0"),
         (lambda: FrozenBase(loss_chunk_tokens=0), "`loss_chunk_tokens` must be 1 or more, got 0"),
@@ -388,6 +388,19 @@ def test_masks_settle_and_only_then_gains_of_the_cut_model_are_learned(
     assert module.settled is not None
     counted = sum(p.numel() for p in module.settled.model.parameters())
     assert counted < sum(p.numel() for p in module.model.parameters())
+
+
+def test_masks_may_be_those_of_the_ranking_alone(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    plans = _Plans()
+    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(fraction=1.0, **FEW))
+    trainer(tmp_path, plans, max_steps=3, limit_val_batches=0).fit(module, data)
+    assert module.mask_steps == 0
+    assert all(gains is not None for gains in plans.gains)
+    logits_N = (module.hypernetwork() + module.start_N).detach()
+    ranked = module.budget.finalise(logits_N, module.sites, module.table)
+    assert all(map(torch.equal, ranked, module.plan().kept))
 
 
 @pytest.mark.parametrize("train", [LowRank(LoRA(rank=2, dropout=0.0)), AllWeights()], ids=str)

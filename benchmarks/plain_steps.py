@@ -1,0 +1,89 @@
+"""The time of a run in plain steps, taken while it runs.
+
+A plain step is a forward pass with labels and a backward pass to the embeddings of the same frozen
+stock model, on a batch of 8 x 256 tokens. Steps are timed before, on the way and after, in the same
+process, so that what else the machine does weighs on both alike; a run costs its own seconds on the
+CPU over their median.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from benchmarks.disp_step import plain_step
+from secateur.pruning.widths.refit import LayerRefit, refit
+
+BATCH_SIZE = 8
+
+
+class PlainSteps(Callback):
+    """Times a run, from the model that is read to the model that is left, without the export.
+
+    It stands before ExportModel in the list of callbacks, and after the others.
+
+    Args:
+        model: Folder of the model.
+        every_n_steps: Training steps between two plain ones, 1 or more.
+    """
+
+    def __init__(self, model: str, every_n_steps: int = 50) -> None:
+        self.folder, self.every_n_steps = model, every_n_steps
+        self.times: list[float] = []
+        self._start = self.total = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Time a few plain steps, and start the clock."""
+        self._step = plain_step(self.folder)
+        windows = trainer.datamodule.train_windows  # type: ignore[attr-defined]
+        self._input_BT = torch.stack([windows[place] for place in range(BATCH_SIZE)])
+        self._time(4)
+        self._start = time.process_time()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Time a plain step now and then; the clock stands still."""
+        if trainer.global_step % self.every_n_steps == 0:
+            begin = time.process_time()
+            self._time(2)
+            self._start += time.process_time() - begin
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock, and time a few plain steps."""
+        self.total = time.process_time() - self._start
+        self._time(4)
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a plain step, seconds on the CPU."""
+        return statistics.median(self.times)
+
+    def _time(self, count: int) -> None:
+        for number in range(count):
+            begin = time.process_time()
+            self._step(self._input_BT)
+            if number:  # the first after other work is slower
+                self.times.append(time.process_time() - begin)
+
+
+@contextmanager
+def timed_refits() -> Iterator[list[float]]:
+    """The seconds on the CPU of every refit that is made in a `with` block."""
+    seconds: list[float] = []
+
+    def timed(*args: Any) -> list[LayerRefit]:
+        begin = time.process_time()
+        records = refit(*args)
+        seconds.append(time.process_time() - begin)
+        return records
+
+    with mock.patch("secateur.pruning.widths.refit.refit", timed):
+        yield seconds
