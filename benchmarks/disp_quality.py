@@ -67,7 +67,8 @@ class Recipe:
             first = _object("PruneWidths", budget={"keep": keep}, calibration_seed=seed)
             own = ["--config=configs/widths/importance.yaml"]
         else:
-            first = _object("AnnealSparsity")
+            # The ranking that gates start from meets the budget.
+            first = _object("AnnealSparsity", over=0.0)
             own = [
                 "--config=configs/disp.yaml",
                 f"--model.budget.keep={keep}",
