@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.depth import command as depth_command
 from secateur.pruning.export import rewrite
 from secateur.pruning.export.rewrite import prune_checkpoint
@@ -24,6 +25,7 @@ from secateur.pruning.measure.report import count
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.masks import WeightMasks
+from tests.ranks import Ranks
 from tests.runs import NOISE, call, on_text, with_callbacks, write_text
 from tests.tiny import tiny_family_folder, tiny_tokenizer
 
@@ -127,16 +129,10 @@ def test_its_weights_become_zero(inputs: Path, tmp_path: Path) -> None:
         "--trainer.callbacks.held_back_windows=4",
     )
     model, masks = check_export(inputs, tmp_path), WeightMasks.load(tmp_path / "weights")
-    assert len(masks) == sum(len(m) for m in _linears(model))
+    assert len(masks) == sum(map(len, linears_of(model)))
     for name in masks:
         assert torch.equal(model.get_parameter(name) != 0, masks[name])
         assert (~masks[name]).sum(1).eq(masks[name].shape[1] // 2).all()
-
-
-def _linears(model: Any) -> list[list[str]]:
-    family = BaseModel(Path(model.config._name_or_path)).family
-    blocks = model.get_submodule(family.blocks).children()
-    return [[p.path for p in family.projections_of(block)] for block in blocks]
 
 
 @pytest.mark.parametrize("units", ["WholeBlocks", "HalfBlocks"])
@@ -175,6 +171,7 @@ def test_its_masks_are_learned_again(inputs: Path, tmp_path: Path, parts: bool) 
         f"--model.base={inputs / 'base'}",
         "--model.budget.keep=0.7",
         f"--model.budget.parts={str(parts).lower()}",
+        "--model.learning.start=null",  # importance reads far more text than these steps do
         *on_text(inputs, tmp_path),
         "--trainer.max_steps=4",
         *with_callbacks(names, every_n_steps=2),
@@ -194,6 +191,35 @@ def test_its_masks_are_learned_again(inputs: Path, tmp_path: Path, parts: bool) 
     assert found == expected
     assert len(model.config.block_widths) == len(both.kept_blocks())
     assert not (inputs / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", ["llama", "phi"], indirect=True)
+def test_ranks_divide_it_and_learn_from_the_dense_model(inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    arguments = [
+        "fit",
+        "--model=CausalLM",
+        f"--model.base={inputs / 'base'}",
+        "--model.loss.distillation=1",
+        f"--model.teacher={inputs / 'dense'}",
+        "--model.lora.rank=2",
+        *on_text(inputs, tmp_path / "run"),
+        "--trainer.strategy={class_path: Zero, init_args: {stage: 3}}",
+        "--trainer.devices=2",
+        "--trainer.max_steps=2",
+        *with_callbacks(["ExportModel"]),
+    ]
+    ranks = Ranks(tmp_path, 2)
+    try:
+        ranks.run("narrow", arguments)
+    finally:
+        ranks.close()
+    model = check_export(inputs, tmp_path / "run")
+    before = load_file(inputs / "base" / "model.safetensors")
+    indices = {name: tensor for name, tensor in before.items() if name.endswith(".index")}
+    assert indices
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in indices.items())
 
 
 def test_commands_take_it(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -169,7 +169,11 @@ class Budget:
             )
 
     def finalise(
-        self, scores_N: Float[Tensor, " N"], sites: Sequence[Site], table: CostTable
+        self,
+        scores_N: Float[Tensor, " N"],
+        sites: Sequence[Site],
+        table: CostTable,
+        most_S: Int[Tensor, " S"] | None = None,
     ) -> tuple[Tensor, ...]:
         """Choose what stays: the highest scores, as many as the budget pays for, exactly.
 
@@ -185,6 +189,7 @@ class Budget:
             scores_N: Higher means keep; P(keep) or the logits, of any monotone scale.
             sites: The sites, in order.
             table: Cost table of the same sites.
+            most_S: Most entries that each site may keep; None is all of them.
 
         With `parts`, their gates compete in that ranking as chunks of one. Those that are not in
         the prefix go, and the ranking is repeated among what is left, so that the budget is met by
@@ -209,13 +214,13 @@ class Budget:
             for vector in scores_N.split([site.size for site in sites])
         ]
         limit = self.keep * table.dense * (1 + 1e-12)
+        top_S = torch.tensor([site.size for site in sites]) if most_S is None else most_S
         if self.uniform:
             widths_S = self._uniform_widths(sites, table, limit)
         elif any(site.is_part for site in sites):
-            widths_S = self._widths_with_parts(scores_N, sites, table, limit, ranked)
+            widths_S = self._widths_with_parts(scores_N, sites, table, limit, ranked, top_S)
         else:
-            floor_S = torch.tensor([self._floor(site) for site in sites])
-            top_S = torch.tensor([site.size for site in sites])
+            floor_S = torch.tensor([self._floor(site) for site in sites]).minimum(top_S)
             widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked, floor_S, top_S)
         return tuple(
             order[:width].sort().values
@@ -243,21 +248,22 @@ class Budget:
         table: CostTable,
         limit: float,
         ranked: Sequence[Tensor],
+        most_S: Tensor,
     ) -> Tensor:
         """Widths of the best chunks of those parts that are among the best themselves."""
         scores = scores_N.split([site.size for site in sites])
-        floor_S = torch.tensor([self._floor(site) for site in sites])
-        size_S = torch.tensor([site.size for site in sites])
+        floor_S = torch.tensor([self._floor(site) for site in sites]).minimum(most_S)
         gates = {(s.block, s.name): place for place, s in enumerate(sites) if s.is_part}
         gate_S = torch.tensor([gates[site.block, site.part] for site in sites])
         best_first = sorted(gates.values(), key=lambda place: -float(scores[place]))
         floor_S[next(place for place in best_first if sites[place].name == "attn")] = 1
-        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, size_S)
+        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, most_S)
         count = _longest_prefix(*chunks, floor_S, table, limit)
         open_S = _widths_of_prefix(*chunks, floor_S, count)[gate_S] == 1
         floor_S[list(gates.values())] = 1
+        floor_S = floor_S.minimum(most_S)
         while True:
-            lowest_S, top_S = floor_S * open_S, size_S * open_S
+            lowest_S, top_S = floor_S * open_S, most_S * open_S
             widths_S = self._ranked_widths(scores_N, sites, table, limit, ranked, lowest_S, top_S)
             shut = [place for place in best_first if not open_S[place]]
             if not shut or bool((widths_S < top_S).any()):

@@ -95,18 +95,17 @@ def close_worst(
     Raises:
         ValueError: The budget cannot be met, or a value is not finite.
     """
-    widths_S = torch.tensor([float(len(index_W)) for index_W in ranking.kept(sites)])
-    scores_N = score.scores(values_N, sites, table.marginal(widths_S)).double()
+    width_S = torch.tensor([len(index_W) for index_W in ranking.kept(sites)])
+    scores_N = score.scores(values_N, sites, table.marginal(width_S.float())).double()
     open_N = ranking.closed_in_N == 0
-    ranked_N = scores_N.where(open_N, scores_N[open_N].min() - 1)
-    chosen = budget.finalise(ranked_N, sites, table)
+    ranked_N = scores_N.where(open_N, scores_N[open_N].min() - 1)  # last in their sites
+    chosen = budget.finalise(ranked_N, sites, table, most_S=width_S)
     chosen_N = torch.cat(
         [
             torch.zeros(site.size, dtype=torch.bool).index_fill(0, index_W, True)
             for site, index_W in zip(sites, chosen, strict=True)
         ]
     )
-    # What open gates leave unspent could buy closed ones, which come last: these stay closed.
     closed_now_N = open_N & ~chosen_N
     return Ranking(
         rounds=ranking.rounds + 1,

@@ -1,0 +1,150 @@
+"""What every width score and compensation keeps: one row per method, and none without a row."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import secateur.pruning.widths
+from secateur.callbacks import PruneWidths
+from secateur.modules.causal_lm import CausalLM
+from secateur.pruning.export.cut import cut
+from secateur.pruning.families import family_of
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.plan import Plan
+from secateur.pruning.sites import find_sites
+from secateur.pruning.weights.gradually import Gradually
+from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
+from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.refit import Refit
+from secateur.pruning.widths.scores import WidthScore
+from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
+from tests import fits
+from tests.runs import NOISE, make_inputs
+
+pytestmark = NOISE
+
+AXES = (WidthScore, Refit)
+ROWS: dict[type, tuple[WidthScore, Refit | None]] = {
+    RandomOrder: (RandomOrder(3), None),
+    WidthMagnitude: (WidthMagnitude(), None),
+    GateGradient: (GateGradient(), None),
+    Fisher: (Fisher(), None),
+    Refit: (Fisher(), Refit()),
+}
+KEEP = 0.6
+
+
+def methods() -> Iterator[type]:
+    for module in pkgutil.iter_modules(secateur.pruning.widths.__path__):
+        path = f"secateur.pruning.widths.{module.name}"
+        for value in vars(importlib.import_module(path)).values():
+            ours = inspect.isclass(value) and value.__module__ == path
+            if ours and issubclass(value, AXES) and not inspect.isabstract(value):
+                yield value
+
+
+def test_every_method_has_a_row() -> None:
+    assert set(methods()) == set(ROWS)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def callback(method: type) -> PruneWidths:
+    score, refit = ROWS[method]
+    return PruneWidths(
+        Budget(KEEP),
+        score,
+        GradualRanking(rounds=2, batches_per_round=1, batch_size=4),
+        compensation=refit,
+        gradually=Gradually(1, over=0.5),
+        calibration_windows=48,
+        held_back_windows=6,
+    )
+
+
+class SaveOnce(Callback):
+    """Writes one checkpoint, after a step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ROWS, ids=lambda method: method.__name__)
+def test_the_method_keeps_the_contract(method: type, inputs: Path, tmp_path: Path) -> None:
+    base = BaseModel(inputs / "base")
+    whole, between = callback(method), SaveOnce(tmp_path / "between.ckpt", step=1)
+    module, _ = fits.fit(inputs, tmp_path / "whole", [whole, between], max_steps=4)
+
+    # The budget of the base model is met: not exceeded, and used up to less than one entry.
+    plan = module._plan()
+    assert plan is not None
+    family = family_of(base.config)
+    sites = find_sites(base.skeleton(), family)
+    table = Budget(KEEP).cost.table(base.skeleton(), family)
+    widths_S = torch.tensor([float(width) for width in plan.widths])
+    kept = float(table.fraction(widths_S))
+    cheapest = min(
+        float(table.fraction(widths_S + step_S)) - kept
+        for step_S in torch.eye(len(sites))
+        if bool((widths_S + step_S <= table.full_S).all())
+    )
+    assert kept <= KEEP < kept + cheapest + 1e-6
+    assert len(whole.history) == 2
+    assert whole.history[-1]["kept"] == pytest.approx(kept, abs=1e-6)
+
+    # Before any training the live model is the base model under the plan's cut.
+    if ROWS[method][1] is None:
+        zero = fits.fit(inputs, tmp_path / "zero", [at_once(method)], max_steps=0)[0]
+        expected = cut(base.load(), present(zero))
+        assert all(torch.equal(zero.model.state_dict()[n], t) for n, t in weights(expected).items())
+
+    # A run that goes on from between the two cuts ends as the other, bit by bit.
+    again, _ = fits.fit(
+        inputs, tmp_path / "again", [callback(method)], max_steps=4, ckpt_path=between.path
+    )
+    expected_state, state = weights(module.model), weights(again.model)
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected_state.items())
+
+    # What is exported says what the live model says, and carries the plan.
+    module.export(tmp_path / "model", "test")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    input_BT = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), module.plain() as live:
+        torch.testing.assert_close(loaded(input_BT).logits, live.eval()(input_BT).logits)
+    exported = Plan.load(tmp_path / "model" / "plan")
+    assert all(map(torch.equal, exported.kept, plan.kept))
+
+
+def at_once(method: type) -> PruneWidths:
+    once = callback(method)
+    return PruneWidths(once.budget, once.score, once.search, None, None, 48, 6)
+
+
+def present(module: CausalLM) -> Plan:
+    plan = module._plan()
+    assert plan is not None
+    return plan
