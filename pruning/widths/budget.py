@@ -201,10 +201,14 @@ class Budget:
         Raises:
             ValueError: A score is not finite, or the budget cannot be met (see `check`).
         """
-        return self.suited(sites)._finalise(scores_N, sites, table)
+        return self.suited(sites)._finalise(scores_N, sites, table, most_S)
 
     def _finalise(
-        self, scores_N: Float[Tensor, " N"], sites: Sequence[Site], table: CostTable
+        self,
+        scores_N: Float[Tensor, " N"],
+        sites: Sequence[Site],
+        table: CostTable,
+        most_S: Int[Tensor, " S"] | None,
     ) -> tuple[Tensor, ...]:
         self._check(sites, table)
         if not bool(scores_N.isfinite().all()):
