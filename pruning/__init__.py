@@ -1,4 +1,4 @@
-"""The science of pruning: plain PyTorch and transformers, usable without Lightning."""
+"""Pruning methods in plain PyTorch and transformers, usable without Lightning."""
 
 if __name__ == "pruning":
     raise ImportError("This package is secateur.pruning now; see `python -m secateur --help`.")

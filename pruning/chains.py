@@ -1,4 +1,4 @@
-"""Which step may follow on which kind of base model; what is not in the table may."""
+"""Steps that are refused on some kinds of base model; all others are allowed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from secateur.pruning.modelling import is_narrow
 
 
 class Kind(Enum):
-    """What a base model is beside a stock one; it may be several."""
+    """Properties by which a base model differs from a stock one; several may apply."""
 
     PACKED = auto()
     """Its weights are stored quantised."""
     NARROW = auto()
-    """Its blocks have widths of their own."""
+    """Its blocks have different widths."""
     PATTERNED = auto()
     """N of every M of its weights are zero."""
 
 
 class Step(Enum):
-    """What may be done to a base model."""
+    """A step that may be applied to a base model."""
 
     WIDTHS = auto()
     UNIFORM_WIDTHS = auto()
@@ -31,12 +31,12 @@ class Step(Enum):
 
 
 _WIDTHS_OF_PACKED = (
-    "`base` is stored quantised, which cannot be cut. Give the original weights; `quantisation` "
+    "`base` is stored quantised and cannot be cut. Give the original weights; `quantisation` "
     "FourBit packs them while masks are learned."
 )
 _WIDTHS_OF_PATTERNED = (
-    "`base` has zeros in a pattern (N:M, see its secateur.json), and a narrower matrix would have "
-    "them in none. Learn widths of the model from before, then prune weights."
+    "`base` has zeros in a pattern (N:M, see its secateur.json), and cutting widths would destroy "
+    "the pattern. Learn widths on the model before that pruning, then prune weights."
 )
 
 REFUSED: Mapping[tuple[Kind, Step], str] = {
@@ -47,35 +47,35 @@ REFUSED: Mapping[tuple[Kind, Step], str] = {
         "the original checkpoint, as prune_blocks does."
     ),
     (Kind.PACKED, Step.WEIGHTS): (
-        "The model is quantised: its numbers cannot be set to zero one by one. Prune the original "
+        "The model is quantised: single weights cannot be set to zero. Prune the original "
         "checkpoint, then quantise."
     ),
     (Kind.NARROW, Step.UNIFORM_WIDTHS): (
-        "`uniform` is there to leave a stock model, and no stock model has widths per block, as "
-        "`base` has; set `uniform` to false."
+        "`uniform` leaves a stock model, and `base` has widths per block, which no stock model "
+        "has; set `uniform` to false."
     ),
     (Kind.PATTERNED, Step.WIDTHS): _WIDTHS_OF_PATTERNED,
     (Kind.PATTERNED, Step.UNIFORM_WIDTHS): _WIDTHS_OF_PATTERNED,
 }
-"""Kind of base model and step to the reason why not, and the cure."""
+"""Kind of base model and refused step, to the reason and the cure."""
 
 
 def kinds_of(config: PreTrainedConfig) -> set[Kind]:
-    """What a configuration tells of a model."""
+    """The kinds that a configuration shows."""
     packed = getattr(config, "quantization_config", None) is not None
     found = {Kind.PACKED: packed, Kind.NARROW: is_narrow(config.model_type)}
     return {kind for kind, there in found.items() if there}
 
 
 def refuse(kinds: Collection[Kind], step: Step) -> None:
-    """Refuse a step that leads nowhere.
+    """Refuse a step that the table excludes.
 
     Args:
-        kinds: What the base model is.
-        step: What is to be done to it.
+        kinds: Kinds of the base model.
+        step: The intended step.
 
     Raises:
-        ValueError: The table has a reason why not.
+        ValueError: The table excludes the step; gives the reason.
     """
     for kind in Kind:
         if kind in kinds and (kind, step) in REFUSED:

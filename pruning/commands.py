@@ -1,4 +1,4 @@
-"""What the commands of the program share: how arguments are read, and mistakes in typing them."""
+"""Argument parser and usage errors of the commands of the program."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any, NoReturn
 
 
 class UsageError(ValueError):
-    """What was typed is no command: a setting that does not exist, or a value that it cannot have.
+    """A wrong command line: a setting that does not exist, or an invalid value.
 
     The program ends with code 2 after it, and with 1 after any other error.
     """
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that somebody who typed another may have meant, None if there is none."""
+    """The known name that is most similar to a mistyped one, None if no name is similar."""
     near = get_close_matches(name, sorted(set(known)), n=1, cutoff=0.6)
     return near[0] if near else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question that ends a message, with a space before it; empty if no known name is near."""
+    """A question that ends a message, with a space before it; empty if no known name is similar."""
     near = nearest(name, known)
     return f" Did you mean `{near}`?" if near else ""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Reads the arguments of one command: options by their whole names, errors as `UsageError`.
+    """Parser for one command: options by their full names, errors as `UsageError`.
 
     Args:
         command: Name of the command.
-        description: Its help, printed as it is.
+        description: Its help text, printed unchanged.
     """
 
     def __init__(self, command: str, description: str) -> None:
@@ -44,10 +44,10 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; an unknown option is named before a missing one, which it may stand for.
+        """Parse; report an unknown option before a missing one, since it may be a typo of it.
 
         Raises:
-            UsageError: An argument is unknown, missing, or has a value that it cannot have.
+            UsageError: An argument is unknown, missing, or has an invalid value.
         """
         known = [*self._option_string_actions]
         for argument in args or []:
@@ -57,10 +57,10 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End the command; `--help` has the usage, which would hide the message.
+        """End the command without printing the usage, which would hide the message.
 
         Raises:
             UsageError: Always.
         """
         end = "" if message[-1] in ".?" else "."
-        raise UsageError(f"{message}{end} `{self.prog} --help` shows how.")
+        raise UsageError(f"{message}{end} See `{self.prog} --help`.")

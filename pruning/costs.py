@@ -1,7 +1,7 @@
-"""What a model of given widths costs: parameters or operations, as one sum over products.
+"""Cost of a model of given widths: parameters or operations, as one sum over products.
 
-Every parameter tensor of a block is a product of the widths of its axes, and of the gate of its
-part where attention and MLP have gates as a whole. So the cost of a whole model is one sum over
+The size of a parameter tensor of a block is the product of the widths of its axes, and of the gate
+of its part if attention and MLP have gates of their own. So the cost of a model is one sum over
 products, exact for hard masks and differentiable for soft ones.
 
 Legend: S = sites, K = products, F = fixed axis lengths.
@@ -31,8 +31,8 @@ class CostTable:
 
     Args:
         sites: The sites, in order.
-        products: Every product; a site appears in it once at most.
-        constant: Cost of everything that no site changes.
+        products: All products; a site appears at most once in each.
+        constant: Cost that does not depend on any site.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CostTable:
         self.dense = float(self(self.full_S))
 
     def __call__(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, ""]:
-        """Cost at the given widths, float64; exact for whole widths, differentiable."""
+        """Cost at the given widths, float64; exact for integer widths, differentiable."""
         device = widths_S.device
         axes = torch.cat([widths_S.double(), self.fixed_F.to(device)])
         a_K, b_K, c_K = axes[self.axes_3K.to(device)]
@@ -69,7 +69,7 @@ class CostTable:
         return self(widths_S) / self.dense
 
     def marginal(self, widths_S: Real[Tensor, " S"]) -> Float[Tensor, " S"]:
-        """Cost of one more entry at every site; no site multiplies itself, so this is exact."""
+        """Cost of one more entry at every site; exact, since no product has a site twice."""
         axes = torch.cat([widths_S.double(), self.fixed_F])
         marginal = torch.zeros_like(axes)
         a_K, b_K, c_K = axes[self.axes_3K]
@@ -87,7 +87,7 @@ class Cost(ABC):
 
     @property
     def label(self) -> str:
-        """What is counted, in words: `block parameters`, or `flops` of the whole model."""
+        """Name of the cost, such as `block parameters`, or `flops` of the whole model."""
         name = type(self).__name__.lower()
         return name if self.whole_model else f"block {name}"
 
@@ -97,7 +97,7 @@ class Cost(ABC):
 
         Args:
             model: The dense model.
-            family: The row of its family, `with_parts` or without; None is without.
+            family: The row of its family, `with_parts` or without; None means without.
         """
 
 
@@ -166,7 +166,7 @@ class Flops(Cost):
 
 
 def _parts(sites: Sequence[Site]) -> Callable[[int, str], int | float]:
-    """Block and part to its axis in a product: the site of its gate, 1 if it has no gate, or 0 if
+    """Map block and part to an axis of a product: the site of its gate, 1 without a gate, or 0 if
     the block lacks the part.
     """
     index = {(site.block, site.name): i for i, site in enumerate(sites) if site.is_part}
@@ -197,7 +197,7 @@ def _projection_products(
 
 
 def _norm_products(model: PreTrainedModel, family: Family, sites: list[Site]) -> list[Product]:
-    """The weights of the norms that a site selects, and their biases where they have some."""
+    """The weights of the norms that a site selects, and their biases if they have any."""
     blocks, part = blocks_of(model, family), _parts(sites)
     return [
         (
@@ -212,10 +212,11 @@ def _norm_products(model: PreTrainedModel, family: Family, sites: list[Site]) ->
 
 
 def _other_products(model: PreTrainedModel, family: Family, sites: list[Site]) -> list[Product]:
-    """What no width changes but a part takes with it, as norms of queries and keys.
+    """Parameters that depend on no width but are removed with a part, such as norms of queries and
+    keys.
 
-    What both parts need, as the one norm of a parallel block, goes when both go: a + m - a m of it
-    stays.
+    A module that both parts need, such as the one norm of a parallel block, is removed only with
+    both: its factor is a + m - a m.
     """
     products: list[Product] = []
     part = _parts(sites)

@@ -1,11 +1,12 @@
-"""The one table of model families: where each keeps its blocks, norms and projections.
+"""The table of model families: paths of blocks, norms and projections.
 
-Everything that differs between architectures is a row here. Sites, costs, gates, surgery and export
-are derived from the rows, so that adding a family is adding a row (and its row in the tests).
+All differences between architectures are in the rows of this table. Sites, costs, gates, surgery
+and export are derived from the rows, so that adding a family is adding a row (and its row in the
+tests).
 
-The row of a narrow model, whose blocks have widths of their own, is derived from that of its
-family: the same modules, some of which a block may lack, and index buffers that say which entries
-of the residual stream a block reads and writes.
+The row of a narrow model, whose blocks differ in width, is derived from that of its family: the
+same modules, some of which a block may lack, and index buffers that list which entries of the
+residual stream a block reads and writes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class GatePoint:
 
     Args:
         path: Module, relative to its block.
-        side: Whether the gate multiplies what goes into the module or what comes out of it.
+        side: Whether the gate multiplies the input or the output of the module.
     """
 
     path: str
@@ -50,8 +51,8 @@ class Projection:
 
     Args:
         path: Module, relative to its block. Its weight has shape (output features, input features).
-        input: Site that selects its input features; None if they always stay.
-        output: Site that selects its output features, bias included; None if they always stay.
+        input: Site that selects its input features; None if they are never cut.
+        output: Site that selects its output features, bias included; None if they are never cut.
     """
 
     path: str
@@ -60,16 +61,16 @@ class Projection:
 
     @property
     def part(self) -> str:
-        """The part of the block that it belongs to, `attn` or `mlp`."""
+        """The part of the block that the projection belongs to, `attn` or `mlp`."""
         return part_of(self.input or self.output or "")
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of a block that works on the entries of a site only.
+    """A norm of a block that acts only on the entries of a site.
 
-    The statistics are those of the full width, in which removed entries of a narrow input count as
-    the zeros that their gates make of them; only the entries of the site are scaled.
+    The statistics are taken over the full width, with removed entries of a narrow input counted as
+    zeros, as under their gates; only the entries of the site are scaled.
 
     Args:
         path: Module, relative to its block.
@@ -90,10 +91,11 @@ class Family:
         gates: Site name to the place where its gate multiplies, in the order of the sites.
         projections: Every prunable linear layer of a block.
         norms: Every norm whose output a site selects.
-        mlp_width: Field of the configuration that holds the size of the site `mlp_mid`, the one
-            width that a stock model of the family can have otherwise.
-        refuse: Returns why a configuration of this family cannot be pruned, or None if it can.
-        narrow: Whether blocks have widths of their own, and may lack attention or MLP.
+        mlp_width: Field of the configuration with the size of the site `mlp_mid`, the only width
+            that a stock model of the family can change.
+        refuse: Function that returns why a configuration of this family cannot be pruned, or None
+            if it can.
+        narrow: Whether blocks may differ in width, and lack attention or MLP.
     """
 
     model_type: str
@@ -107,7 +109,7 @@ class Family:
 
     @cached_property
     def parts(self) -> Mapping[str, GatePoint]:
-        """Part of a block to the place where one gate multiplies all that it adds to the stream."""
+        """Part of a block to the place where one gate multiplies its whole output."""
         behind = {norm.output: norm.path for norm in self.norms}
         return {
             part: GatePoint(behind.get(f"{part}_out", self.gates[f"{part}_out"].path), "output")
@@ -116,10 +118,10 @@ class Family:
 
     @cached_property
     def index_buffers(self) -> Mapping[str, str]:
-        """Name of every index buffer of a narrow block, relative to it, to the site that it holds.
+        """Name of every index buffer of a narrow block, relative to it, to its site.
 
-        A site whose gate is at the output of a norm is selected by that norm; a site of the
-        residual stream otherwise by a selection or an addition that has its name. A site between
+        A site whose gate is at the output of a norm is selected by that norm; another site of the
+        residual stream by a selection or an addition named after it. A site between
         two projections needs no index.
         """
         norms = {norm.path for norm in self.norms}
@@ -136,7 +138,7 @@ class Family:
         return replace(self, model_type=narrow_type(self.model_type), narrow=True)
 
     def has(self, block: nn.Module, part: str) -> bool:
-        """Whether a block has attention (`attn`) or an MLP (`mlp`): stock ones have both."""
+        """Test whether a block has attention (`attn`) or an MLP (`mlp`); stock blocks have both."""
         return not self.narrow or getattr(block, f"{part}_out") is not None
 
     def projections_of(self, block: nn.Module) -> list[Projection]:
@@ -148,11 +150,11 @@ class Family:
         return {n: point for n, point in self.gates.items() if self.has(block, part_of(n))}
 
     def with_parts(self) -> Family:
-        """The family with two sites of size 1 more per block: its attention and its MLP."""
+        """The family with two additional sites of size 1 per block: attention and MLP."""
         return replace(self, gates={**self.gates, **self.parts})
 
     def part_of_tensor(self, path: str) -> str | None:
-        """The part that a tensor of a block goes with; None for what both parts need.
+        """The part that a tensor of a block belongs to; None if both parts need it.
 
         Args:
             path: Tensor name relative to the block, such as `self_attn.q_norm.weight`.
@@ -167,7 +169,7 @@ class Family:
         return next((part_of(norm.output) for norm in self.norms if norm.path == module), None)
 
     def gain_axes(self, path: str) -> tuple[str, ...]:
-        """Name, within its block, of the gains that fold into each axis of a tensor of a block.
+        """Name, within its block, of the gains folded into each axis of a tensor of a block.
 
         Args:
             path: Tensor name relative to the block, such as `mlp.up_proj.weight`.
@@ -179,7 +181,7 @@ class Family:
         return axes if kind == "weight" else axes[:1]
 
     def axes(self, path: str) -> tuple[str | None, ...]:
-        """The site of each axis of a tensor of a block, all None where nothing is ever sliced.
+        """The site of each axis of a tensor of a block; all None if it is never sliced.
 
         Args:
             path: Tensor name relative to the block, such as `mlp.up_proj.weight`.
@@ -252,7 +254,7 @@ _QWEN3 = replace(_LLAMA, model_type="qwen3")
 
 # Sandwich norms: attention and MLP are also normalised before they are added to the residual
 # stream. Their gates multiply before that norm, so that the projection in front of it can shrink;
-# the norm then divides by the root mean square of what stays, still taken over the full width.
+# the norm then divides by the root mean square of the kept entries, over the full width.
 _GEMMA2 = Family(
     model_type="gemma2",
     blocks="model.layers",
@@ -298,8 +300,8 @@ _OPT = Family(
     refuse=_refuse_opt,
 )
 
-# Attention and MLP read the same normalised vector, each its own selection of it: the gates sit
-# behind the norm, at the inputs of the two, and the norm stays whole.
+# Attention and MLP read the same normalised vector, each with its own selection: the gates are
+# after the norm, at the inputs of the two, and the norm is not cut.
 _PHI = Family(
     model_type="phi",
     blocks="model.layers",
@@ -348,7 +350,7 @@ def family_named(model_type: str) -> Family:
         raise ValueError(
             f"`model_type` {model_type!r} is not a known family; known are "
             f"{', '.join(sorted(FAMILIES))}. To add one, add its row to pruning/families.py "
-            "and its test row (CONTRIBUTING.md shows how)."
+            "and its test row (see CONTRIBUTING.md)."
         )
     return family.narrowed() if is_narrow(model_type) else family
 
@@ -360,7 +362,7 @@ def blocks_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory."""
-    config = copy.deepcopy(config)  # transformers writes its type into it
+    config = copy.deepcopy(config)  # transformers writes the data type into it
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PreTrainedModel)

@@ -1,4 +1,4 @@
-"""Train few weights: low-rank updates of the linear layers of the blocks, by the package peft.
+"""Low-rank updates of the linear layers of the blocks, by the package peft.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685); the defaults are
 those of "Shortened LLaMA" (arXiv 2402.02834, section 4) for recovery after blocks are removed.
@@ -27,7 +27,7 @@ class LoRA:
 
     Args:
         rank: Rows of A and columns of B, 1 or more.
-        alpha: Strength of the update, above 0; it counts `alpha` / `rank` times.
+        alpha: Scaling of the update, above 0; its factor is `alpha` / `rank`.
         dropout: Fraction of the inputs of A that is dropped in training, in [0, 1).
         targets: Ends of the names of the layers, such as `self_attn.q_proj`; if not given, every
             linear layer of the blocks: q, k, v, o, gate, up and down of a Llama.
@@ -50,9 +50,9 @@ class LoRA:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
 
     def inject(self, model: PreTrainedModel) -> None:
-        """Freeze a model and hang the updates, which start at nothing, into its layers.
+        """Freeze a model and add updates, which start at zero, to its layers.
 
-        They are float32, whatever the type of the model: small steps are lost in bfloat16.
+        Updates are float32, whatever the type of the model: small steps round to zero in bfloat16.
 
         Raises:
             ValueError: peft is missing, or a target names no layer of the model.
@@ -70,9 +70,7 @@ class LoRA:
         names = [name for name, _ in model.named_modules()]
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ValueError(
-                    f"`targets` has {target!r}, which no layer of the model is called."
-                )
+                raise ValueError(f"`targets` has {target!r}, which matches no layer of the model.")
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
@@ -86,7 +84,7 @@ class LoRA:
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers of a model that carry updates, by name: what peft has put in their places."""
+    """The layers of a model with updates, by name, as peft modules."""
     modules = model.named_modules()
     return {name: module for name, module in modules if hasattr(module, "get_delta_weight")}
 
@@ -101,9 +99,10 @@ def added_up(layer: Any) -> Tensor:
 
 @contextmanager
 def merged(model: PreTrainedModel) -> Iterator[None]:
-    """The model with its updates added to its weights, and all put back after, to the bit.
+    """The model with its updates merged into its weights; restored exactly afterwards.
 
-    Inside, names and modules are those of a model without updates; without any, nothing happens.
+    Inside, names and modules are those of a model without updates; without updates, nothing
+    changes.
     """
     layers = adapted(model)
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}

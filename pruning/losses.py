@@ -1,8 +1,8 @@
-"""Token losses from hidden states, in chunks, so that the logits of a batch never exist at once.
+"""Token losses from hidden states, in chunks, so that never all logits of a batch are in memory.
 
-The gradient of every chunk is taken during the forward pass, when its logits are at hand: nothing
-is computed twice and at most `chunk_tokens` x vocabulary logits are alive. Only where ranks divide
-a head that trains are the logits of a chunk computed twice.
+The gradient of every chunk is computed during the forward pass, while its logits exist: nothing is
+computed twice and at most `chunk_tokens` x vocabulary logits are in memory. Only for a trained head
+that is sharded, the logits of a chunk are computed twice.
 
 Legend: N = tokens of a batch, C = tokens of a chunk, D = model width, V = vocabulary.
 """
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
-"""From hidden states (..., D) to logits (..., V)."""
+"""A function from hidden states (..., D) to logits (..., V)."""
 
 
 def head_of(model: nn.Module) -> Head:
-    """The output head of a causal language model, soft-capped where its configuration says so."""
+    """The output head of a causal language model, with soft-capping if configured."""
     linear: Any = model.get_output_embeddings()  # type: ignore[operator]
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is None:
@@ -33,12 +33,12 @@ def head_of(model: nn.Module) -> Head:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What a token loss is made of.
+    """Weights of the terms of a token loss.
 
     Args:
         cross_entropy: Weight of the negative log-likelihood of the next token, 0 or more.
         distillation: Weight of the KL divergence from the dense model, 0 or more; costs one more
-            forward pass per step where it is not 0.
+            forward pass per step if not 0.
 
     Raises:
         ValueError: A weight is negative, or both are 0.
@@ -62,10 +62,10 @@ class TokenLosses:
     """Mean losses per token, in nats.
 
     Args:
-        total: What is trained: the weighted sum.
+        total: The weighted sum, which is minimised.
         cross_entropy: Mean negative log-likelihood of the next token.
-        distillation: Mean KL divergence from the teacher's to the student's distribution; 0 where
-            there is no teacher.
+        distillation: Mean KL divergence from the teacher's to the student's distribution; 0 without
+            a teacher.
     """
 
     total: Tensor
@@ -90,13 +90,13 @@ def token_losses(
         hidden_ND: Last hidden states, shape (N, D), each predicting the label of its row.
         labels_N: Token ids (int64), shape (N,).
         head: Output head.
-        teacher_ND: Hidden states of the teacher; needed where distillation counts.
+        teacher_ND: Hidden states of the teacher; needed if the weight of distillation is not 0.
         teacher_head: Output head of the teacher; None if it is the same.
-        weights: Of cross-entropy and distillation; None stands for cross-entropy alone.
-        chunk_tokens: Tokens whose logits are alive at once, 1 or more.
-        parameters: Parameters of the head that are trained as well; None if they are and lie in
-            shares on the ranks, so that only the head itself can gather them: then the logits are
-            computed once more in the backward pass.
+        weights: Weights of cross-entropy and distillation; None means cross-entropy alone.
+        chunk_tokens: Tokens whose logits are in memory at once, 1 or more.
+        parameters: Trained parameters of the head; None for a trained head that is sharded, so that
+            only the head itself can gather them: then the logits are computed again in the backward
+            pass.
     """
     weights = weights or LossWeights()
     assert teacher_ND is not None or not weights.distillation
@@ -124,7 +124,7 @@ def token_losses(
 def _sum_recomputed(
     function: Callable[[Tensor, slice], tuple[Tensor, Tensor]], chunk: int, hidden_ND: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a scalar function over row chunks, each computed again in the backward pass."""
+    """Sum a scalar function over row chunks, each computed again in the backward pass."""
     places = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)]
     found = [checkpoint(function, hidden_ND[at], at, use_reentrant=False) for at in places]
     totals, parts = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
@@ -132,7 +132,7 @@ def _sum_recomputed(
 
 
 class _SumOverChunks(torch.autograd.Function):
-    """Sum of a scalar function over row chunks, its gradient computed on the way."""
+    """Sum of a scalar function over row chunks, with its gradient computed in the forward pass."""
 
     @staticmethod
     def forward(

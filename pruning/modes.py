@@ -1,4 +1,4 @@
-"""Put a live model into another mode for the duration of a `with` block."""
+"""Set the mode of a live model for the duration of a `with` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off; the mode is as before afterwards."""
+    """Set evaluation mode, without dropout; restore the mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -21,7 +21,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient or hold one; all are as before afterwards."""
+    """Disable and remove the gradients of all parameters; restore them afterwards."""
     before = [(tensor, tensor.requires_grad, tensor.grad) for tensor in model.parameters()]
     try:
         for tensor, _, _ in before:

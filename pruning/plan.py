@@ -1,14 +1,16 @@
-"""The plan: which entries of every site stay. Small, exact, reproducible.
+"""The plan: which entries of every site are kept. Small, exact, reproducible.
 
 On disk a plan is two files of one folder: `plan.safetensors` holds the kept indices, one int32
 vector per site named `<block>.<site>`, and the gains, if there are any, as
-`<block>.<projection>.<input|output>`; `plan.json` says in words and numbers what they mean. Neither
-can run code. Equal plans are equal files, byte for byte.
+`<block>.<projection>.<input|output>`; `plan.json` describes them. Neither can run code. Equal plans
+give equal files, byte for byte.
 
-In a model folder they lie in `plan/`: servers take every safetensors file at its top for weights.
+In a model folder they are in `plan/`: servers load every safetensors file at its top level as
+weights.
 
-A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each on attention and MLP
-as a whole. Where such a site keeps nothing, the sites of that part keep nothing either.
+A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each for the entire
+attention and the entire MLP. If such a site keeps nothing, the sites of that part keep nothing
+either.
 
 Legend: S = sites, I = entries of a site, W = kept entries of a site.
 """
@@ -34,22 +36,22 @@ from secateur.pruning.sites import Site, compose_gains, find_sites, gain_sizes, 
 
 TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
 IN_MODEL = "plan"
-"""Subfolder of a model folder that holds the plan."""
+"""Subfolder of a model folder with the plan."""
 _FORMAT = "secateur-plan-2"
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What stays of a model.
+    """The kept entries of every site of a model, with gains.
 
     Args:
         model_type: Family of the base model.
         base: Fingerprint of the base model, see `secateur.pruning.files.fingerprint`.
         sites: The sites of the base model, in order.
         kept: Sorted indices (int64) of the kept entries, one vector of shape (W,) per site.
-        gains: Factors (float32) on the features at both sides of every projection, by the names
-            of `gain_sizes`; what is missing, and None, stands for ones. Surgery folds them into the
-            weights. Those of entries that go do nothing.
+        gains: Factors (float32) on the features on both sides of every projection, by the names of
+            `gain_sizes`; missing names, and None, mean ones. Surgery folds them into the weights.
+            Gains of removed entries have no effect.
         provenance: How the plan was made: JSON values only, shown in the model card.
 
     Raises:
@@ -71,7 +73,8 @@ class Plan:
             if (site.block, site.part) in gone:
                 if len(index_W) > 0:
                     raise ValueError(
-                        f"Site {site.key} keeps entries of a part that goes as a whole; keep none."
+                        f"Site {site.key} keeps entries of a part that is removed entirely; keep "
+                        "none."
                     )
                 continue
             if len(index_W) == 0:
@@ -94,25 +97,25 @@ class Plan:
         return family.with_parts() if any(site.is_part for site in self.sites) else family
 
     def keeps(self, block: int, part: str) -> bool:
-        """Whether the attention (`attn`) or the MLP (`mlp`) of a block stays, however narrow; what
-        the base model does not have does not.
+        """Test whether the attention (`attn`) or the MLP (`mlp`) of a block is kept, at any width;
+        False for a part that the base model lacks.
         """
         return (block, part) in self._parts - self.removed_parts
 
     def kept_blocks(self) -> list[int]:
-        """Blocks of the base model of which anything stays, in order."""
+        """Blocks of the base model that are not entirely removed, in order."""
         return sorted({block for block, _ in self._parts - self.removed_parts})
 
     @cached_property
     def removed_parts(self) -> frozenset[tuple[int, str]]:
-        """Block and part of everything that goes as a whole."""
+        """Block and part of every part that is removed entirely."""
         sites = zip(self.sites, self.kept, strict=True)
         gone = {(site.block, site.name) for site, i in sites if site.is_part and len(i) == 0}
         return frozenset(gone)
 
     @cached_property
     def _parts(self) -> frozenset[tuple[int, str]]:
-        """Block and part of everything that the base model has."""
+        """Block and part of every part of the base model."""
         return frozenset((site.block, site.part) for site in self.sites)
 
     @property
@@ -128,10 +131,10 @@ class Plan:
         return [by_block[block] for block in sorted(by_block)]
 
     def stock_mlp_width(self) -> int | None:
-        """Width of every MLP, if nothing else of the blocks that stay is cut and all have the same.
+        """The common width of all MLPs, if nothing else is cut in the remaining blocks.
 
-        What such a plan leaves is a stock model of the family: it needs no code of its own. None
-        otherwise, and always where the base model is a narrow one.
+        Such a plan leaves a stock model of the family, which needs no code of its own. None
+        otherwise, and always for a narrow base model.
         """
         if is_narrow(self.model_type):
             return None
@@ -156,7 +159,7 @@ class Plan:
         raise KeyError(f"{block}.{name}")
 
     def gates(self) -> tuple[Tensor, ...]:
-        """The gates (float32), one vector of shape (I,) per site: 0, or 1 for what stays."""
+        """The gates (float32), one vector of shape (I,) per site: 1 for kept entries, else 0."""
         return tuple(
             torch.zeros(site.size).index_fill(0, index_W, 1.0)
             for site, index_W in zip(self.sites, self.kept, strict=True)
@@ -168,7 +171,7 @@ class Plan:
         Raises:
             ValueError: The plan was made for another family or other sizes.
         """
-        family_of(config)  # an unknown one is told first
+        family_of(config)  # reports an unknown family first
         if config.model_type != self.model_type:
             raise ValueError(
                 f"The plan was made for a {self.model_type!r} model and cannot prune a "
@@ -194,16 +197,16 @@ class Plan:
             )
 
     def then(self, other: Plan) -> Plan:
-        """One plan for both: this one, and then one of the model that it leaves.
+        """Compose this plan with a plan of the model that it leaves.
 
-        Cutting by it gives the tensors that cutting by the one and by the other gives, up to the
-        rounding of gains. The provenance lists that of every stage under `stages`, in order.
+        Cutting by the result gives the same tensors as cutting by both in turn, up to the rounding
+        of gains. The provenance lists that of every stage under `stages`, in order.
 
         Args:
             other: A plan of the model that this one leaves.
 
         Raises:
-            ValueError: It was made for another family or other sizes.
+            ValueError: The other plan was made for another family or other sizes.
         """
         left = other.model_type
         if left != (self.model_type if self.stock_mlp_width() else narrow_type(self.model_type)):
@@ -215,8 +218,8 @@ class Plan:
             key: size for key, size in found.items() if key[1] not in PARTS
         }:
             raise ValueError(
-                "The next plan does not fit: its sites are not those of the model that this one "
-                "leaves; give a plan that was made for that model."
+                "The next plan does not fit: its sites differ from those of the model that this "
+                "one leaves; give a plan that was made for that model."
             )
         next_kept = {
             (blocks[site.block], site.name): index_W
@@ -249,11 +252,11 @@ class Plan:
         )
 
     def describe(self) -> str:
-        """The kept widths as a table for people, one row per block."""
+        """The kept widths as a text table, one row per block."""
         return widths_table(self.sites, self.widths)
 
     def save(self, folder: str | Path) -> None:
-        """Write `plan.safetensors` and `plan.json` into a folder, which is made if needed."""
+        """Write `plan.safetensors` and `plan.json` into a folder, which is created if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         description = {
@@ -328,7 +331,7 @@ class Plan:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Plan:
-        """Unpack what `state` has packed."""
+        """Make a plan from the result of `state`."""
         return cls(
             model_type=state["model_type"],
             base=state["base"],
@@ -361,8 +364,8 @@ def plan_from_indices(
         base: Its fingerprint.
         kept: One vector of kept indices (int64, sorted) per site, in order.
         provenance: How they were chosen.
-        gains: Factors by name, see `Plan`; None stands for ones.
-        family: The row of the family whose sites these are, `with_parts` or without; None is
+        gains: Factors by name, see `Plan`; None means ones.
+        family: The row of the family whose sites these are, `with_parts` or without; None means
             without.
     """
     return Plan(
@@ -381,16 +384,16 @@ def plan_without(
     removed: Collection[tuple[int, str]],
     provenance: Mapping[str, Any],
 ) -> Plan:
-    """The plan that removes attentions and MLPs as a whole and keeps everything else.
+    """The plan that removes entire attentions and MLPs and keeps everything else.
 
     Args:
         model: The dense model.
         base: Its fingerprint.
-        removed: Block and part, `attn` or `mlp`, of what goes.
+        removed: Block and part, `attn` or `mlp`, to remove.
         provenance: How they were chosen.
 
     Raises:
-        ValueError: There is no such part, or no attention would be left.
+        ValueError: The model lacks a part, or no attention would be left.
     """
     family = family_of(model.config).with_parts()
     sites = find_sites(model, family)

@@ -1,4 +1,4 @@
-"""What a callback may ask of the module that it meets: modules and callbacks import only this."""
+"""Interfaces between callbacks and modules; neither package imports the other."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LearnsMasks(Protocol):
 
     budget: Budget
     keep_target: float
-    """Fraction of the cost that the penalty pulls to now, in (0, 1]."""
+    """Present target of the kept fraction of the cost, in (0, 1]."""
     temperature: float
-    """Softness of the gates now, above 0."""
+    """Present temperature of the gates, above 0."""
     sites: list[Site]
     table: CostTable
 
@@ -39,26 +39,26 @@ class LearnsMasks(Protocol):
         """P(keep) of every gate, shape (N,)."""
 
     def plan(self) -> Plan:
-        """What would be exported now, on budget."""
+        """The plan that would be exported now, on budget."""
 
 
 @runtime_checkable
 class Exports(Protocol):
-    """A module that can leave a model folder behind."""
+    """A module that can export a model folder."""
 
     def check_export_folder(self, folder: Path) -> None:
-        """Raise ValueError if `folder` exists and could not be replaced by an export."""
+        """Raise ValueError if `folder` exists and must not be replaced by an export."""
 
     def export(self, folder: Path, command: str) -> None:
-        """Write what was learned; `command` goes into the model card."""
+        """Export the model; `command` goes into the model card."""
 
 
 @runtime_checkable
 class ChecksFirst(Protocol):
-    """A callback that can tell, before anything is read, that a run would end in an error."""
+    """A callback that can check, before anything is read, whether a run would fail."""
 
     def check_first(self, trainer: Any, module: Any) -> None:
-        """Raise ValueError if the run could not do what the callback is there for."""
+        """Raise ValueError if the callback could not do its work in this run."""
 
 
 def learns_masks(module: object, needed_by: str) -> LearnsMasks:
@@ -73,10 +73,10 @@ def learns_masks(module: object, needed_by: str) -> LearnsMasks:
 
 
 def exports(module: object, needed_by: str) -> Exports:
-    """The module itself, if it can leave a model behind.
+    """The module itself, if it can export a model.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: It cannot export.
     """
     if not isinstance(module, Exports):
         raise _unsuited(module, needed_by, "exports, such as MaskLearning or CausalLM")
@@ -97,27 +97,27 @@ class TrainsWeights(Protocol):
     model: Any
     """The live model."""
     base_model: BaseModel
-    """The base model; ValueError where training started from nothing."""
+    """The base model; ValueError if training started from random weights."""
     base_folder: Path
     """Its folder."""
     base_fingerprint: str
     """Content hash of the base model."""
     kept_blocks: list[int]
-    """Numbers, in the base model, of the blocks of which anything is left; empty before the model
-    is read."""
+    """Numbers, in the base model, of the blocks that are not entirely removed; empty before the
+    model is read."""
     removed_units: list[Unit]
-    """Blocks and halves of blocks that are gone, by their numbers in the base model, in order."""
+    """Removed blocks and halves of blocks, by their numbers in the base model, in order."""
 
     def plain(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model as it would be exported now, in evaluation mode, to score and to measure; what
-        is done to it inside is undone, in part or in whole, at the end.
+        """The model as it would be exported now, in evaluation mode, to score and to measure;
+        changes made inside may be undone at the end.
         """
 
     def check_removals(self, strategy: Any) -> None:
-        """Find out before training whether anything can be removed under a strategy.
+        """Check before training that blocks can be removed under a strategy.
 
         Raises:
-            ValueError: It divides weights or optimiser among the ranks.
+            ValueError: It shards weights or optimiser states.
         """
 
     def remove_units(
@@ -126,18 +126,18 @@ class TrainsWeights(Protocol):
         provenance: Mapping[str, Any],
         compensate_on: Tensor | None = None,
     ) -> None:
-        """Take units, by their numbers in the base model, out of all that trains; what stays is
-        scaled to make up for them if windows are given and that helps on these.
+        """Remove units, by their numbers in the base model; if windows are given, remaining weights
+        are scaled to make up for them if that lowers the loss on these windows.
 
         Raises:
-            ValueError: They cannot be taken out, or not under this strategy.
+            ValueError: They cannot be removed, or not under this strategy.
         """
 
     def adopt(self, narrow: PreTrainedModel, plan: Plan) -> None:
-        """Train a narrow model, which a plan has cut from `plain`, in the place of the live one."""
+        """Train a narrow model, which a plan has cut from `plain`, instead of the present one."""
 
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
-        """Note for the model card how weights were changed: JSON values only."""
+        """Record for the model card how weights were changed: JSON values only."""
 
 
 def trains_weights(module: object, needed_by: str) -> TrainsWeights:
@@ -156,17 +156,17 @@ class HoldsWindows(Protocol):
     """A data module with windows of tokens to train on."""
 
     train_windows: Any
-    """Indexed by a list of numbers through `__getitems__`: int64 of shape (B, T)."""
+    """Windows, indexed by a list of numbers through `__getitems__`: int64 of shape (B, T)."""
 
 
 def calibration_windows(data: object, count: int, seed: int, needed_by: str) -> Tensor:
-    """Windows to score on, drawn from the training data: int64 of shape (N, T).
+    """Draw windows to score on from the training data: int64 of shape (N, T).
 
     Args:
         data: The data module.
         count: Number of windows, 1 or more.
         seed: Seed of the draw.
-        needed_by: Who asks, for the message.
+        needed_by: Name of the caller, for the message.
 
     Raises:
         ValueError: The data has no windows, or fewer than `count`.

@@ -1,4 +1,4 @@
-"""How a quantity moves from its start to its end.
+"""Schedules of a quantity from its start to its end.
 
 Sources: cubic, "To prune, or not to prune" (arXiv 1710.01878, eq. 1); the others are customary.
 """
@@ -14,10 +14,10 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, progress: float) -> float:
-        """Fraction of the way that is done, in [0, 1].
+        """Value of the curve, in [0, 1].
 
         Args:
-            progress: Fraction of the steps that are done, in [0, 1].
+            progress: Fraction of the steps taken, in [0, 1].
         """
 
 
@@ -29,14 +29,14 @@ class Linear(Schedule):
 
 
 class Cubic(Schedule):
-    """Fast first, slow at the end: 1 - (1 - x)^3; half of the way is done at x = 0.206."""
+    """Fast first, slow at the end: 1 - (1 - x)^3; it reaches 0.5 at x = 0.206."""
 
     def __call__(self, progress: float) -> float:
         return 1 - (1 - progress) ** 3
 
 
 class Cosine(Schedule):
-    """Slow at both ends: (1 - cos(pi x)) / 2; half of the way is done at x = 0.5."""
+    """Slow at both ends: (1 - cos(pi x)) / 2; it reaches 0.5 at x = 0.5."""
 
     def __call__(self, progress: float) -> float:
         return (1 - math.cos(math.pi * progress)) / 2

@@ -1,4 +1,4 @@
-"""The prunable dimensions of a model, in the order that everything else follows.
+"""The prunable dimensions of a model, in one fixed order.
 
 Block 0 comes first, and within a block the sites come in the order of the family's row. A vector
 over all gates of a model is the concatenation of its sites in this order.
@@ -34,17 +34,17 @@ class Site:
 
     @property
     def part(self) -> str:
-        """The part of the block that it belongs to, `attn` or `mlp`."""
+        """The part of the block that the site belongs to, `attn` or `mlp`."""
         return part_of(self.name)
 
     @property
     def is_part(self) -> bool:
-        """Whether it is the one gate of a part as a whole, and not one of its widths."""
+        """Whether it is the gate of an entire part, and not one of its widths."""
         return self.name in PARTS
 
     @property
     def is_of_stream(self) -> bool:
-        """Whether its entries are those of the residual stream, read or written."""
+        """Whether its entries belong to the residual stream, read or written."""
         return self.name.endswith(("_in", "_out"))
 
     @property
@@ -90,7 +90,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
 
 
 def gain_sizes(model: PreTrainedModel, family: Family) -> dict[str, int]:
-    """Features on either side of every projection, by the name of the gains that multiply them.
+    """Number of features on either side of every projection, by the names of their gains.
 
     A name is `<block>.<path>.input` or `<block>.<path>.output`.
 
@@ -114,12 +114,12 @@ def compose_gains(
     kept: Mapping[Site, Tensor],
     kept_blocks: Sequence[int],
 ) -> dict[str, Tensor] | None:
-    """The gains of a model that is cut twice: the second ones multiply where their features are.
+    """Compose the gains of two cuts: the second gains multiply those of the same features.
 
     Args:
         family: The row of the family of the first model.
-        gains: Those of the first cut, by the names of `gain_sizes`; what is missing is 1.
-        next_gains: Those of the second, by the names of the model that the first one leaves.
+        gains: Gains of the first cut, by the names of `gain_sizes`; missing names mean 1.
+        next_gains: Gains of the second cut, by the names of the model that the first one leaves.
         kept: Indices that the first cut keeps, by site.
         kept_blocks: Blocks of the first model that the second one has, in order.
     """
@@ -139,18 +139,18 @@ def compose_gains(
 
 
 def names_of(sites: Sequence[Site]) -> list[str]:
-    """The names of sites, once each, in the order of the blocks that have the most of them."""
+    """The distinct names of sites, in the order of the block with the most sites."""
     in_block = Counter(site.block for site in sites)
     fullest_first = sorted(sites, key=lambda site: -in_block[site.block])
     return list(dict.fromkeys(site.name for site in fullest_first))
 
 
 def widths_table(sites: Sequence[Site], widths: Sequence[int]) -> str:
-    """Widths as a table for people, one row per block, one column per name of a site.
+    """Widths as a text table, one row per block, one column per name of a site.
 
     Args:
         sites: The sites.
-        widths: Entries that stay, per site.
+        widths: Number of kept entries per site.
     """
     names = names_of(sites)
     sizes = {name: {site.size for site in sites if site.name == name} for name in names}

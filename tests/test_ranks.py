@@ -346,7 +346,7 @@ def test_a_malicious_checkpoint_does_not_run(runs: Runs, tmp_path: Path) -> None
     assert zipfile.is_zipfile(malice)
     arguments = runs.arguments("offloaded", malice)
     for error in runs.ranks.errors("refused", arguments):
-        assert "nothing that SaveCheckpoint" in error
+        assert "not written by SaveCheckpoint" in error
     assert not (tmp_path / "executed").exists()
 
 

@@ -1,1 +1,1 @@
-"""Folders and files: model folders, checkpoints, fingerprints, shards."""
+"""Read and write model folders, checkpoints, fingerprints and shards."""

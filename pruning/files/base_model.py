@@ -1,4 +1,4 @@
-"""A model to start from: found, read and checked once, never by code that lies in its folder."""
+"""A base model: found, read and checked once, without running code from its folder."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
 class BaseModel:
     """A stock model of transformers, or a narrow one that Secateur has exported.
 
-    Everything is found when it is first asked for, and once. The class of a narrow model comes from
-    `secateur.pruning.modelling`; the copy of that code in its folder is for others.
+    Every property is computed on first use and cached. The class of a narrow model comes from
+    `secateur.pruning.modelling`, not from the copy of that code in its folder.
 
     Args:
-        name: A folder or, as a string, the id of a model on the hub; that is fetched once.
-        setting: What `name` is called where it was typed, for errors.
+        name: A folder or, as a string, the id of a model on the hub, which is downloaded once.
+        setting: Name of the setting that gave `name`, for errors.
     """
 
     def __init__(self, name: str | Path, setting: str = "base") -> None:
         self.name, self.setting = name, setting
 
     def check(self) -> None:
-        """Check what can be told at once: what may be a hub id is left to `folder`.
+        """Check the name without network access; a possible hub id is resolved by `folder`.
 
         Raises:
             ValueError: A path does not exist, or is not a model folder.
@@ -80,13 +80,13 @@ class BaseModel:
             return Path(snapshot_download(str(self.name), allow_patterns=_FILES))
         except (HFValidationError, HfHubHTTPError, OSError) as error:
             raise ValueError(
-                f"`{self.setting}` {str(self.name)!r} is neither a folder nor a model that the hub "
-                f"gives: {error}"
+                f"`{self.setting}` {str(self.name)!r} is neither a folder nor a model on the hub: "
+                f"{error}"
             ) from error
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What config.json says, as it is written.
+        """Contents of config.json, unchanged.
 
         Raises:
             ValueError: It cannot be read.
@@ -101,7 +101,7 @@ class BaseModel:
         """The configuration.
 
         Raises:
-            ValueError: There is none that transformers or Secateur knows.
+            ValueError: Neither transformers nor Secateur can read it.
         """
         return read_config(self.folder)
 
@@ -119,7 +119,7 @@ class BaseModel:
         """The files that hold the weights.
 
         Raises:
-            ValueError: There are none, or some are missing.
+            ValueError: There are no weight files, or some are missing.
         """
         return weight_files(self.folder)
 
@@ -138,7 +138,7 @@ class BaseModel:
         return fingerprint(self.folder)
 
     def refuse(self, step: Step) -> None:
-        """Refuse a step that leads nowhere on this model.
+        """Refuse a step that this model does not allow.
 
         Raises:
             ValueError: See `secateur.pruning.chains`.
@@ -182,7 +182,7 @@ class BaseModel:
 
         Args:
             dtype: Type of the weights; "auto" keeps that of the files.
-            device: Where it goes; None leaves it on the host.
+            device: Device of the model; None leaves it on the host.
             options: Passed to `from_pretrained`.
 
         Raises:
@@ -224,13 +224,13 @@ def read_config(name: str | Path) -> PreTrainedConfig:
         name: A model folder, a config.json or a hub id.
 
     Raises:
-        ValueError: There is none that transformers or Secateur knows.
+        ValueError: Neither transformers nor Secateur can read it.
     """
     try:
         model_type = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
         if is_narrow(model_type):
-            family_named(model_type)  # an unknown one is told
-            config_class(model_type)  # from here on, transformers knows it
+            family_named(model_type)  # reports an unknown family
+            config_class(model_type)  # registers it with transformers
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} has no readable {CONFIG}: {error}") from error
@@ -241,7 +241,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer.
 
     Args:
-        name: A folder, of a model or of a tokenizer alone, or a hub id.
+        name: Folder of a model or tokenizer, or a hub id.
 
     Raises:
         ValueError: There is none.

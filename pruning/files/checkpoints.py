@@ -1,4 +1,4 @@
-"""Checkpoints as files: written whole or not at all, and found before anybody reads one."""
+"""Checkpoint files: written completely or not at all, and checked before they are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from secateur.pruning.files.checksums import checksum
 
 FOLDER = "checkpoints"
-"""Where a run keeps its checkpoints, in its output folder."""
+"""Folder of checkpoints in the output folder of a run."""
 
 _BEST = "best.json"
 _PARTIAL = ".{}.partial"
@@ -24,13 +24,12 @@ _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 @dataclass(frozen=True, order=True)
 class Seal:
-    """What the end of a checkpoint tells of it.
+    """Run, step and checksum of a checkpoint, stored at its end.
 
     Args:
-        run: Number of the launch that wrote it, 1 or more: every launch in a folder has a higher
-            one than those before.
+        run: Number of the launch that wrote it, 1 or more, counted up for every launch in a folder.
         step: Optimiser steps taken, 0 or more.
-        checksum: Of these two and everything before the seal, hex, 32 digits.
+        checksum: Checksum of these two and of everything before the seal, hex, 32 digits.
     """
 
     run: int
@@ -39,9 +38,10 @@ class Seal:
 
 
 def seal(file: BinaryIO, run: int, step: int) -> None:
-    """End a checkpoint with its seal, as the comment of the zip archive that it is.
+    """Append the seal to a checkpoint, as the comment of its zip archive.
 
-    Clocks differ between machines and copies lose times, so order and content are told by the file.
+    Clocks differ between machines and copies lose times, so the file itself stores order and
+    checksum.
 
     Args:
         file: The archive, complete, open for reading and writing.
@@ -56,7 +56,7 @@ def seal(file: BinaryIO, run: int, step: int) -> None:
 
 
 def read_seal(path: Path) -> Seal | None:
-    """The seal of a checkpoint, None if it has none; whether it holds `is_whole` tells."""
+    """The seal of a checkpoint, None if it has none; `is_whole` verifies it."""
     try:
         with path.open("rb") as file:
             file.seek(-_SEAL_BYTES, os.SEEK_END)
@@ -67,7 +67,7 @@ def read_seal(path: Path) -> Seal | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is as it was written, by its checksum, and under its own name."""
+    """Test whether a checkpoint is undamaged, by its checksum, and has its original name."""
     found = read_seal(path)
     if found is None or step_of(path.name) not in (None, found.step):
         return False
@@ -77,30 +77,30 @@ def is_whole(path: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint below an output folder that is whole, None if there is none at all.
+    """The newest undamaged checkpoint below an output folder, None if there are no checkpoints.
 
-    A damaged file is passed over with a warning that names it.
+    A damaged file is skipped with a warning that names it.
 
     Raises:
-        ValueError: There are checkpoints and none of them is whole.
+        ValueError: There are checkpoints and all are damaged.
     """
     found, unsealed = newest_first(folder / FOLDER), _unsealed(folder / FOLDER)
     for path in unsealed:
-        warnings.warn(f"{path} is damaged (truncated?) and passed over.", stacklevel=2)
+        warnings.warn(f"{path} is damaged (truncated?) and skipped.", stacklevel=2)
     for path in found:
         if is_whole(path):
             return path
         warnings.warn(f"{path} is damaged; trying the one before it.", stacklevel=2)
     if found or unsealed:
         raise ValueError(
-            f"None of the {len(found + unsealed)} checkpoints in {folder / FOLDER} is whole. Start "
-            "without `--ckpt_path`, or bring back a copy of one."
+            f"All {len(found + unsealed)} checkpoints in {folder / FOLDER} are damaged. Start "
+            "without `--ckpt_path`, or restore one from a copy."
         )
     return None
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The best checkpoint below an output folder, None if the run has chosen none.
+    """The best checkpoint below an output folder, None if the run recorded none.
 
     Raises:
         ValueError: It is missing or damaged; names the newest good one.
@@ -123,26 +123,26 @@ def check_whole(path: Path) -> None:
         return
     what = "does not exist"
     if path.exists():
-        what = "is damaged (truncated?), or nothing that SaveCheckpoint of this version has written"
+        what = "is damaged (truncated?), or was not written by SaveCheckpoint of this version"
     good = next((other for other in newest_first(path.parent) if is_whole(other)), None)
     cure = f"resume from {good}" if good else "there is no good one beside it; start again"
     raise ValueError(f"`ckpt_path` {path} {what}; {cure}.")
 
 
 def step_of(name: str) -> int | None:
-    """The optimiser step that a file name tells, None if it is not that of a checkpoint."""
+    """The optimiser step in a file name, None if it is not the name of a checkpoint."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Checkpoints by launch and step: an earlier run may have got further in steps."""
+    """Checkpoints sorted by launch, then step: an earlier run may have reached a later step."""
     seals = {path: found for path in _named(folder) if (found := read_seal(path))}
     return sorted(seals, key=seals.__getitem__, reverse=True)
 
 
 def next_run(folder: Path) -> int:
-    """Number of a launch that begins now."""
+    """Number of the next launch."""
     found = newest_first(folder)
     newest = read_seal(found[0]) if found else None
     return newest.run + 1 if newest else 1
@@ -157,31 +157,31 @@ def _named(folder: Path) -> list[Path]:
 
 
 def read_figures(folder: Path, monitor: str | None = None) -> dict[str, float]:
-    """By what the best checkpoints in a folder were chosen: file name to figure, lowest first.
+    """The figures of the best checkpoints in a folder: file name to figure, lowest first.
 
     Args:
         folder: Folder of checkpoints.
         monitor: Name of the figure; any if None.
 
     Raises:
-        ValueError: They were chosen by another figure.
+        ValueError: The checkpoints were selected by another figure.
     """
     noted = _noted(folder)
     if noted and monitor not in (None, noted["monitor"]):
         raise ValueError(
-            f"`monitor` is {monitor!r}, and the best checkpoints in {folder} were chosen by "
-            f"{noted['monitor']!r}; give the same, or remove {_BEST} there, and they go."
+            f"`monitor` is {monitor!r}, and the best checkpoints in {folder} were selected by "
+            f"{noted['monitor']!r}; give the same, or remove {_BEST} there to drop them."
         )
     figures: dict[str, float] = noted.get("figures", {})
     return figures
 
 
 def write_figures(folder: Path, monitor: str | None, figures: Mapping[str, float]) -> None:
-    """Note the best checkpoints in a folder, and the figures by which they were chosen.
+    """Record the best checkpoints in a folder, and their figures.
 
     Args:
         folder: Folder of checkpoints.
-        monitor: Name of the figure; None for the one that is noted already.
+        monitor: Name of the figure; None keeps the recorded name.
         figures: File name to figure.
     """
     if not figures:
@@ -199,14 +199,14 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all; what this has returned from outlasts a loss of power.
+    """Write a file completely or not at all; it is safely on disk when this returns.
 
     Args:
-        path: The file, replaced if it exists; its folder is made.
-        write: Writes the content into a file that is open for reading and writing.
+        path: The file, replaced if it exists; its folder is created if needed.
+        write: Called with a file open for reading and writing, to write the content.
 
     Raises:
-        OSError: Nothing was written, as when the disk is full; names the file.
+        OSError: Writing failed, for example because the disk is full; names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_PARTIAL.format(path.name))
@@ -218,18 +218,18 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):  # that torch was writing to the disk then says less
+        if isinstance(cause, OSError):  # more precise than the error of torch
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name
+        os.fsync(folder)  # make the new name durable
     finally:
         os.close(folder)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run was writing."""
+    """Remove files that a killed run left incomplete."""
     for stale in folder.glob(_PARTIAL.format("*")):
         stale.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Checksums of what is written now and read later: xxHash, which is faster than a disk reads."""
+"""Checksums of files and tensors by xxHash, which is faster than reading from disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import xxhash
 from torch import Tensor
 
 SUMS = "checksums.json"
-"""Beside files that are read whole: their names and checksums."""
+"""File with the names and checksums of the files beside it."""
 
 _CHUNK = 1 << 18
 
@@ -22,8 +22,8 @@ def checksum(file: BinaryIO, num_bytes: int | None = None, notes: str = "") -> s
 
     Args:
         file: An open file.
-        num_bytes: Its first bytes count, so many; None for all.
-        notes: Text that counts, too.
+        num_bytes: Number of its first bytes to use; None for all.
+        notes: Text to include in the checksum.
     """
     found, left = xxhash.xxh3_128(notes.encode()), num_bytes
     file.seek(0)
@@ -36,11 +36,11 @@ def checksum(file: BinaryIO, num_bytes: int | None = None, notes: str = "") -> s
 def tensor_checksum(tensors: Mapping[str, Tensor], notes: str = "") -> str:
     """Checksum of the names, types, shapes and bytes of tensors, hex, 32 digits.
 
-    On another device than the CPU one tensor at a time is copied.
+    Tensors on other devices are copied to the CPU one at a time.
 
     Args:
         tensors: The tensors, in any order.
-        notes: Text that belongs to them.
+        notes: Text to include in the checksum.
     """
     found = xxhash.xxh3_128(notes.encode())
     for name, tensor in sorted(tensors.items()):
@@ -51,7 +51,7 @@ def tensor_checksum(tensors: Mapping[str, Tensor], notes: str = "") -> str:
 
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:
-    """Note the checksums of files in their folder."""
+    """Write the checksums of files into their folder."""
     sums = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -60,7 +60,7 @@ def write_sums(folder: Path, names: Iterable[str]) -> None:
 
 
 def damaged_files(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of some files that are not as they were when `write_sums` noted them."""
+    """Names of the files that have changed since `write_sums`."""
     try:
         sums = dict(json.loads((folder / SUMS).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):

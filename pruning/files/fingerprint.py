@@ -1,4 +1,4 @@
-"""Content hashes that tell models and data apart, whatever they are called or wherever they lie.
+"""Content hashes of models and data, independent of names and paths.
 
 Legend: N = windows, T = tokens of a window.
 """
@@ -27,8 +27,8 @@ def _hash_file(path: Path) -> str:
 def fingerprint(folder: str | Path) -> str:
     """Hash of a model folder: its config.json and the files of its weights, hex, 64 digits.
 
-    It tells models apart that differ by accident, faster than a disk reads; against somebody who
-    makes two models of one fingerprint on purpose it is no protection.
+    It distinguishes models that differ by accident, and is faster than reading from disk; it does
+    not protect against collisions made on purpose.
 
     Raises:
         ValueError: The folder holds no config.json or no safetensors weights.
@@ -44,9 +44,9 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def live_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model in memory: names, types, shapes and bytes of its tensors, and what it is.
+    """Hash of a model in memory: names, types, shapes and bytes of tensors, and configuration.
 
-    On another device than the CPU one tensor at a time is copied.
+    Tensors on other devices are copied to the CPU one at a time.
     """
     config = {
         name: value

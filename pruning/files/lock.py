@@ -1,4 +1,4 @@
-"""One run per output folder: a lock that the system releases when its holder ends, however."""
+"""One run per output folder: a lock that the system releases whenever its process ends."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from errno import EACCES, EAGAIN
 from pathlib import Path
 
 LOCK = ".lock"
-"""The file that is locked, in an output folder; it stays, and says who was there last."""
+"""The lock file in an output folder; it is kept, and names the last process that held it."""
 
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Hold an output folder for one run.
+    """Lock an output folder for one run.
 
-    The lock is one of POSIX, which file systems of clusters share between machines and which no
-    process inherits.
+    It is a POSIX lock: file systems of clusters share it between machines, and child processes do
+    not inherit it.
 
     Args:
-        folder: The folder, made if needed.
+        folder: The folder, created if needed.
         setting: The setting that names it, for the message.
 
     Raises:
-        ValueError: It cannot be written, or another process holds it; says which one, and since
-            when.
+        ValueError: The folder cannot be written, or another process has locked it; names the
+            process and since when.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
                     "or stop it, or choose another folder."
                 ) from None
             warnings.warn(
-                f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes "
+                f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes "
                 "there.",
                 stacklevel=2,
             )

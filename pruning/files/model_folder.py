@@ -1,4 +1,4 @@
-"""Model folders on disk: what they hold, and how one is written whole or not at all."""
+"""Model folders on disk: their contents, and writing them completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MARK = "secateur.json"
-"""In a model folder of ours: how the model was made, and which files were written."""
+"""File in our model folders that records how the model was made and which files were written."""
 SHARD_BYTES = 5_000_000_000
-"""Largest file of weights, unless a tensor is larger."""
+"""Largest weight file in bytes, unless one tensor is larger."""
 
-# What a model folder holds beside weights and configuration, its licence included.
+# Files of a model folder beside weights and configuration, licence included.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -41,12 +41,12 @@ COMPANIONS = (
 
 
 def is_ours(folder: Path) -> bool:
-    """Tell whether Secateur wrote a model folder, so that it may be replaced."""
+    """Test whether Secateur wrote a model folder, so that it may be replaced."""
     return (folder / CONFIG).is_file() and ((folder / MARK).is_file() or _written_before(folder))
 
 
 def is_plan(folder: Path) -> bool:
-    """Tell whether a folder holds a plan and nothing else, so that it may be replaced."""
+    """Test whether a folder holds only a plan, so that it may be replaced."""
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != {DESCRIPTION, TENSORS}:
         return False
     try:
@@ -57,15 +57,15 @@ def is_plan(folder: Path) -> bool:
 
 
 def _written_before(folder: Path) -> bool:
-    """Tell whether a folder is a model of ours from before there was a mark."""
+    """Test whether a folder is a model of ours from before `secateur.json` existed."""
     if (folder / "blocks.json").is_file():
         return True
     try:
         plan, config = Plan.load(folder), read_json(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    # A run folder may hold a plan as well, beside logs and checkpoints, and so may a base model:
-    # these are not ours.
+    # A run folder, with logs and checkpoints, or a base model may also hold a plan: these are not
+    # ours.
     if (width := plan.stock_mlp_width()) is None:
         return is_narrow(str(config.get("model_type")))
     family = FAMILIES.get(plan.model_type)
@@ -73,10 +73,10 @@ def _written_before(folder: Path) -> bool:
 
 
 def refuse_foreign(folder: str | Path, may_go: Callable[[Path], bool] = is_ours) -> None:
-    """Refuse to write over what somebody else has put there.
+    """Refuse to overwrite files that Secateur did not write.
 
     Args:
-        folder: Where something is to be written.
+        folder: Folder to write.
         may_go: Tells whether an existing folder may be replaced.
 
     Raises:
@@ -87,8 +87,8 @@ def refuse_foreign(folder: str | Path, may_go: Callable[[Path], bool] = is_ours)
         return
     if not may_go(folder):
         raise ValueError(
-            f"`folder` {folder} exists and is not what Secateur writes there; it is left as it is. "
-            "Choose another folder or remove it yourself."
+            f"`folder` {folder} exists and is not what Secateur writes there; it is left "
+            "unchanged. Choose another folder or remove it yourself."
         )
     if foreign := _not_written_by_us(folder):
         raise ValueError(
@@ -98,7 +98,7 @@ def refuse_foreign(folder: str | Path, may_go: Callable[[Path], bool] = is_ours)
 
 
 def _not_written_by_us(folder: Path) -> list[str]:
-    """Names in a marked folder that its mark does not list; a mark without a list lists all."""
+    """Names in a folder that its `secateur.json` does not list; one without a list allows all."""
     try:
         written = read_json(folder / MARK)["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -107,10 +107,10 @@ def _not_written_by_us(folder: Path) -> list[str]:
 
 
 def refuse_base(folder: str | Path, base_folder: str | Path) -> None:
-    """Refuse to write over the model that is pruned.
+    """Refuse to overwrite the base model.
 
     Raises:
-        ValueError: The two are one folder.
+        ValueError: Both are the same folder.
     """
     if Path(folder).resolve() == Path(base_folder).resolve():
         raise ValueError(
@@ -121,12 +121,13 @@ def refuse_base(folder: str | Path, base_folder: str | Path) -> None:
 
 @contextmanager
 def replaced_folder(folder: str | Path, may_go: Callable[[Path], bool] = is_ours) -> Iterator[Path]:
-    """A folder to write into, which takes its place at `folder` when the block ends without error.
+    """A temporary folder to write into, which replaces `folder` when the block ends without error.
 
-    On an error it is removed and `folder` is as it was. What a killed run left is removed first.
+    On an error it is removed and `folder` is unchanged. Leftovers of a killed run are removed
+    first.
 
     Args:
-        folder: Where something is to be written.
+        folder: Folder to write.
         may_go: Tells whether an existing folder may be replaced.
 
     Raises:
@@ -143,7 +144,7 @@ def replaced_folder(folder: str | Path, may_go: Callable[[Path], bool] = is_ours
     try:
         yield partial
         refuse_foreign(folder, may_go)
-        # POSIX cannot swap two folders: the old one steps aside, and comes back on failure.
+        # POSIX cannot swap two folders: the old one is renamed, and restored on failure.
         _remove(replaced)
         if folder.exists():
             folder.rename(replaced)
@@ -165,13 +166,13 @@ def _remove(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index if there is one, which loading uses."""
+    """The weight files: those that the index names if there is one, as loading uses it."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise ValueError(
-            f"{folder} is not a model folder: it holds neither {WEIGHTS} nor {INDEX}. Weights in "
-            "another format (`pytorch_model.bin`) become these by `save_pretrained`."
+            f"{folder} is not a model folder: it holds neither {WEIGHTS} nor {INDEX}. Convert "
+            "weights of another format (`pytorch_model.bin`) with `save_pretrained`."
         )
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     names = sorted(set(index["weight_map"].values()))
@@ -181,7 +182,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def in_block(family: Family, name: str) -> tuple[int, str]:
-    """Block of a tensor, and its name relative to it; -1 and the whole name outside of blocks."""
+    """Block of a tensor, and its name relative to it; -1 and the full name outside of blocks."""
     prefix = f"{family.blocks}."
     if not name.startswith(prefix):
         return -1, name
@@ -190,7 +191,8 @@ def in_block(family: Family, name: str) -> tuple[int, str]:
 
 
 def refuse_missing(base_folder: Path, names: Set[str], model: PreTrainedModel) -> None:
-    """Every prunable tensor must be there under its own name, or it would be left out silently.
+    """Check that every prunable tensor exists under its name: a missing one would be left out
+    silently.
 
     Args:
         base_folder: A model folder.
@@ -207,7 +209,7 @@ def refuse_missing(base_folder: Path, names: Set[str], model: PreTrainedModel) -
 
 
 def copy_companions(base_folder: Path, folder: Path, patterns: Sequence[str] = COMPANIONS) -> None:
-    """Copy what a model folder holds beside weights and configuration into another one."""
+    """Copy all but weights and configuration from one model folder to another."""
     for pattern in patterns:
         for path in sorted(base_folder.glob(pattern)):
             if path.is_dir():
@@ -217,11 +219,10 @@ def copy_companions(base_folder: Path, folder: Path, patterns: Sequence[str] = C
 
 
 def write_code(folder: Path) -> None:
-    """Put the code of a narrow model beside its configuration, which names it.
+    """Write the code of a narrow model beside its configuration, which names it.
 
     Args:
-        folder: A model folder that has its configuration; a stock model, which needs no code, stays
-            as it is.
+        folder: A model folder with its configuration; a stock model needs no code and is unchanged.
     """
     settings = read_json(folder / CONFIG)
     if is_narrow(model_type := str(settings.get("model_type"))):
@@ -232,7 +233,7 @@ def write_code(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object.
+    """Read a JSON object.
 
     Raises:
         ValueError: The file is damaged.
@@ -258,5 +259,5 @@ def read_stages(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object so that equal contents give equal files."""
+    """Write a JSON object so that equal contents give equal files."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

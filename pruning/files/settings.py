@@ -1,4 +1,4 @@
-"""Refuse to resume under another recipe: settings that decide a run are kept in its checkpoint."""
+"""Refuse to resume under other settings than those in the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refuse_other(saved: Mapping[str, Any], current: Mapping[str, Any], owner: st
     Args:
         saved: Settings in the checkpoint.
         current: Settings of this run.
-        owner: Whose settings they are, for the message.
+        owner: Owner of the settings, for the message.
 
     Raises:
         ValueError: They differ; names every setting with both values.

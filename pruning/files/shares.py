@@ -1,7 +1,7 @@
-"""Read this rank's share of a model from its files: no rank ever holds the model whole.
+"""Read this rank's share of a model from its files; no rank ever holds the complete model.
 
-A share is a range of the entries of every tensor, counted as if the tensor were flat. The files are
-mapped, not read: memory and disk are touched where the share lies and nowhere else.
+A share is a range of the entries of every flattened tensor. The files are memory-mapped: only the
+share is read.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from secateur.pruning.files.base_model import BaseModel
 
 Share = Callable[[nn.Parameter], tuple[Tensor, int]]
-"""Of a parameter: where this rank keeps its share (flat), and the entry that it begins with."""
+"""From a parameter to this rank's share (flat), and the index of its first entry."""
 
 
 def read_shares(model: nn.Module, base: BaseModel, share: Share) -> None:
     """Fill the shares of all parameters of a model, and its buffers, from its files.
 
     Args:
-        model: The model; tied parameters are read once. Buffers are whole on every rank.
-        base: Where it lies.
+        model: The model; tied parameters are read once. Every rank gets complete buffers.
+        base: The base model.
         share: Finds the share of a parameter.
 
     Raises:
@@ -47,22 +47,22 @@ def read_shares(model: nn.Module, base: BaseModel, share: Share) -> None:
             numel = prod(tensor.get_shape())
             if numel != numel_of(parameter):
                 raise ValueError(
-                    f"{base.folder} has {numel} entries in {name}, its config.json promises "
+                    f"{base.folder} has {numel} entries in {name}, its config.json implies "
                     f"{numel_of(parameter)}."
                 )
             stop = min(start + target.numel(), numel)
             if start < stop:
                 target[: stop - start].copy_(flat_range(tensor, start, stop))
         for name, buffer in model.named_buffers():
-            if name in base.tensors:  # those of a narrow model; others are computed
+            if name in base.tensors:  # index buffers of a narrow model; others are computed
                 buffer.copy_(files[base.tensors[name]].get_tensor(name))
 
 
 def flat_range(tensor: Any, start: int, stop: int) -> Tensor:
-    """Entries start to stop of a tensor in a file, as if it were flat; whole rows are touched.
+    """Entries start to stop of a flattened tensor in a file; reads complete rows.
 
     Args:
-        tensor: What `get_slice` of an open safetensors file gives.
+        tensor: Result of `get_slice` of an open safetensors file.
         start: First entry, 0 or more.
         stop: Entry after the last one, above `start`.
     """
@@ -74,7 +74,7 @@ def flat_range(tensor: Any, start: int, stop: int) -> Tensor:
 
 
 def numel_of(parameter: Any) -> int:
-    """Entries of a parameter, wherever they are: DeepSpeed leaves an empty tensor in its place."""
+    """Number of entries of a parameter, also when DeepSpeed has sharded it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

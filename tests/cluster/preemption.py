@@ -186,7 +186,7 @@ def test_a_run_that_fails_by_itself_is_not_requeued(run: Training) -> None:
     (run.root / FOLDER / "step=5.ckpt").write_bytes(b"no checkpoint")
     run.submit()
     run.end("FAILED")
-    assert "None of the 1 checkpoints" in run.said
+    assert "All 1 checkpoints" in run.said
     assert run.cluster.show(run.job)["Restarts"] == "0"
 
 

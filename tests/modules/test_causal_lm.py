@@ -239,7 +239,9 @@ def test_pruned_weights_below_updates_do_not_go_on_where_checkpoints_leave_them_
 
 
 def test_a_target_that_names_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="`targets` has 'self_attn.w_proj', which no layer"):
+    with pytest.raises(
+        ValueError, match="`targets` has 'self_attn.w_proj', which matches no layer"
+    ):
         LoRA(targets=["self_attn.q_proj", "self_attn.w_proj"]).inject(tiny_llama())
 
 

@@ -197,7 +197,7 @@ def test_strategies_that_keep_the_model_whole_are_not() -> None:
 def test_a_base_that_is_stored_packed_is_refused(inputs: Path) -> None:
     BaseModel(inputs / "base").refuse(Step.WIDTHS)
     config = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="`base` is stored quantised, which cannot be cut"):
+    with pytest.raises(ValueError, match="`base` is stored quantised and cannot be cut"):
         refuse(kinds_of(config), Step.WIDTHS)
 
 

@@ -91,7 +91,7 @@ def test_what_has_another_name_or_no_seal_is_not_whole(tmp_path: Path) -> None:
     torch.save({"step": 5}, path)
     assert not is_whole(path)
     with pytest.raises(
-        ValueError, match="damaged .*, or nothing that SaveCheckpoint .* start again"
+        ValueError, match="damaged .*, or was not written by SaveCheckpoint .* start again"
     ):
         check_whole(path)
 
@@ -101,7 +101,7 @@ def test_nothing_readable_is_an_error_and_nothing_at_all_is_none(tmp_path: Path)
     assert latest_checkpoint(tmp_path) is None
     for step in (5, 10):
         damage(write(tmp_path, step))
-    with pytest.raises(ValueError, match="None of the 2 checkpoints .* is whole"):
+    with pytest.raises(ValueError, match="All 2 checkpoints .* are damaged"):
         latest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="there is no good one beside it"):
         check_whole(tmp_path / FOLDER / "step=5.ckpt")
