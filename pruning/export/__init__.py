@@ -1,1 +1,1 @@
-"""Pruned models as folders that load anywhere: modelling file, verification, model card."""
+"""Export pruned models as folders: modelling file, verification, model card."""

@@ -1,8 +1,8 @@
-"""What widths that hardware likes cost in quality and bring in speed.
+"""Compare quality and speed of widths rounded to a multiple with free widths.
 
-Multiples of 8 to 128 suit matrix hardware, and a plan that has to keep them keeps entries that it
-would not have chosen freely. Both plans are exported, loaded and measured side by side, without
-gains: these are learned for the aligned masks only, and would decide the comparison.
+Multiples of 8 to 128 suit matrix hardware, but restrict which entries a plan can keep. Both plans
+are exported, loaded and measured side by side, without gains: gains are learned only for the
+aligned masks and would bias the comparison.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def compare_alignment(
     windows_NT: Int[Tensor, "N T"],
     speed: Mapping[str, int] | None = None,
 ) -> Report:
-    """Dense, freely chosen and aligned widths of one budget side by side.
+    """Measure dense, free and aligned widths of one budget side by side.
 
     Args:
         dense: The base model, with no gates applied.
@@ -39,7 +39,7 @@ def compare_alignment(
         aligned: The plan with a width multiple.
         free: The plan of the same budget and scores without one.
         windows_NT: Token windows to measure perplexity on.
-        speed: Settings of `measure_speed` other than its models; None does not measure it.
+        speed: Settings of `measure_speed` besides its models; None skips this measurement.
 
     Raises:
         ValueError: A plan does not fit the base model.

@@ -1,8 +1,8 @@
-"""Cut a live model down to a plan, in memory: the model that a checkpoint of it would be cut to.
+"""Cut a live model by a plan, in memory, with the same result as cutting its checkpoint.
 
-The weights are those of the live model, whatever has changed them since it was loaded; a plan that
-was made for its shapes fits. The result is of the classes of an exported model, or a stock model of
-the family where the plan leaves one, and it can be trained, pruned again and saved.
+The present weights of the live model are used, even if changed since loading; any plan for its
+shapes fits. The result has the classes of an exported model, or is a stock model of the family if
+the plan leaves one; it can be trained, pruned again and saved.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from secateur.pruning.plan import Plan
 
 
 def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The narrow model that a plan leaves of a live model; it shares no memory with it.
+    """Make the narrow model that a plan leaves of a live model; the two share no memory.
 
-    Every tensor keeps its type, its device and whether it asks for a gradient; gains are folded in.
+    Every tensor keeps its type, device and `requires_grad`; gains are folded in.
 
     Args:
         model: A causal language model of a known family, not quantised, with its updates merged. It
-            stays as it is.
-        plan: What stays. The fingerprint of its base is not compared.
+            is not changed.
+        plan: The kept indices. The fingerprint of its base is not compared.
 
     Raises:
         ValueError: The plan does not fit the model, or the model is quantised or wrapped.
@@ -41,7 +41,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         )
     plan.verify(model.config)
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))  # those of no checkpoint, too
+    tensors |= dict(model.named_buffers(remove_duplicate=False))  # also those not in checkpoints
     slices = Slices(plan)
     sources = {
         own.name: (tensor, own)
@@ -62,7 +62,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             if name not in sources:
                 raise ValueError(
                     f"The model has no tensor for {name!r} of the narrow model; merge updates into "
-                    "the weights and take wrappers off before it is cut."
+                    "the weights and remove wrappers before cutting it."
                 )
             tensor, own = sources[name]
             new = own.of(tensor.detach())

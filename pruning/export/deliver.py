@@ -1,7 +1,7 @@
-"""The way out of Secateur: write a smaller model, prove it, measure it, describe it.
+"""Export a model: write, verify, measure and describe it.
 
-All kinds of pruning leave through `deliver`. What is written (`sources`) and by whom (`ranks`) are
-two choices of their own; the steps and their order are the same for all.
+All kinds of pruning export through `deliver`. What is written (`sources`) and by which ranks
+(`ranks`) are independent choices; the steps and their order are always the same.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ _ALIGNMENT = ("alignment.json", "alignment.md")
 def deliver(
     what: Source, origin: Origin, folder: Path, windows_NT: Tensor, ranks: Ranks, measured: bool
 ) -> Report | None:
-    """Write a model, prove that it is the right one, measure it beside its base, and describe it.
+    """Write a model, verify it, measure it beside its base model, and describe it.
 
-    The folder appears when all of it went well; on any failure nothing of it remains, and an
-    earlier export in its place stays. Beside it come `report.json` and `report.md`, and, where a
-    plan was cut, `plan/` and a picture of the widths.
+    The folder appears only after all steps succeeded; on a failure it is removed, and an earlier
+    export in its place is kept. `report.json` and `report.md` are written beside it, and, for a cut
+    model, `plan/` and a picture of the widths.
 
     Args:
         what: What is exported.
-        origin: Where it came from.
-        folder: Where it goes.
-        windows_NT: Token windows (int64) to prove and measure on.
-        ranks: Who takes part; every rank calls this function.
-        measured: Whether to measure and report; a proof is made in any case.
+        origin: Base model, command and provenance.
+        folder: Folder to write.
+        windows_NT: Token windows (int64) to verify and measure on.
+        ranks: The participating ranks; every one calls this function.
+        measured: Whether to measure and report; the model is always verified.
 
     Returns:
         The report, None if nothing was measured.
 
     Raises:
         ValueError: The plan does not fit the base model, `folder` holds what Secateur did not
-            write, or (`ExportError`) the export is not the model that it should be.
-        OSError: Reading or writing failed, as when the disk is full.
+            write, or (`ExportError`) the exported model computes something else.
+        OSError: Reading or writing failed, for example because the disk is full.
     """
     refuse_base(folder, origin.folder)
     with ExitStack() as stack:
@@ -95,12 +95,12 @@ def export(
     model: PreTrainedModel | None = None,
     windows_BT: Tensor | None = None,
 ) -> None:
-    """Write the smaller model that a plan leaves of a model folder, and prove it.
+    """Write the smaller model that a plan leaves of a model folder, and verify it.
 
     Args:
         base_folder: Folder of the base model.
-        plan: What stays.
-        folder: Where the smaller model goes.
+        plan: The kept indices.
+        folder: Folder of the smaller model.
         model: The live base model to compare with; None loads it from `base_folder`.
         windows_BT: Token ids to compare on; None draws 2 windows of up to 64 random tokens.
 
@@ -121,14 +121,14 @@ def export(
 
 
 def check_folder(folder: Path, base_folder: Path | None) -> None:
-    """Check, before anything is spent, that an export could be written to a folder.
+    """Check, before a run, that an export could be written to a folder.
 
     Args:
-        folder: Where a model is to go; a plan goes to `plan` beside it.
-        base_folder: Folder of the base model; None where training starts from nothing.
+        folder: Folder of the model; a plan goes to `plan` beside it.
+        base_folder: Folder of the base model; None if training starts from random weights.
 
     Raises:
-        ValueError: It is the base model, or holds what Secateur did not write.
+        ValueError: It is the base model, or holds files that Secateur did not write.
     """
     if base_folder is not None:
         refuse_base(folder, base_folder)
@@ -144,14 +144,14 @@ def report_alignment(
     folder: Path,
     windows_NT: Tensor,
 ) -> Report:
-    """Write `alignment.md` and `alignment.json`: what a width multiple costs and brings.
+    """Write `alignment.md` and `alignment.json`: cost and benefit of a width multiple.
 
     Args:
         model: The dense base model, with no gates applied.
         aligned: The plan that was exported.
         free: The plan of the same budget without a width multiple.
         base_folder: Folder of the base model.
-        folder: Where the smaller model lies; the files go beside it.
+        folder: Folder of the smaller model; the files are written beside it.
         windows_NT: Token windows (int64) to measure on.
     """
     speed = speed_settings(windows_NT)
@@ -162,8 +162,8 @@ def report_alignment(
 
 
 def _publish(report: Report, plan: Plan | None, folder: Path) -> None:
-    """Write plan and report beside a model folder, the stages before it included, and show them."""
-    for name in _ALIGNMENT:  # of an earlier run with other settings
+    """Write plan and report beside a model folder, with the stages before it, and log them."""
+    for name in _ALIGNMENT:  # remove those of an earlier run with other settings
         (folder.parent / name).unlink(missing_ok=True)
     if plan is not None:
         with replaced_folder(folder.parent / "plan", is_plan) as partial:

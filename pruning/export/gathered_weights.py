@@ -1,7 +1,7 @@
-"""Save a model that lies in shares on the ranks: tensor by tensor, none of them holding it whole.
+"""Save a sharded model tensor by tensor, without gathering the complete model on any rank.
 
-Every tensor is gathered on its own, with the low-rank update that it carries; rank 0 writes it and
-all let it go. The files are those that `save_pretrained` would write of the whole model.
+Every tensor is gathered separately, with its low-rank update; rank 0 writes it and all ranks free
+it. The files equal those that `save_pretrained` would write of the complete model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from secateur.pruning.files.shares import numel_of
 from secateur.pruning.lora import adapted, added_up
 
 Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
-"""With some parameters whole on every rank."""
+"""Gathers some parameters on every rank, for the duration of a `with` block."""
 
 
 def write_gathered(
@@ -39,16 +39,16 @@ def write_gathered(
     Memory: one file of weights on the rank that writes, one tensor on the others.
 
     Args:
-        model: The model; low-rank updates are added up.
-        folder: Where they go, empty; None on a rank that writes nothing.
+        model: The model; low-rank updates are merged.
+        folder: An empty folder; None on a rank that writes nothing.
         dtype: Type of the weights in the files.
         whole: Gathers parameters.
-        max_shard_bytes: Largest file of weights, in bytes, 1 or more; a tensor that is larger has a
-            file of its own.
+        max_shard_bytes: Largest weight file in bytes, 1 or more; a larger tensor gets a file of its
+            own.
 
     Raises:
-        SafetensorError: Writing failed, as when the disk is full.
-        OSError: The same, or the files do not hold what was written.
+        SafetensorError: Writing failed, for example because the disk is full.
+        OSError: The same, or the files differ from what was written.
     """
     weights = _gathered(model, whole)
     try:
@@ -56,19 +56,19 @@ def write_gathered(
             _write_weights(model, weights, folder, dtype, max_shard_bytes)
             _write_config(model, folder, dtype)
     finally:
-        for _ in weights:  # the others gather to the end, whatever becomes of the writing
+        for _ in weights:  # other ranks gather all tensors, even if writing fails
             pass
 
 
 def num_parameters(model: PreTrainedModel) -> int:
-    """Parameters of a live model without its low-rank updates, wherever they are."""
+    """Number of parameters of a live model, sharded or not, without its low-rank updates."""
     saved = (value for value, _ in _saved(model).values())
     return sum(numel_of(value) for value in saved if isinstance(value, nn.Parameter))
 
 
 def _saved(model: PreTrainedModel) -> dict[str, tuple[Tensor, Any]]:
-    """What is saved, by its name in a plain model: tied tensors once; each with the layer whose
-    update it carries, or None.
+    """Tensors to save, by their names in a model without updates, tied tensors once; each with the
+    layer that has its update, or None.
     """
     layers = adapted(model).values()
     updated = {layer.get_base_layer().weight: layer for layer in layers}
@@ -83,7 +83,7 @@ def _saved(model: PreTrainedModel) -> dict[str, tuple[Tensor, Any]]:
 
 
 def _gathered(model: PreTrainedModel, whole: Whole) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors, each until the next one is asked for."""
+    """Yield names and complete tensors; each is freed when the next is requested."""
     for name, (value, layer) in _saved(model).items():
         parts = [value] if layer is None else [*layer.parameters()]
         with whole([part for part in parts if isinstance(part, nn.Parameter)]):
@@ -117,11 +117,11 @@ def _write_weights(
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    with safe_open(path, framework="pt") as file:  # logits of narrow types do not tell much
+    with safe_open(path, framework="pt") as file:  # logits of narrow types can hide this
         for name, tensor in tensors.items():
             if not torch.equal(file.get_tensor(name), tensor):
                 raise OSError(
-                    f"{path} does not give back {name!r} as it was written: the weight has become "
+                    f"{path} does not contain {name!r} as it was written: the weight has become "
                     "NaN, or the disk is damaged."
                 )
 

@@ -1,19 +1,19 @@
-"""Write a model folder as one GGUF file, which llama.cpp and what is built on it run.
+"""Write a model folder as one GGUF file for llama.cpp and programs built on it.
 
-Stock models, whole, without some blocks or with MLPs of one narrower width, keep the architecture
-of their family. Llamas, Mistrals and Qwen2s whose MLPs have widths of their own, or that lack the
-attention or the MLP of some blocks, become the architecture `deci`, which has these numbers per
-block. What selects entries of the residual stream has no form in llama.cpp and is refused.
+Stock models (complete, without some blocks, or with all MLPs narrowed to one width) keep the
+architecture of their family. Llamas, Mistrals and Qwen2s whose MLPs differ in width, or that lack
+the attention or the MLP of some blocks, become the architecture `deci`, which stores these numbers
+per block. llama.cpp cannot represent models that select entries of the residual stream; they are
+refused.
 
-Two things are written so that llama.cpp computes what the model does. Where it takes its own
-factor of the attention's products instead of Gemma's, queries are multiplied by the quotient. It
-drops the attention of a block without MLP, and reads the number of heads from block 0: the one gets
-an MLP of width 1 and the other an attention of one head, of zeros.
+Two adjustments make llama.cpp compute the same as the model. If it scales attention scores by its
+own factor instead of Gemma's, queries are multiplied by the quotient. It ignores the attention of a
+block without MLP, and reads the number of heads from block 0: the former block gets an MLP of width
+1, and a block 0 without attention gets an attention of one head, both of zeros.
 
-The file is long because what llama.cpp expects of each architecture stands here as tables.
+The file is long because it has tables of what llama.cpp expects of each architecture.
 
-Memory: one tensor. The package `gguf` writes the file; what llama.cpp makes of it is tested with
-llama.cpp (`make test-serving`).
+Memory: one tensor. The package `gguf` writes the file; `make test-serving` tests it with llama.cpp.
 
 As a command: `python -m secateur gguf --help`.
 
@@ -58,7 +58,7 @@ TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-"""Types of the weights; vectors, such as those of norms, are float32 in all of them."""
+"""Types of the weights; vectors, such as those of norms, are always float32."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class _Architecture:
     """How llama.cpp runs a family.
 
     Args:
-        arch: Its name there.
-        per_block: The architecture that has widths per block, if the family fits one.
-        activation: The one activation of the MLPs that it knows.
-        biases: Whether the attention may have biases where the configuration asks for them.
-        centred: Whether norms are stored with weights centred at 0, which it wants at 1.
-        period: Every so many blocks one has full attention, and those before it a sliding window;
-            1 where it knows no windows.
-        largest: Number of blocks of the one size of the family for which it takes another factor
-            of the attention's products.
+        arch: Its name in llama.cpp.
+        per_block: The architecture with widths per block, if there is one for the family.
+        activation: The only activation of MLPs that it supports.
+        biases: Whether the attention may have biases.
+        centred: Whether the model stores norm weights centred at 0; llama.cpp expects them at 1.
+        period: One block in every `period` has full attention, the others a sliding window; 1 if
+            llama.cpp supports no windows.
+        largest: Number of blocks of the size of the family for which it scales attention scores by
+            another factor.
     """
 
     arch: MODEL_ARCH
@@ -96,19 +96,19 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "gemma2": _Architecture(MODEL_ARCH.GEMMA2, None, _GELU, False, True, 2, 46),
     "gemma3_text": _Architecture(MODEL_ARCH.GEMMA3, None, _GELU, False, True, 6, 62),
 }
-# Rotary embedding turns neighbours there, where transformers turns the halves of a head.
+# Rotary embedding rotates pairs of neighbours there, in transformers the halves of a head.
 _NEIGHBOURS = (MODEL_ARCH.LLAMA, MODEL_ARCH.DECI)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file, before it is read.
+    """A tensor of the GGUF file, not read yet.
 
     Args:
-        name: Its name there.
-        shape: Its shape, as numpy has it.
-        kind: Its type there.
-        read: Reads it, in float32.
+        name: Its name in the file.
+        shape: Its shape in the order of numpy.
+        kind: Its type in the file.
+        read: Function that reads it as float32.
     """
 
     name: str
@@ -121,15 +121,15 @@ def write_gguf(folder: str | Path, out: str | Path, kind: str = "f16") -> list[s
     """Write a model folder as a GGUF file, which appears when it is complete.
 
     Args:
-        folder: A stock model, or a pruned one that kept the residual stream and the heads whole.
-        out: The new file; one that exists is replaced.
+        folder: A stock model, or a pruned one with uncut residual stream and heads.
+        out: The new file, replaced if it exists.
         kind: Type of the weights, one of `TYPES`.
 
     Returns:
-        What a user has to know of the file, one sentence each.
+        Notes on the file for the user, one sentence each.
 
     Raises:
-        ValueError: The type is unknown, or llama.cpp has no form for the model or its tokenizer.
+        ValueError: The type is unknown, or llama.cpp does not support the model or its tokenizer.
     """
     folder, out = Path(folder), Path(out)
     if kind not in TYPES:
@@ -149,7 +149,8 @@ def write_gguf(folder: str | Path, out: str | Path, kind: str = "f16") -> list[s
     entries = [*_entries(folder, shape, architecture, arch, weights)]
     if narrow := [e for e in entries if len(e.shape) > 1 and e.kind is not weights]:
         notes.append(
-            f"{len(narrow)} matrices have rows that are no multiple of 32 entries and are f16; "
+            f"{len(narrow)} matrices have rows whose length is not a multiple of 32; they are "
+            "written as f16; "
             "`width_multiple: 32` avoids it."
         )
     try:
@@ -181,7 +182,7 @@ def _architecture_of(shape: NativeShape) -> _Architecture:
     """The row of the family.
 
     Raises:
-        ValueError: llama.cpp does not have what the configuration asks for.
+        ValueError: llama.cpp does not support a setting of the configuration.
     """
     config = shape.config
     name, found = config.model_type, _ARCHITECTURES.get(config.model_type)
@@ -192,12 +193,12 @@ def _architecture_of(shape: NativeShape) -> _Architecture:
     if not shape.is_stock and found.per_block is None:
         raise ValueError(
             f"llama.cpp has widths per block for Llama, Mistral and Qwen2, not for {name!r} models."
-            " The nearest that it can: `uniform: true` in the budget, or whole blocks removed."
+            " Supported are `uniform: true` in the budget, or removing whole blocks."
         )
     wrong = []
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != found.activation:
-        wrong.append(f"the activation {activation!r}, it knows {found.activation!r}")
+        wrong.append(f"the activation {activation!r} instead of {found.activation!r}")
     if getattr(config, "attention_bias", False) and not found.biases:
         wrong.append("`attention_bias`")
     if name == "gemma2" and not config.tie_word_embeddings:
@@ -208,8 +209,8 @@ def _architecture_of(shape: NativeShape) -> _Architecture:
         expected = [bool((block + 1) % found.period) for block in range(len(shape.attentions))]
         if [kind == "sliding_attention" for kind in config.layer_types] != expected:
             wrong.append(
-                f"full attention elsewhere than in every block {found.period} (remove blocks in "
-                f"such groups of {found.period}, or only behind the last of them)"
+                f"full attention in other blocks than one in every {found.period} (remove blocks "
+                f"in complete groups of {found.period}, or only after the last of them)"
             )
     rope = _rope(config)["rope_type"]
     by_tensor = found.arch in _NEIGHBOURS and rope == "llama3"
@@ -223,13 +224,13 @@ def _architecture_of(shape: NativeShape) -> _Architecture:
 
 
 def _rope(config: PreTrainedConfig, layer_type: str = "full_attention") -> dict[str, Any]:
-    """The rotary embedding, of one type of attention where they differ."""
+    """The settings of the rotary embedding, for one type of attention if they differ."""
     parameters: dict[str, Any] = config.rope_parameters
     return {"rope_type": "default", **parameters.get(layer_type, parameters)}
 
 
 def _windows(config: PreTrainedConfig) -> int | None:
-    """Tokens of the sliding window that some blocks have within the context, if any has one."""
+    """Tokens of the sliding window, if some block has one shorter than the context; else None."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     used = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
@@ -242,7 +243,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _add_sizes(writer: GGUFWriter, shape: NativeShape, architecture: _Architecture) -> list[str]:
-    """Write the keys of the architecture; returns what a user has to know."""
+    """Write the keys of the architecture; return notes for the user."""
     config, notes = shape.config, []
     context, window = config.max_position_embeddings, _windows(config)
     if window and architecture.period > 1:
@@ -250,8 +251,8 @@ def _add_sizes(writer: GGUFWriter, shape: NativeShape, architecture: _Architectu
     elif window:
         context = window
         notes.append(
-            f"llama.cpp has no sliding windows for this family: the context ends with the window, "
-            f"after {window} tokens."
+            f"llama.cpp has no sliding windows for this family: the context is limited to the "
+            f"window of {window} tokens."
         )
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
@@ -293,7 +294,7 @@ def _entries(
     arch: MODEL_ARCH,
     weights: GGMLQuantizationType,
 ) -> Iterator[_Entry]:
-    """All tensors of the file: those of the folder, and the zeros that stand for missing parts."""
+    """All tensors of the file: those of the folder, and zeros for missing parts."""
     config = shape.config
     names = gguf.get_tensor_name_map(arch, len(shape.attentions))
     for path in weight_files(folder):
@@ -304,7 +305,7 @@ def _entries(
                 continue
             written = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if written is None:
-                raise ValueError(f"{path} has {name!r}, which llama.cpp has no place for.")
+                raise ValueError(f"{path} has {name!r}, which llama.cpp does not support.")
 
             def read(path: Path = path, name: str = name) -> Tensor:
                 with safe_open(path, framework="pt") as file:
@@ -332,7 +333,7 @@ def _entry(
 
 
 def _idle(shape: NativeShape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors of parts that are there and add nothing."""
+    """Name and shape of the zero tensors of parts that replace missing ones."""
     width, head = shape.config.hidden_size, _head_dim(shape.config)
     sizes: dict[tuple[int, MODEL_TENSOR], tuple[int, ...]] = {}
     for block, stays in enumerate(shape.mlp_widths):
@@ -361,7 +362,7 @@ def _as_served(
     architecture: _Architecture,
     arch: MODEL_ARCH,
 ) -> Tensor:
-    """A tensor as llama.cpp wants it."""
+    """Convert a tensor to the layout of llama.cpp."""
     module = name.split(".")[-2]
     if architecture.centred and module.endswith("norm"):
         tensor = tensor + 1
@@ -373,10 +374,10 @@ def _as_served(
 
 
 def _query_factor(config: PreTrainedConfig, architecture: _Architecture) -> float:
-    """What queries are multiplied by, so that their products have the factor of the model.
+    """The factor of the queries that gives attention scores the scale of the model.
 
-    llama.cpp divides them by the root of the size of a head; in the largest size of the family, by
-    that of the width per head.
+    llama.cpp divides scores by the root of the head size; in the largest size of the family, by the
+    root of the model width per head.
     """
     largest = config.num_hidden_layers == architecture.largest
     divisor = config.hidden_size // config.num_attention_heads if largest else _head_dim(config)
@@ -384,7 +385,7 @@ def _query_factor(config: PreTrainedConfig, architecture: _Architecture) -> floa
 
 
 def _neighbours(weight_OI: Tensor, head_dim: int) -> Tensor:
-    """Rows of every head with its two halves interleaved; O is heads times `head_dim`.
+    """Interleave the two halves of the rows of every head; O is heads times `head_dim`.
 
     Example: a head of rows 0 1 2 3 becomes 0 2 1 3.
     """
@@ -395,9 +396,10 @@ def _neighbours(weight_OI: Tensor, head_dim: int) -> Tensor:
 _HELP = """\
 Write a model folder as one GGUF file for llama.cpp, its tokenizer and chat template included.
 
-FOLDER is a stock model (whole, without some blocks, with MLPs of one narrower width), or a pruned
-Llama, Mistral or Qwen2 that kept the residual stream whole: widths of MLPs per block, attentions or
-MLPs gone. Other plans have no form in llama.cpp and are refused; nothing is written then.
+FOLDER is a stock model (complete, without some blocks, or with all MLPs of one narrower width), or
+a pruned Llama, Mistral or Qwen2 with an uncut residual stream: different widths of MLPs per block,
+attentions or MLPs removed. llama.cpp does not support other plans: they are refused, and nothing is
+written.
 
 example:
   python -m secateur gguf runs/disp/model smaller.gguf --type q8_0

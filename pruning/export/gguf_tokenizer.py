@@ -1,8 +1,8 @@
 """The tokenizer of a model folder, as the keys of a GGUF file.
 
-llama.cpp has two kinds of tokenizers that language models of our families use: byte-level BPE,
-whose way of splitting text into words it knows by a name, and SentencePiece's, which joins the pair
-of pieces that has the best score. Anything else is refused.
+llama.cpp has two kinds of tokenizers that language models of our families use: byte-level BPE, for
+which it has named rules to split text into words, and SentencePiece's, which joins the pair of
+pieces with the highest score. Other tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is split into words, step by step, to the name that llama.cpp has for it.
+# Steps that split text into words, to the name of the rule in llama.cpp.
 _SPLITTING: Mapping[tuple[str, ...], str] = {
     ("words and bytes",): "gpt-2",
     ("digits", "words and bytes"): "smollm",
@@ -34,16 +34,16 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Write tokens, merges or scores, special tokens and the chat template.
 
     Args:
-        writer: Takes the keys.
+        writer: Writer that stores the keys.
         folder: Model folder with tokenizer.json.
-        vocab_size: Rows of the embeddings; those without a token get a name that no text has.
+        vocab_size: Rows of the embeddings; rows without a token get a name that no text contains.
 
     Raises:
-        ValueError: There is no tokenizer, or llama.cpp has none of its kind.
+        ValueError: There is no tokenizer, or llama.cpp does not support its kind.
     """
     if not (folder / TOKENIZER).is_file():
         raise ValueError(
-            f"{folder} holds no {TOKENIZER}, without which llama.cpp reads no text. Save the "
+            f"{folder} holds no {TOKENIZER}, which llama.cpp needs to read text. Save the "
             "tokenizer of the base model into it."
         )
     said = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def _tokens(
     if max(by_id) >= vocab_size:
         raise ValueError(
             f"{folder / TOKENIZER} has token {max(by_id)} and the model {vocab_size} embeddings; "
-            "they do not belong together."
+            "they belong to different models."
         )
 
     def kind(token: str) -> TokenType:
@@ -97,7 +97,7 @@ def _tokens(
 
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """Scores that make the best pair of pieces the one whose merge comes first."""
+    """Scores by which the earliest merge has the highest score."""
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -106,7 +106,7 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _prepends_space(said: Mapping[str, Any]) -> bool:
-    """Whether text is read as if a space came before it."""
+    """Test whether the tokenizer adds a space before a text."""
     steps = _flat(said.get("normalizer"), "normalizers")
     words = _flat(said.get("pre_tokenizer"), "pretokenizers")
     return any(step["type"] == "Prepend" for step in steps) or any(
@@ -118,14 +118,14 @@ def _name_of_splitting(pre_tokenizer: Mapping[str, Any] | None, folder: Path) ->
     steps = tuple(map(_step, _flat(pre_tokenizer, "pretokenizers")))
     if steps not in _SPLITTING:
         raise ValueError(
-            f"{folder / TOKENIZER} splits text into words in a way that has no name in llama.cpp "
-            f"known here: {steps}. Known are those of {', '.join(_SPLITTING.values())}."
+            f"{folder / TOKENIZER} splits text into words by a rule that is not known here to be "
+            f"in llama.cpp: {steps}. Known are the rules of {', '.join(_SPLITTING.values())}."
         )
     return _SPLITTING[steps]
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    """A step of splitting in words of `_SPLITTING`; of an unknown one, what it says itself."""
+    """The name of a splitting step in `_SPLITTING`; for an unknown step, its own text."""
     if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
         return "words and bytes" if step.get("use_regex", True) else "bytes"
     if step["type"] == "Digits" and step.get("individual_digits"):
@@ -136,14 +136,14 @@ def _step(step: Mapping[str, Any]) -> str:
 
 
 def _flat(steps: Mapping[str, Any] | None, name: str) -> list[Any]:
-    """The steps of a sequence, or the one that there is."""
+    """The steps of a sequence, or the single step."""
     if steps is None:
         return []
     return list(steps[name]) if steps["type"] == "Sequence" else [steps]
 
 
 def _added_around_text(folder: Path, special: Mapping[str, int]) -> dict[str, bool]:
-    """Which special tokens the tokenizer puts around a text, found by giving it one."""
+    """Which special tokens the tokenizer adds around a text, found by encoding one."""
     ids = PreTrainedTokenizerFast.from_pretrained(folder)("a").input_ids
     return {
         "bos": ids[0] == special.get("bos"),

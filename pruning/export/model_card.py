@@ -28,18 +28,18 @@ _PACKAGES = ("torch", "transformers", "lightning")
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card says.
+    """The contents of a model card.
 
-    Equal cards are equal texts: no time of day is added.
+    No time is included, so that equal contents give equal texts.
 
     Args:
         title: Heading, usually the name of the model.
         base_model: Name on the hub, or path, of the model that was pruned.
         fingerprint: Content hash of the base model.
-        summary: What was done to the base model, in sentences.
-        stock: Whether the model loads without code of its own.
-        tables: Heading of a section to its table, whose first row is the heading; empty tables are
-            left out.
+        summary: Sentences on what was done to the base model.
+        stock: Whether the model loads without custom code.
+        tables: Heading of a section to its table, whose first row has the column names; empty
+            tables are left out.
         widths: The kept widths as text, or None.
         provenance: How the model was made: JSON values only.
         command: The command that made the model.
@@ -106,9 +106,9 @@ def card(
     """Write the model card of an export; without times, so that equal runs give equal cards.
 
     Args:
-        origin: Where the model came from.
+        origin: Base model, command and provenance.
         report: Base model and new model side by side; None if they were not measured.
-        plan: What stays of each block; None if no width was cut.
+        plan: The kept indices; None if no width was cut.
         stages: All stages that led to the model.
 
     Returns:
@@ -142,7 +142,7 @@ def card(
 
 
 def plain(text: str) -> str:
-    """Keep a name from being read as Markdown, HTML or a new line."""
+    """Escape Markdown, HTML and line breaks in a name."""
     return re.sub(r"[`<>\[\]|\x00-\x1f\x7f]", " ", text)
 
 
@@ -170,7 +170,7 @@ def _what_was_done(origin: Origin) -> str:
 
 
 def _what_stays(plan: Plan | None, stock: bool) -> list[str]:
-    """Sentences on widths, gains, and parts that go as a whole."""
+    """Sentences on widths, gains, and removed parts."""
     gains = ""
     if plan is not None and plan.gains is not None:
         gains = ", and each kept entry a learned gain in the weights"
@@ -183,7 +183,7 @@ def _what_stays(plan: Plan | None, stock: bool) -> list[str]:
 
 
 def _gone(plan: Plan) -> str:
-    """A sentence on the parts that go as a whole, nothing where none does."""
+    """A sentence on the removed parts, empty if there are none."""
     keep, blocks = plan.kept_blocks(), range(len(plan.widths_by_block()))
     gone_parts = plan.removed_parts
     gone = {
@@ -192,7 +192,7 @@ def _gone(plan: Plan) -> str:
         "the MLP of blocks": [block for block in keep if (block, "mlp") in gone_parts],
     }
     found = [f"{what} {', '.join(map(str, places))}" for what, places in gone.items() if places]
-    return f"Gone as a whole, counted as in the base model: {'; '.join(found)}." if found else ""
+    return f"Removed entirely, numbered as in the base model: {'; '.join(found)}." if found else ""
 
 
 def _plan_budget(base: BaseModel, plan: Plan) -> Table:

@@ -1,7 +1,7 @@
-"""What a server that knows a model without its modelling file has to know of its blocks.
+"""The shape of a pruned model, for servers that run it without its modelling file.
 
-Such servers have, at most, one width of the MLP per block, and blocks without attention or MLP.
-None selects entries of the residual stream.
+Such servers support at most one MLP width per block, and blocks without attention or MLP. None
+supports selecting entries of the residual stream.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _PREFIX = "secateur_"
 
 @dataclass(frozen=True)
 class NativeShape:
-    """A model that is whole but for its MLPs and the parts that are gone.
+    """A model that is uncut except for MLP widths and removed parts.
 
     Args:
-        config: Configuration as the family has it, of the blocks that are left.
-        mlp_widths: Width of the MLP of every block; 0 where there is none.
+        config: Configuration of the stock family, for the remaining blocks.
+        mlp_widths: Width of the MLP of every block; 0 if it has none.
         attentions: Whether every block has an attention.
     """
 
@@ -35,7 +35,7 @@ class NativeShape:
 
     @property
     def is_stock(self) -> bool:
-        """Whether all blocks are alike, so that the model is one of its family."""
+        """Whether all blocks have the same shape, so that it is a stock model of its family."""
         return all(self.attentions) and len(set(self.mlp_widths)) == 1 and self.mlp_widths[0] > 0
 
 
@@ -70,8 +70,8 @@ def read_shape(folder: Path) -> NativeShape:
                 raise ValueError(
                     f"Block {number} of {folder} has {width} of {config.hidden_size} entries of "
                     f"the residual stream at the site {site}; a server without the modelling file "
-                    "can select none. The nearest that it can: learn masks with "
-                    "`budget.sites: [mlp_mid]` and `budget.parts: true`."
+                    "cannot select entries. Learn masks with "
+                    "`budget.sites: [mlp_mid]` and `budget.parts: true` instead."
                 )
     return NativeShape(
         config,

@@ -1,15 +1,15 @@
-"""Write a pruned model in the form that vLLM has built in: `DeciLMForCausalLM`, `nemotron-nas`.
+"""Write a pruned model in a format built into vLLM: `DeciLMForCausalLM`, `nemotron-nas`.
 
-For Llamas, Mistrals and Qwen2s that kept the residual stream and the heads whole: MLPs of any
-width per block, attentions or MLPs gone. The weights stay as they are; config.json says the same in
-other words. vLLM then runs its own kernels instead of the modelling file.
+For Llamas, Mistrals and Qwen2s with uncut residual stream and heads: MLPs of any width per block,
+attentions or MLPs removed. The weights are unchanged; config.json is translated. vLLM then runs its
+own kernels instead of the modelling file.
 
-The server takes the residual stream from the first norm of an attention that it meets, in block 0:
-where that has no attention, it gets one of zeros.
+The server starts the residual stream at the attention norm of block 0: if block 0 has no attention,
+it gets one of zeros.
 
-A width is written as the server of today reads it, and beside it, where all are multiples of 256,
-as earlier ones and SGLang compute it: `ffn_mult` times two thirds of the width of the residual
-stream, rounded up to such a multiple.
+A width is written as current vLLM reads it, and also, if all are multiples of 256, as earlier
+versions and SGLang compute it: `ffn_mult` times two thirds of the width of the residual stream,
+rounded up to a multiple of 256.
 
 As a command: `python -m secateur nemotron-nas --help`.
 """
@@ -51,14 +51,14 @@ def write_nemotron_nas(folder: str | Path, out: str | Path) -> list[str]:
     """Write a pruned model as `nemotron-nas`; the folder appears when it is complete.
 
     Args:
-        folder: A pruned model that kept the residual stream and the heads whole.
+        folder: A pruned model with uncut residual stream and heads.
         out: The new folder; an earlier model of ours in its place is replaced.
 
     Returns:
-        What a user has to know of it, one sentence each.
+        Notes on the folder for the user, one sentence each.
 
     Raises:
-        ValueError: vLLM has no such form for the model, or something else lies at `out`.
+        ValueError: The format does not support the model, or something else exists at `out`.
     """
     folder, out = Path(folder), Path(out)
     refuse_base(out, folder)
@@ -83,18 +83,19 @@ def write_nemotron_nas(folder: str | Path, out: str | Path) -> list[str]:
     notes = []
     if odd := _odd_blocks(shape):
         notes.append(
-            f"MLPs of blocks {', '.join(map(str, odd))} have widths that are no multiple of "
-            f"{_MULTIPLE}: vLLM takes them, earlier ones and SGLang do not. `width_multiple: "
-            f"{_MULTIPLE}` in the budget avoids it; what that costs in perplexity is in the "
-            "report of such a run, as aligned and free widths."
+            f"MLPs of blocks {', '.join(map(str, odd))} have widths that are not multiples of "
+            f"{_MULTIPLE}: current vLLM supports them, earlier versions and SGLang do not. "
+            "`width_multiple: "
+            f"{_MULTIPLE}` in the budget avoids this; the report of such a run shows its cost in "
+            "perplexity, as aligned and free widths."
         )
     if not shape.attentions[0]:
-        notes.append("Block 0 has no attention and got one of zeros, which vLLM needs to start.")
+        notes.append("Block 0 has no attention; one of zeros was added, which vLLM needs to start.")
     return notes
 
 
 def served_config(shape: NativeShape) -> dict[str, Any]:
-    """The configuration, as the server reads it; all that families have by default is spelt out."""
+    """The configuration as the server reads it, with all defaults of the family written out."""
     config = shape.config
     entry = f"{Path(configuration.__file__).stem}.{configuration.NemotronNasConfig.__name__}"
     group = config.num_attention_heads // config.num_key_value_heads
@@ -121,7 +122,7 @@ def served_config(shape: NativeShape) -> dict[str, Any]:
 
 
 def _mlp(width: int, hidden: int) -> dict[str, Any]:
-    """The entries of an MLP; the multiplier is that of half an entry less, which rounds up."""
+    """The settings of an MLP; the multiplier is for half an entry less, since it is rounded up."""
     if not width:
         return {"no_op": True}
     multiplier = 1.5 * (width - 0.5) / hidden
@@ -129,25 +130,25 @@ def _mlp(width: int, hidden: int) -> dict[str, Any]:
 
 
 def _odd_blocks(shape: NativeShape) -> list[int]:
-    """Blocks whose MLP has a width that is no multiple of 256."""
+    """Blocks whose MLP width is not a multiple of 256."""
     return [block for block, width in enumerate(shape.mlp_widths) if width % _MULTIPLE]
 
 
 def _refuse(shape: NativeShape, folder: Path) -> None:
-    """Refuse what vLLM runs as it lies there, or has no such form for.
+    """Refuse models that vLLM runs unchanged, or that the format does not support.
 
     Raises:
-        ValueError: It is one of these.
+        ValueError: The model is one of these.
     """
     config = shape.config
     if config.model_type not in _FAMILIES:
         raise ValueError(
-            f"vLLM has blocks of their own for Llama, Mistral and Qwen2, not for "
-            f"{config.model_type!r} models. It serves {folder} as it lies there, with "
+            f"vLLM supports different blocks for Llama, Mistral and Qwen2, not for "
+            f"{config.model_type!r} models. It serves {folder} unchanged with "
             "`--trust-remote-code --model-impl transformers`."
         )
     if shape.is_stock:
-        raise ValueError(f"{folder} is a stock model, which vLLM serves as it lies there.")
+        raise ValueError(f"{folder} is a stock model, which vLLM serves unchanged.")
     if config.hidden_act != "silu":
         raise ValueError(
             f"vLLM runs such models with `hidden_act` 'silu', not {config.hidden_act!r}."
@@ -155,7 +156,7 @@ def _refuse(shape: NativeShape, folder: Path) -> None:
 
 
 def _idle_attention(shape: NativeShape, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of an attention of block 0 that adds nothing."""
+    """Zero tensors for the attention of block 0."""
     wanted = tuple(f"model.layers.0.{module}." for module in ("self_attn", "input_layernorm"))
     tensors = skeleton(shape.config).state_dict().items()
     return {
@@ -166,11 +167,11 @@ def _idle_attention(shape: NativeShape, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 _HELP = """\
-Write a pruned model in the form that vLLM has built in (`DeciLMForCausalLM`, `nemotron-nas`).
+Write a pruned model in a format built into vLLM (`DeciLMForCausalLM`, `nemotron-nas`).
 
-FOLDER is a pruned Llama, Mistral or Qwen2 that kept the residual stream whole: widths of MLPs per
-block, attentions or MLPs gone. vLLM then runs its own kernels. Other plans have no such form and
-are refused; nothing is written then. The code in OUT reads its configuration, nothing else.
+FOLDER is a pruned Llama, Mistral or Qwen2 with an uncut residual stream: different widths of MLPs
+per block, attentions or MLPs removed. vLLM then runs its own kernels. The format does not support
+other plans: they are refused, and nothing is written. The code in OUT only reads its configuration.
 
 example:
   python -m secateur nemotron-nas runs/disp/model served

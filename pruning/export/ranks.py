@@ -1,4 +1,4 @@
-"""Who takes part in an export: one process that holds the models, or all ranks on streamed ones."""
+"""Ranks of an export: one process with both models in memory, or all ranks with streamed models."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from secateur.pruning.measure.perplexity import of_windows, window_nll
 from secateur.pruning.measure.report import Report, Row, count, file_bytes, measure
 
 T = TypeVar("T")
-_BATCH = 8  # windows that a model, read anew for each batch, sees at once
+_BATCH = 8  # windows per batch; a streamed model is read once per batch
 
 
 class Ranks(ABC):
-    """The processes that export together; every one calls every method."""
+    """The processes of an export; every one calls every method."""
 
     first: bool
     """Whether this process writes."""
     device: torch.device
-    """Where this process computes."""
+    """Device of this process."""
 
     @abstractmethod
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do something on every rank, and return what it gave, rank by rank.
+        """Call a function on every rank, and return the results, rank by rank.
 
         Raises:
-            ValueError: It failed on a rank, and so fails on all: nobody waits for the others.
+            ValueError: It failed on some rank; raised on all ranks, so that none waits for the
+                others.
         """
 
     @abstractmethod
@@ -51,17 +52,17 @@ class Ranks(ABC):
         Args:
             dense: The dense model, or its folder.
             folder: The new model.
-            name: What the new model is called.
+            name: Name of the new model.
             windows_NT: Token windows (int64) to measure on.
         """
 
 
 class OneRank(Ranks):
-    """One process, which holds both models in memory; speed is measured, too.
+    """One process with both models in memory; speed is measured, too.
 
     Args:
         dense_folder: Folder of the dense model, for the size of its files.
-        device: Where it computes.
+        device: Device of the computation.
     """
 
     first = True
@@ -89,13 +90,13 @@ class OneRank(Ranks):
 
 
 class AllRanks(Ranks):
-    """All ranks, on models that stay in their files: none of them holds one whole.
+    """All ranks, with models streamed from their files: no rank holds a complete model.
 
-    Speed is not measured: a model that streams from its files has not the speed that it is served
-    at. Every rank can read what the first one writes.
+    Speed is not measured, since streaming slows a model down. Every rank must be able to read the
+    files that rank 0 writes.
 
     Args:
-        device: Where this rank computes.
+        device: Device of this rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -134,7 +135,7 @@ class AllRanks(Ranks):
         return Report(rows, windows_NT.shape[1], conditions)
 
     def _nll(self, model: Any, windows_NT: Tensor) -> Tensor:
-        """Loss of every window, float64 of shape (N,); each rank computes some of them."""
+        """Loss of every window, float64 of shape (N,); each rank computes some windows."""
         rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
 
         @torch.inference_mode()

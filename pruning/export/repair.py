@@ -1,8 +1,8 @@
-"""Bring a pruned model that an earlier version has exported up to date.
+"""Update a pruned model that an earlier version has exported.
 
-Earlier exports have their plan at the top of the folder, where servers take it for weights. It
-moves into the subfolder `plan`, and the code, once one file for all families, is replaced by the
-present one. Weights stay as they are; so does everything else.
+Earlier exports have their plan at the top level of the folder, where servers load it as weights. It
+is moved to the subfolder `plan`, and the code, formerly one file for all families, is replaced by
+the current one. Weights and all other files are unchanged.
 
 As a command: `python -m secateur repair --help`.
 """
@@ -30,27 +30,27 @@ from secateur.pruning.plan import DESCRIPTION, IN_MODEL, TENSORS, Plan
 
 
 def repair(folder: str | Path) -> list[str]:
-    """Bring an exported folder up to date; one that is, stays as it is.
+    """Update an exported folder; a current one is unchanged.
 
     Args:
-        folder: A pruned model, left by a plan.
+        folder: A pruned model, cut by a plan.
 
     Returns:
-        What was changed, one sentence each.
+        The changes, one sentence each.
 
     Raises:
-        ValueError: The folder is no pruned model.
+        ValueError: The folder is not a pruned model.
     """
     folder = Path(folder)
     if not is_ours(folder):
         raise ValueError(
-            f"`folder` {folder} is no model that a plan has left: it lacks {CONFIG}, a plan, or "
+            f"`folder` {folder} is not a model cut by a plan: it lacks {CONFIG}, a plan, or "
             f"{MARK}. Give the `model` folder of a run."
         )
     changed = []
     plan = Plan.load(folder)
     if (folder / TENSORS).is_file():
-        plan.save(folder / IN_MODEL)  # whole before the old one goes
+        plan.save(folder / IN_MODEL)  # complete before the old one is removed
         for name in (DESCRIPTION, TENSORS):
             (folder / name).unlink(missing_ok=True)
         changed.append(f"The plan was moved into {IN_MODEL}/.")
@@ -61,12 +61,12 @@ def repair(folder: str | Path) -> list[str]:
                 partial = theirs.with_suffix(".partial")
                 shutil.copyfile(ours, partial)
                 os.replace(partial, theirs)
-                changed.append(f"{theirs.name} is that of this version.")
+                changed.append(f"{theirs.name} was replaced by that of this version.")
         config, classes = read_json(folder / CONFIG), own_code(plan)["auto_map"]
         if config.get("auto_map") != classes:
             write_json(folder / CONFIG, config | {"auto_map": classes})
-            changed.append(f"{CONFIG} names the classes of this version.")
-        if (all_families := folder / "modeling_secateur.py").is_file():  # now named by nothing
+            changed.append(f"{CONFIG} was changed to the classes of this version.")
+        if (all_families := folder / "modeling_secateur.py").is_file():  # no longer used
             all_families.unlink()
             changed.append(f"{all_families.name}, the code of all families, was removed.")
     if changed and (folder / MARK).is_file() and "files" in (mark := read_json(folder / MARK)):
@@ -75,11 +75,11 @@ def repair(folder: str | Path) -> list[str]:
 
 
 _HELP = """\
-Bring a pruned model that an earlier version has exported up to date.
+Update a pruned model that an earlier version has exported.
 
-The plan moves from the top of FOLDER, where servers such as vLLM take it for weights, into plan/,
-and the code, if there is any, is replaced by that of this version. Weights are not touched. A
-folder that is up to date stays as it is.
+The plan is moved from the top level of FOLDER, where servers such as vLLM load it as weights, to
+plan/, and the code, if there is any, is replaced by that of this version. Weights are not changed.
+A folder that is up to date is left unchanged.
 
 example:
   python -m secateur repair runs/disp/model

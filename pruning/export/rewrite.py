@@ -1,13 +1,12 @@
-"""Cut a checkpoint down to a plan without loading the model: tensors are streamed and sliced.
+"""Cut a checkpoint by a plan without loading the model: tensors are streamed and sliced.
 
-What comes out is a model folder: safetensors, configuration, tokenizer, the plan, and, where widths
-differ from block to block, the code that loads it. A plan that narrows all MLPs alike, removes
-whole blocks and does nothing else leaves a stock model of the family. The base model may be narrow
-itself: its index buffers are cut like weights, which composes them. Equal inputs give equal
-folders, byte for byte.
+The result is a model folder: safetensors, configuration, tokenizer, the plan, and, if widths differ
+between blocks, the code that loads it. A plan that only narrows all MLPs to one width or removes
+whole blocks leaves a stock model of the family. The base model may be narrow itself: cutting its
+index buffers like weights composes both plans. Equal inputs give equal folders, byte for byte.
 
-Memory: one shard of the output; the input is mapped, not loaded. The base model is hashed while it
-is cut.
+Memory: one shard of the output; the input is memory-mapped. The base model is hashed while it is
+cut.
 
 As a command: `python -m secateur surgery --help`.
 """
@@ -61,21 +60,21 @@ def prune_checkpoint(
 ) -> None:
     """Write the smaller model that a plan leaves of a checkpoint.
 
-    The folder appears when everything is written; on any failure nothing of it remains. An earlier
-    pruned model in its place is replaced then and not before.
+    The folder appears when everything is written; on any failure it is removed. An earlier pruned
+    model in its place is replaced only at that moment.
 
     Args:
         base_folder: Model folder with config.json and safetensors, in one file or several.
-        plan: What stays; made for exactly this base model.
-        folder: Where the smaller model goes.
-        max_shard_bytes: Largest file of weights, in bytes, 1 or more; a tensor that is larger has
-            a file of its own.
+        plan: The kept indices; made for exactly this base model.
+        folder: Folder of the smaller model.
+        max_shard_bytes: Largest weight file in bytes, 1 or more; a larger tensor gets a file of its
+            own.
         progress: Called with the bytes written so far and the bytes in all, per tensor.
 
     Raises:
         ValueError: The plan does not fit the base model, the base model is damaged or quantised,
-            or something else lies at `folder`.
-        OSError: Reading or writing failed, as when the disk is full.
+            or something else exists at `folder`.
+        OSError: Reading or writing failed, for example because the disk is full.
     """
     refuse_base(folder, base_folder)
     with replaced_folder(folder) as partial:
@@ -89,7 +88,7 @@ def write_pruned(
     max_shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the smaller model straight into an empty folder; see `prune_checkpoint`.
+    """Write the smaller model into an empty folder; see `prune_checkpoint`.
 
     Raises:
         ValueError: As for `prune_checkpoint`.
@@ -109,10 +108,10 @@ def write_pruned(
 
 @contextmanager
 def _hashed(base: BaseModel, expected: str) -> Iterator[None]:
-    """Take the fingerprint of the base model beside the work of a `with` block.
+    """Compute the fingerprint of the base model in parallel to a `with` block.
 
     Raises:
-        ValueError: It is not the expected one, whatever else went wrong because of that.
+        ValueError: It is not the expected one; replaces errors of the block that follow from this.
     """
     base.check()
     with ThreadPoolExecutor(1) as pool:
@@ -131,14 +130,14 @@ def _hashed(base: BaseModel, expected: str) -> Iterator[None]:
 def exported_config(base: BaseModel, plan: Plan) -> dict[str, Any]:
     """The configuration of the smaller model: that of the base model and its new widths.
 
-    They are one field of a stock model where the plan leaves one, else `block_widths`, one entry
-    per block that stays: a part that goes has width 0.
+    They are one field if the plan leaves a stock model, else `block_widths`, one entry per
+    remaining block; a removed part has width 0.
     """
     config = dict(base.settings)
     config.pop("auto_map", None)  # code in the folder of the base model was not used either
     by_block, keep = plan.widths_by_block(), plan.kept_blocks()
     if len(keep) < len(by_block):
-        from secateur.pruning.depth.removal import shortened_fields  # which imports this module
+        from secateur.pruning.depth.removal import shortened_fields  # imports this module
 
         method = {"method": plan.provenance.get("method", "a plan")}
         config |= shortened_fields(base.config, keep, method)
@@ -148,7 +147,7 @@ def exported_config(base: BaseModel, plan: Plan) -> dict[str, Any]:
 
 
 def own_code(plan: Plan) -> dict[str, Any]:
-    """Entries of the configuration of a model that has its code beside it."""
+    """Configuration entries of a model with custom code."""
     model_type, by_block = narrow_type(plan.model_type), plan.widths_by_block()
     classes = config_class(model_type).auto_classes
     return {
@@ -160,7 +159,7 @@ def own_code(plan: Plan) -> dict[str, Any]:
 
 
 def _shown(widths: dict[str, int]) -> dict[str, int]:
-    """Widths of a block as `block_widths` has them: 0 for a part that is not there, none inside."""
+    """Widths of a block in the form of `block_widths`: a missing part is only a width of 0."""
     inside = {name: width for name, width in widths.items() if width and name not in PARTS}
     there = {part_of(name) for name in inside}
     return {part: 0 for part in PARTS if part not in there} | inside
@@ -172,12 +171,12 @@ _INDICES = ("I64",)
 
 @dataclass(frozen=True)
 class _Cut:
-    """A tensor of the smaller model, before it is read.
+    """A tensor of the smaller model, not read yet.
 
     Args:
         name: Name of the tensor.
         num_bytes: Its size.
-        make: Reads and cuts it.
+        make: Function that reads and cuts it.
     """
 
     name: str
@@ -211,7 +210,7 @@ def _find_cuts(base: BaseModel, plan: Plan) -> list[_Cut]:
                 num_bytes = own.num_entries * _bytes_of(dtype)
                 cuts.append(_Cut(own.name, num_bytes, partial(_read, path, name, own)))
     refuse_missing(base.folder, names, base.skeleton())
-    done = {cut.name for cut in cuts}  # with the buffers of a base model that is narrow
+    done = {cut.name for cut in cuts}  # includes the buffers of a narrow base model
     for name, index_W in slices.index_buffers().items():
         if name not in done:
             cuts.append(_Cut(name, 8 * len(index_W), index_W.clone))
@@ -264,7 +263,7 @@ def _bytes_of(dtype: str) -> int:
 
 
 _HELP = """\
-Cut a checkpoint down to a plan, without loading the model.
+Cut a checkpoint by a plan, without loading the model.
 
 BASE is streamed: memory is that of one output shard, whatever the size of the model. OUT gets
 weights in the type of BASE, config.json, tokenizer, the plan, and the code that loads it if the
@@ -272,8 +271,8 @@ widths differ between blocks (load with `trust_remote_code=True`); a uniform pla
 model. BASE may be a narrow model itself, and OUT is narrow then.
 
 OUT appears when it is complete. The plan must have been made for exactly BASE, which is checked by
-a hash of its files. Whether OUT computes what the masked model computes is proven at the end of a
-training run, which loads both; here nothing is run.
+a hash of its files. That OUT computes the same as the masked model is verified at the end of a
+training run, which loads both; this command runs no model.
 
 example:
   python -m secateur surgery path/to/Llama-2-7b-hf runs/disp/plan path/to/smaller

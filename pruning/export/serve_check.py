@@ -1,7 +1,7 @@
-"""Try a model folder in the servers that are installed, and say in a table what works.
+"""Test a model folder in the installed servers, and report the results in a table.
 
-Each server is started on the folder as it lies there. What it says is compared with what
-transformers computes here in the same type; then its speed is measured.
+Each server is started on the unchanged folder. Its answers are compared with those of transformers
+on this machine in the same type; then its speed is measured.
 
 As a command: `python -m secateur serve-check --help`.
 """
@@ -39,18 +39,18 @@ _TYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Found:
-    """What came out of one server.
+    """The result of one server.
 
     Args:
         server: Its name.
-        start_s: Seconds until it answered; None if it never did.
-        equal: Tokens (or characters, where it gives text only) that are equal to transformers' own
-            from the start on, over all prompts, and how many there are.
-        difference: Largest difference of two log-probabilities of a first token; None where the
-            server gives none.
+        start_s: Seconds until its first answer; None if it never answered.
+        equal: Number of tokens (or characters, if it returns text only) that equal those of
+            transformers from the start, over all prompts, and their total number.
+        difference: Largest difference of two log-probabilities of a first token; None if the server
+            returns none.
         first_token_s: Seconds to the first token of a prompt of 128 tokens.
-        tokens_per_s: Requests at once to output tokens per second, all of them together.
-        message: Why it does not serve the folder; empty if it does.
+        tokens_per_s: Number of simultaneous requests to output tokens per second in total.
+        message: Why it cannot serve the folder; empty if it can.
     """
 
     server: str
@@ -71,10 +71,10 @@ def serve_check(
     """Start every installed server on a model folder, compare and measure.
 
     Args:
-        folder: Model folder with a tokenizer. A modelling file in it is run.
-        python: Interpreter whose environment has the servers.
+        folder: Model folder with a tokenizer. Its modelling file, if any, is executed.
+        python: Interpreter of the environment with the servers.
         dtype: Torch name of the type that all compute in: float32, bfloat16 or float16.
-        requests: How many requests at once to measure, each 1 or more.
+        requests: Numbers of simultaneous requests to measure, each 1 or more.
 
     Raises:
         ValueError: `dtype` is unknown, the folder cannot be loaded, or no server is installed.
@@ -104,7 +104,7 @@ class _Prompt:
 
 
 def _reference(folder: Path, dtype: str) -> tuple[list[_Prompt], int]:
-    """Prompts with what transformers computes here, and the positions of the model."""
+    """Prompts with the answers of transformers, and the number of positions of the model."""
     base = BaseModel(folder)
     tokenizer: Any = base.tokenizer()
     model: Any = base.load(dtype)
@@ -139,7 +139,7 @@ def _try(
     requests: Sequence[int],
     lengths: tuple[int, int],
 ) -> Found:
-    """Start one server, compare and measure, on prompts and answers of so many tokens."""
+    """Start one server, compare and measure, with prompts and answers of given lengths."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -149,7 +149,7 @@ def _try(
                 def ask(prompt: _Prompt) -> Answer:
                     return server.ask(url, prompt.ids, prompt.text, _NEW_TOKENS)
 
-                with ThreadPoolExecutor(len(prompts)) as pool:  # all at once: one batch
+                with ThreadPoolExecutor(len(prompts)) as pool:  # all at once, as one batch
                     answers = list(pool.map(ask, prompts))
                 equal, of, difference = 0, 0, None
                 for prompt, answer in zip(prompts, answers, strict=True):
@@ -168,7 +168,7 @@ def _try(
 
 
 def _compare(expected: Answer, answer: Answer) -> tuple[int, int, float | None]:
-    """Equal tokens from the start on, how many there are, and the distance of log-probabilities."""
+    """Number of equal tokens from the start, total, and largest log-probability difference."""
     pair: tuple[Sequence[Any], Sequence[Any]] = (expected.tokens or (), answer.tokens or ())
     if answer.tokens is None:
         pair = expected.text.strip(), answer.text.strip()
@@ -190,7 +190,7 @@ def _tokens_per_s(
 
 
 def table(found: Sequence[Found]) -> Table:
-    """What came out, one row per server."""
+    """The results, one row per server."""
     numbers = sorted({n for one in found for n in one.tokens_per_s or {}})
     shown = Table("server", "works", "starts in", "equal", "log-probabilities", "first token")
     for number in numbers:
@@ -212,12 +212,12 @@ def table(found: Sequence[Found]) -> Table:
 
 
 _HELP = """\
-Try a model folder in the servers that are installed: vLLM, llama.cpp, transformers' own.
+Test a model folder in the installed servers: vLLM, llama.cpp, transformers' own.
 
-Each is started on FOLDER and asked for 24 greedy tokens after four prompts at once; tokens and the
-log-probabilities of the first one are compared with what transformers computes here, then speed is
-measured. For llama.cpp a GGUF file is written first. The code in FOLDER is run: give one that you
-trust. Code 1 if a server that started says something else.
+Each is started on FOLDER and generates 24 greedy tokens after each of four simultaneous prompts;
+the tokens, and the log-probabilities of the first, are compared with those of transformers, then
+speed is measured. For llama.cpp a GGUF file is written first. The code in FOLDER is executed: use
+one that you trust. The exit code is 1 if a server that started answers differently.
 
 example:
   python -m secateur serve-check runs/disp/model --python .venv-serving/bin/python

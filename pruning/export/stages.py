@@ -1,7 +1,7 @@
-"""How a model was made, stage after stage: `secateur.json` in its folder.
+"""History of a model, stage by stage: `secateur.json` in its folder.
 
 The file also marks a folder as written by Secateur, so that a later export may replace it, and
-names the files that were written: a folder with anything else in it is left alone.
+names the files that were written: a folder with other files in it is not replaced.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from secateur.pruning.measure.report import Report, Row
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """Origin of a model: base model, command and provenance.
 
     Args:
         base: Name of the base model, for the model card.
         folder: Its folder.
         fingerprint: Its content hash.
         command: The command that made the model.
-        steps: Optimiser steps that it took.
+        steps: Optimiser steps of its training.
         provenance: How the model was pruned, by method: JSON values only.
         training: How its weights were trained: JSON values only.
     """
@@ -40,19 +40,19 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """Name of the base model as the model card shows it: a path is relative."""
+        """Name of the base model in the model card; paths are relative."""
         return os.path.relpath(self.base) if Path(self.base).exists() else self.base
 
     @property
     def made(self) -> str:
-        """Heading of the new model in tables: `pruned`, or `trained` where nothing was pruned."""
+        """Heading of the new model in tables: `pruned`, or `trained` if nothing was pruned."""
         return "pruned" if self.provenance else "trained"
 
 
 def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict[str, Any]]:
-    """Write `secateur.json` into a model folder that has all its files but this one and README.md.
+    """Write `secateur.json` into a model folder that lacks only this file and README.md.
 
-    No times are among the figures: equal runs write equal files.
+    It contains no times, so that equal runs write equal files.
 
     Args:
         folder: The model folder.
@@ -82,7 +82,7 @@ def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict
 
 
 def stages_table(stages: list[dict[str, Any]]) -> list[list[str]]:
-    """Make a table of a chain: the first dense model and what each stage made of it."""
+    """Make a table of the stages: the first dense model and the result of each stage."""
     table = [["model", "parameters", "FLOPs per token", "perplexity"]]
     for number, stage in enumerate(stages, start=1):
         dense, made = list(stage["models"].values())[:2]

@@ -1,8 +1,8 @@
-"""Models that stay in their files: every layer is read when it computes, and forgotten after.
+"""Models streamed from their files: every layer is read for its computation, then freed.
 
-What is in memory is one layer and the activations, whatever the size of the model, so that an
-export is proven in float32 where the models themselves would not fit. Transformers and accelerate
-do the reading; a forward pass costs one reading of the files, from the page cache if they fit.
+Memory holds one layer and the activations, whatever the size of the model, so that exports of
+models larger than memory are verified in float32. Transformers and accelerate read the files; a
+forward pass reads them once, from the page cache if they fit there.
 
 Legend: B = windows, T = tokens.
 """
@@ -39,12 +39,12 @@ def streamed(
     device: torch.device,
     dtype: torch.dtype | str = "auto",
 ) -> Iterator[PreTrainedModel]:
-    """A causal language model in evaluation mode whose weights stay in the files of its folder.
+    """Load a causal language model in evaluation mode whose weights are streamed from its files.
 
     Args:
         folder: Model folder.
-        device: Where it computes.
-        dtype: Type in which it computes; "auto" is that of the files.
+        device: Device of the computation.
+        dtype: Type of the computation; "auto" is that of the files.
 
     Raises:
         ExportError: The folder cannot be read as a causal language model.
@@ -74,7 +74,7 @@ def verify_streamed(
         plan: The plan that was exported.
         folder: The exported model.
         windows_BT: Token ids, at least 2 per window.
-        device: Where both compute.
+        device: Device of both computations.
         tolerance: Largest difference of two logits, above 0. With gains that were folded into
             weights of a narrow type, it is that of `secateur.pruning.export.verify.verify_export`.
 
@@ -113,17 +113,17 @@ def verify_recorded(
     device: torch.device,
     tolerance: float = 1e-4,
 ) -> float:
-    """Compare a saved folder, read layer by layer, in float32, with what the model said that it was
-    made of.
+    """Compare a saved folder, read layer by layer, in float32, with recorded logits of the live
+    model.
 
     Args:
-        said: What `secateur.pruning.export.verify.record` has of the model.
-        num_parameters: Its parameters.
-        dtype: The type that it computed in.
+        said: Result of `secateur.pruning.export.verify.record` for the live model.
+        num_parameters: Number of its parameters.
+        dtype: Type of its computation.
         folder: The saved model.
-        device: Where it computes.
+        device: Device of the computation.
         tolerance: Largest difference of two logits, above 0, as a fraction of the largest one,
-            where both are float32; the narrower of their types explains more otherwise.
+            if both are float32; otherwise rounding of the narrower type allows more.
 
     Returns:
         The largest absolute difference of two logits.
@@ -139,8 +139,8 @@ def verify_recorded(
             )
         stored = BaseModel(Path(folder)).dtype_of()
         narrow = max(dtype, stored, key=lambda kind: torch.finfo(kind).eps)
-        # A low-rank update that computes on its own is another order of sums in every layer, and is
-        # rounded otherwise: in bf16, models of 3 to 40 blocks were off by 2 to 11 roundings.
+        # A low-rank update that is not merged changes the order of sums in every layer, and the
+        # rounding: in bf16, models of 3 to 40 blocks were off by 2 to 11 roundings.
         largest = max(1.0, *(float(answer.logits_BtV.abs().max()) for answer in said))
         return compare_recorded(
             said,
@@ -155,7 +155,7 @@ def verify_recorded(
 
 
 def _places(model: Any, device: torch.device) -> dict[str, str]:
-    """All parts of a model on the disk, but for the smallest: it says where the others compute."""
+    """Device map: all modules on disk except the smallest, which sets the device to compute on."""
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     parts = dict(decoder.named_children())

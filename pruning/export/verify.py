@@ -1,11 +1,11 @@
-"""Prove that an exported model computes what the masked dense model computes.
+"""Verify that an exported model computes the same as the masked dense model.
 
-Compared are the logits of whole windows, and those of a cached greedy decode, token by token. Up to
-`FLOAT32_PARAMETERS` parameters both models compute in float32, the dense one on a copy if it has
+The logits of complete windows are compared, and those of a cached greedy decode, token by token. Up
+to `FLOAT32_PARAMETERS` parameters both models compute in float32, the dense one on a copy if it has
 another type: then the two differ only in the order of sums. Weights are first rounded to the type
-of the dense model, which may be narrower than that of the checkpoint. Larger models are compared in
-the type that they have, where every rounding counts, with a tolerance to match; so are gains that
-were folded into weights of a narrow type.
+of the dense model, which may be narrower than that of the checkpoint. Larger models, and gains
+folded into weights of a narrow type, are compared in the type of the model, with a tolerance for
+its rounding.
 
 Legend: B = windows, T = tokens, V = vocabulary, D = width of the residual stream.
 """
@@ -38,7 +38,7 @@ ROUNDINGS = 6
 
 
 class ExportError(ValueError):
-    """An exported model is not the model that the plan describes."""
+    """Raised if an exported model differs from the model that the plan describes."""
 
 
 def verify_export(
@@ -51,7 +51,7 @@ def verify_export(
     """Compare an exported folder with the masked dense model.
 
     Args:
-        model: The dense base model, not quantised. Gates hooked into it already must be open.
+        model: The dense base model, not quantised. Its gates, if any, must be open.
         plan: The plan that was exported.
         folder: The exported model.
         windows_BT: Token ids, at least 2 per window.
@@ -63,10 +63,10 @@ def verify_export(
 
     Raises:
         ExportError: The folder cannot be loaded, has another number of parameters than the plan
-            promises, or computes something else; the message says from which block on.
+            promises, or computes something else; names the first differing block.
     """
     small = model.num_parameters() <= FLOAT32_PARAMETERS
-    # Gains are rounded with the weights that they are folded into, but not as gates.
+    # Gains folded into weights are rounded with them; gains of hooks are not.
     exact = small and (plan.gains is None or model.dtype == torch.float32)
     dense = _in_float32(model) if small else model
     exported = _load(folder, model.dtype)
@@ -92,7 +92,7 @@ def verify_saved(
     windows_BT: Int[Tensor, "B T"],
     tolerance: float = 1e-4,
 ) -> float:
-    """Compare a saved folder with the live model that it was made of.
+    """Compare a saved folder with the live model that was saved.
 
     Args:
         model: The live model, not quantised.
@@ -105,7 +105,7 @@ def verify_saved(
 
     Raises:
         ExportError: The folder cannot be loaded, has another number of parameters, or computes
-            something else; the message says from which block on.
+            something else; names the first differing block.
     """
     small = model.num_parameters() <= FLOAT32_PARAMETERS
     live = _in_float32(model) if small else model
@@ -135,7 +135,7 @@ def verify_cut(
     Args:
         model: The dense model. Gates hooked into it already must be open.
         plan: The plan that it was cut by, without gains.
-        narrow: What `cut` has left, in the type of the dense model.
+        narrow: Result of `cut`, in the type of the dense model.
         windows_BT: Token ids, at least 2 per window.
         tolerance: Largest difference of two logits, as for `verify_export`.
 
@@ -143,7 +143,7 @@ def verify_cut(
         The largest absolute difference of two logits.
 
     Raises:
-        ExportError: The two compute something else; the message says from which block on.
+        ExportError: The two compute different logits; names the first differing block.
     """
     exact = model.dtype == torch.float32
     with _gated(model, plan), evaluation(narrow):
@@ -198,10 +198,10 @@ def _largest_difference(
 
 @dataclass(frozen=True)
 class Said:
-    """What a model says of some tokens.
+    """Recorded logits of a model for some tokens.
 
     Args:
-        where: Which tokens these are, for a message.
+        where: Description of the tokens, for a message.
         tokens_Bt: Token ids.
         logits_BtV: Logits of the tokens that follow.
     """
@@ -213,9 +213,9 @@ class Said:
 
 @torch.no_grad()
 def record(model: PreTrainedModel, windows_BT: Int[Tensor, "B T"]) -> list[Said]:
-    """What a model says of whole windows, and then, with a cache, of how it continues halves."""
+    """Record the logits of complete windows, and of a cached greedy decode from half windows."""
     said = [Said("whole windows", windows_BT, model(windows_BT).logits)]
-    # Half a window is read into the cache at once.
+    # Read half a window into the cache at once.
     cache, tokens_Bt = DynamicCache(), windows_BT[:, : (windows_BT.shape[1] + 1) // 2]
     steps = min(DECODED_TOKENS, windows_BT.shape[1] // 2)
     for step in range(steps + 1):
@@ -236,18 +236,18 @@ def compare_recorded(
     first_difference: Callable[[float], str],
     roundings: float = ROUNDINGS,
 ) -> float:
-    """The largest absolute difference of two logits: of a model, and as recorded of another one.
+    """The largest absolute difference between the logits of a model and recorded logits.
 
     Args:
-        said: What `record` has of the other model; this one gets the same tokens.
+        said: Result of `record` for the other model; this one gets the same tokens.
         exported: The model.
         original: What the other one is, for the message.
         exact: Whether they differ in the order of sums only.
         dtype: Whose roundings explain more than that otherwise.
         tolerance: Largest difference of two logits where they are exact.
-        first_difference: Says where the models differ first, by more than a fraction of the largest
-            entry.
-        roundings: Units of rounding of the largest logit that are explained by `dtype`.
+        first_difference: Function that describes where the models first differ by more than a
+            fraction of the largest entry.
+        roundings: Allowed units of rounding of the largest logit in `dtype`.
 
     Raises:
         ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
@@ -293,13 +293,13 @@ def _check_parameters(model: PreTrainedModel, plan: Plan, exported: PreTrainedMo
     promised = int(table(torch.tensor(plan.widths, dtype=torch.float64)))
     if (found := exported.num_parameters()) != promised:
         raise ExportError(
-            f"The exported model has {found} parameters and the plan promises {promised}."
+            f"The exported model has {found} parameters, expected by the plan are {promised}."
         )
 
 
 @contextmanager
 def _gated(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """The dense model with the gates of the plan, in evaluation mode, and all put back after."""
+    """Apply the gates of the plan to the dense model, in evaluation mode; restore it afterwards."""
     training = model.training
     hooks = GateHooks(model.eval(), plan.family)
     try:
@@ -329,12 +329,12 @@ def _first_difference(
     ours = dense(windows_BT, output_hidden_states=True).hidden_states
     theirs = exported(windows_BT, output_hidden_states=True).hidden_states
     blocks = range(len(ours) - 1) if blocks is None else blocks
-    # The embeddings, what comes out of each block, and, last, what comes out of the final norm.
+    # The embeddings, the output of each block, and, last, the output of the final norm.
     places = [0, *(block + 1 for block in blocks)]
     for place, theirs_BTD in zip(places, theirs, strict=True):
         ours_BTD = ours[-1] if place == places[-1] else ours[place]
         difference_BTD = (ours_BTD.float() - theirs_BTD.float()).abs()
         if not float(difference_BTD.max()) <= limit * float(ours_BTD.float().abs().max()):
             where = f"The first difference is in block {place - 1}."
-            return where if place else "The embeddings differ already."
-    return "No block differs by as much on whole windows: the head or the cache does."
+            return where if place else "The embeddings differ."
+    return "No block differs by as much on complete windows, so the head or the cache differs."

@@ -33,16 +33,16 @@ NO_VLLM = "does not dispatch through the Transformers attention interface"
 
 
 def refusal(name: str) -> str | None:
-    """What llama.cpp has no form for, in the words that say so; None for what it serves."""
+    """Part of the message with which the GGUF export refuses a model; None if it is supported."""
     family, kind = name.split(", ")
     if family in ("opt", "phi"):
-        return "does not write" if kind != "widths per block" else "can select none"
+        return "does not write" if kind != "widths per block" else "cannot select entries"
     if kind == "widths per block":
-        return "can select none"
+        return "cannot select entries"
     if family in ("llama", "mistral", "qwen2") or kind in ("dense", "uniform"):
         return None
     if kind == "depth":
-        return "in every block 6" if family == "gemma3_text" else None
+        return "one in every 6" if family == "gemma3_text" else None
     return "has widths per block for Llama, Mistral and Qwen2"
 
 

@@ -65,5 +65,5 @@ def test_every_rank_gathers_to_the_end_though_one_cannot_write(
 def test_a_weight_that_is_no_number_is_not_left_behind(tmp_path: Path) -> None:
     model = tiny_llama()
     nn.init.constant_(model.lm_head.weight, torch.nan)
-    with pytest.raises(OSError, match="does not give back 'lm_head.weight' as it was written"):
+    with pytest.raises(OSError, match="does not contain 'lm_head.weight' as it was written"):
         write_gathered(model, tmp_path, torch.float32, on_one_rank)

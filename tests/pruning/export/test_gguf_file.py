@@ -80,7 +80,7 @@ def test_narrow_rows_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     base = tiny_folder(tmp_path / "base")
     main([str(base), str(tmp_path / "m.gguf"), "--type", "q8_0"])
     said = capsys.readouterr().out
-    assert "23 matrices have rows that are no multiple of 32 entries" in said
+    assert "23 matrices have rows whose length is not a multiple of 32" in said
     assert "width_multiple: 32" in said
 
 
@@ -126,7 +126,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
     refused(folder_of(tmp_path / "untied", "gemma2"), "`tie_word_embeddings` false")
     gemma = folder_of(tmp_path / "gemma", "gemma2", tie_word_embeddings=True)
     prune_blocks(gemma, tmp_path / "odd", remove=[0])
-    refused(tmp_path / "odd", "full attention elsewhere than in every block 2")
+    refused(tmp_path / "odd", "full attention in other blocks than one in every 2")
     prune_checkpoint(gemma, native_plan(gemma), tmp_path / "parts")
     refused(tmp_path / "parts", "has widths per block for Llama, Mistral and Qwen2")
     refused(tiny_family_folder(tmp_path / "mute", "llama"), "holds no tokenizer.json")

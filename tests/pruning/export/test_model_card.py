@@ -86,4 +86,4 @@ def test_parts_that_are_gone_are_named(tmp_path: Path) -> None:
     plan = plan_without(tiny_llama(), "x", [(0, "attn"), (1, "attn"), (1, "mlp")], {})
     text = of_plan(base, plan)
     assert "base model: all of blocks 1; the attention of blocks 0. " in text
-    assert "Gone as a whole" not in of_plan(base, plan_without(tiny_llama(), "x", [], {}))
+    assert "Removed entirely" not in of_plan(base, plan_without(tiny_llama(), "x", [], {}))

@@ -31,7 +31,7 @@ def test_blocks_are_written_as_they_are(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", num_hidden_layers=4)
     small = pruned(tmp_path, base, (1, "mlp"), (2, "attn"))
     (note,) = write_nemotron_nas(small, tmp_path / "out")
-    assert "MLPs of blocks 0, 2, 3 have widths that are no multiple of 256" in note
+    assert "MLPs of blocks 0, 2, 3 have widths that are not multiples of 256" in note
     assert "`width_multiple: 256`" in note
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["DeciLMForCausalLM"]
@@ -91,7 +91,7 @@ def test_what_has_no_such_form_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
     base = tiny_folder(tmp_path / "base")
-    refused(base, "is a stock model, which vLLM serves as it lies")
+    refused(base, "is a stock model, which vLLM serves unchanged")
     prune_checkpoint(base, uniform_plan(base), tmp_path / "uniform")
     refused(tmp_path / "uniform", "is a stock model")
     prune_checkpoint(base, uneven_plan(base), tmp_path / "narrow")
