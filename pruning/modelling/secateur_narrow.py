@@ -280,6 +280,8 @@ class NarrowForCausalLM(PreTrainedModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have `save_pretrained` write the files of the code into the folder, and name them."""
         super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "model_class"):
+            return  # sent to another process, as vLLM does: its attributes, these too, come after
         config_class: Any = cls.config_class
         classes = {"AutoConfig": config_class, "AutoModel": cls.model_class}
         config_class.auto_classes = classes | {"AutoModelForCausalLM": cls}

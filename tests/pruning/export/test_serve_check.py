@@ -10,7 +10,7 @@ import pytest
 
 from secateur.pruning.export import serve_check as module
 from secateur.pruning.export.serve_check import main, serve_check
-from secateur.pruning.export.servers import Answer, Server, post
+from secateur.pruning.export.servers import Answer, Server, last_lines, post
 from tests.tiny import tiny_folder
 
 _PROGRAM = """
@@ -121,3 +121,11 @@ def test_without_a_server_the_packages_are_named(
     assert "xllamacpp" in said
     with pytest.raises(ValueError, match="`dtype` must be one of float32, bfloat16, float16, got"):
         serve_check(base, dtype="int8")
+
+
+def test_what_a_process_of_the_server_died_of_is_told(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(
+        "loading\nAttributeError: no class\nTraceback\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_lines(tmp_path / "log", 1) == "AttributeError: no class"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from transformers import AutoModelForCausalLM
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.modelling import config_class, is_narrow, narrow_type, stock_type
+from secateur.pruning.modelling.modeling_secateur_llama import (
+    SecateurLlamaConfig,
+    SecateurLlamaForCausalLM,
+)
 from tests.pruning.export.plans import uneven_plan
 from tests.stranger import run_as_stranger
 from tests.tiny import tiny_family_folder, tiny_folder
@@ -112,3 +117,11 @@ def test_a_folder_that_was_made_in_memory_names_its_code(tmp_path: Path) -> None
     assert saved["auto_map"] == config.auto_map
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_class_may_be_made_before_its_attributes() -> None:
+    """Servers send classes of a folder to other processes; there the attributes follow."""
+    before = SecateurLlamaConfig.auto_classes
+    made = types.new_class("Sent", SecateurLlamaForCausalLM.__bases__)
+    assert not hasattr(made, "model_class")
+    assert SecateurLlamaConfig.auto_classes is before
