@@ -1,1 +1,1 @@
-"""Narrower layers: score x search x budget x compensation over the gates of a model."""
+"""Width pruning: score x search x budget x compensation over the gates of a model."""

@@ -1,4 +1,4 @@
-"""The penalty that pulls the cost of masks to a target, and the exact final selection.
+"""The penalty on the cost of masks, and the final selection that meets the budget exactly.
 
 Sources: DISP-LLM (arXiv 2410.11988), section 3.3 (eq. 7: the log-ratio penalty). The exact
 selection is ours: the paper draws a random mask at the end and meets the budget only roughly.
@@ -21,16 +21,16 @@ from secateur.pruning.costs import Cost, CostTable, Flops
 from secateur.pruning.families import Family, family_of
 from secateur.pruning.sites import Site
 
-_SMALLEST_FAST = 512  # entries of the residual stream from which on shapes decide the speed
+_SMALLEST_FAST = 512  # entries of the residual stream above which shapes determine speed
 # Measured on one core (width 576, bfloat16): gathering takes as long as a product with about 540
-# features. By its memory traffic, it is about the same on a GPU at width 4096.
+# features. Estimated from memory traffic, it is about the same on a GPU at width 4096.
 _SELECTION = 512
 
 
 def log_ratio_penalty(
     fraction: Float[Tensor, ""], target: float, strength: float
 ) -> Float[Tensor, ""]:
-    """Eq. 7 of DISP-LLM, strength * |ln(fraction / target)|: pulls from both sides.
+    """Eq. 7 of DISP-LLM, strength * |ln(fraction / target)|, above and below the target.
 
     Args:
         fraction: Soft cost over dense cost.
@@ -44,26 +44,27 @@ def log_ratio_penalty(
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the model stays, and in which shapes.
+    """How much of the model is kept, and in which shapes.
 
     Args:
-        keep: Fraction of the dense cost that stays, in (0, 1].
-        cost: What is counted: `Flops` or `Parameters`, of the block projections or the whole model.
+        keep: Fraction of the dense cost to keep, in (0, 1].
+        cost: The measure of cost: `Flops` or `Parameters`, of the block projections or the whole
+            model.
         min_width: Fewest entries that a site keeps, 1 or more.
         width_multiple: Every width is a multiple of this, 1 or more (8, 64 and 128 suit matrix
-            hardware); a site whose size is not a multiple may also stay whole. None takes 32 where
-            the residual stream has 512 entries or more, 64 from 1024 on, and 1 below.
-        selection: Selecting entries of the residual stream takes time: a site of it is cut only
-            where that saves more than a product of the whole stream with this many features, 0 or
-            more. 0 cuts any site. None takes 512 where the residual stream has 512 entries or more,
-            and 0 below.
+            hardware); a site whose size is not a multiple may also stay uncut. None means 32 if the
+            residual stream has 512 entries or more, 64 from 1024 on, and 1 below.
+        selection: Selecting entries of the residual stream takes time: a site of it is cut only if
+            that saves more than a product of the full stream with this many features, 0 or more. 0
+            cuts any site. None means 512 if the residual stream has 512 entries or more, and 0
+            below.
         uniform: Narrow the MLPs only, all to the same width, so that the result is a stock model of
-            its family, without code of its own. Which neurons stay still differs per block.
-        parts: Let attentions and MLPs go as a whole, too, by one gate each. What such a part leaves
-            unspent, the widths of the others get.
-        sites: Names of the sites that may be cut; the others stay whole, but for parts that go.
-            None is all. With `[mlp_mid]` alone, the residual stream and the heads stay, which
-            servers without the modelling file ask for (docs/serving.md).
+            its family, without custom code. The kept neurons still differ per block.
+        parts: Also remove entire attentions and MLPs, by one gate each. The cost that this saves is
+            spent on the widths of the others.
+        sites: Names of the sites that may be cut; the others are cut only with a removed part. None
+            means all. With `[mlp_mid]` alone, the residual stream and the heads are uncut, as
+            servers without the modelling file need (docs/serving.md).
 
     Raises:
         ValueError: A setting is outside its range, or `uniform` is set beside `parts` or `sites`.
@@ -84,7 +85,7 @@ class Budget:
         if self.uniform and self.parts:
             raise ValueError(
                 "`uniform` and `parts` cannot both be true: a block without attention or MLP is "
-                "no stock block. Remove blocks first, then learn uniform widths of the rest."
+                "not a stock block. Remove blocks first, then learn uniform widths of the rest."
             )
         if self.uniform and self.sites is not None:
             raise ValueError(
@@ -99,7 +100,7 @@ class Budget:
                 raise ValueError(f"`{name}` must be {least} or more, got {value}.")
 
     def suited(self, sites: Sequence[Site]) -> Budget:
-        """The same with `width_multiple` and `selection` as these sites of a model ask for them."""
+        """The same budget with `width_multiple` and `selection` set for these sites."""
         stream = max((site.size for site in sites if site.is_of_stream), default=0)
         real = stream >= _SMALLEST_FAST
         multiple, selection = (64 if stream >= 1024 else 32, _SELECTION) if real else (1, 0)
@@ -110,7 +111,7 @@ class Budget:
         )
 
     def family(self, config: PreTrainedConfig) -> Family:
-        """The row of the family with the sites that this budget has gates for.
+        """The row of the family, with the sites that have gates under this budget.
 
         Raises:
             ValueError: The family is unknown, or this member of it cannot be pruned.
@@ -119,13 +120,13 @@ class Budget:
         return family.with_parts() if self.parts else family
 
     def prunes(self, site: Site) -> bool:
-        """Whether the site may lose entries; the gates of the others stay open."""
+        """Test whether the site may lose entries; gates of other sites stay open."""
         if self.uniform:
             return site.name == "mlp_mid"
         return self.sites is None or site.is_part or site.name in self.sites
 
     def check(self, sites: Sequence[Site], table: CostTable) -> None:
-        """Find out before training whether the budget can be met.
+        """Check before training that the budget can be met.
 
         Raises:
             ValueError: The minimum widths alone cost more than the budget, a site is smaller than
@@ -154,7 +155,7 @@ class Budget:
                 )
         floor_S = torch.tensor([float(self._floor(site)) for site in sites])
         attentions = [place for place, site in enumerate(sites) if site.name == "attn"]
-        floor_S[attentions[:1]] = 1.0  # one stays
+        floor_S[attentions[:1]] = 1.0  # one attention is kept
         reachable = float(table.fraction(floor_S))
         if reachable > self.keep:
             shape = f"`min_width` {self.min_width} and `width_multiple` {self.width_multiple}"
@@ -165,7 +166,7 @@ class Budget:
                 shape, cure = f"these `sites`, {shape}", f"{cure[:-1]}, or name more `sites`."
             raise ValueError(
                 f"`keep` {self.keep} cannot be reached: with {shape} at least {reachable:.4f} of "
-                f"the cost stays. {cure}"
+                f"the cost is kept. {cure}"
             )
 
     def finalise(
@@ -175,25 +176,26 @@ class Budget:
         table: CostTable,
         most_S: Int[Tensor, " S"] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Choose what stays: the highest scores, as many as the budget pays for, exactly.
+        """Choose the kept entries: the highest scores that exactly fit the budget.
 
-        The entries of every site are ranked and cut into chunks of `width_multiple`. All chunks
-        compete in one ranking by their mean score; the longest prefix that the budget pays for
-        stays, and what is left over buys the best chunks that still fit. The result costs at most
-        `keep`, and no further chunk would fit. Deterministic; ties go to the earlier entry.
+        The entries of every site are ranked and cut into chunks of `width_multiple`. All chunks are
+        ranked together by their mean score; the longest prefix within the budget is kept, and then
+        the best further chunks that still fit. The result costs at most `keep`, and no further
+        chunk would fit. Deterministic; ties go to the earlier entry.
 
-        With `uniform` every MLP keeps its best entries, as many as the budget pays for in all
-        blocks at once.
+        With `uniform` every MLP keeps its best entries, the largest number that fits the budget in
+        all blocks.
 
         Args:
             scores_N: Higher means keep; P(keep) or the logits, of any monotone scale.
             sites: The sites, in order.
             table: Cost table of the same sites.
-            most_S: Most entries that each site may keep; None is all of them.
+            most_S: Largest number of entries that each site may keep; None means all.
 
-        With `parts`, their gates compete in that ranking as chunks of one. Those that are not in
-        the prefix go, and the ranking is repeated among what is left, so that the budget is met by
-        widths. A part comes back, the best first, if all that is left is whole and it fits.
+        With `parts`, their gates are ranked together with the chunks. Parts outside the prefix are
+        removed, and the ranking is repeated among the remaining parts, so that widths meet the
+        budget. If all remaining parts are uncut, removed parts that fit are restored, the best
+        first.
 
         Returns:
             Sorted indices (int64) of the kept entries, one vector per site.
@@ -232,11 +234,11 @@ class Budget:
         )
 
     def _uniform_widths(self, sites: Sequence[Site], table: CostTable, limit: float) -> Tensor:
-        """The widest MLP that all blocks can have within the limit."""
+        """The largest common MLP width within the limit."""
         floor_S = torch.tensor([self._floor(site) for site in sites])
         narrow_S = torch.tensor([self.prunes(site) for site in sites])
         floor, size = next((self._floor(site), site.size) for site in sites if self.prunes(site))
-        # A size that is not a multiple may stay whole, as everywhere.
+        # A site whose size is not a multiple may stay uncut.
         choices = sorted({*range(floor, size + 1, self._multiple), size})
 
         def too_wide(width: int) -> bool:
@@ -254,7 +256,7 @@ class Budget:
         ranked: Sequence[Tensor],
         most_S: Tensor,
     ) -> Tensor:
-        """Widths of the best chunks of those parts that are among the best themselves."""
+        """Widths with the best chunks of the parts that are kept."""
         scores = scores_N.split([site.size for site in sites])
         floor_S = torch.tensor([self._floor(site) for site in sites]).minimum(most_S)
         gates = {(s.block, s.name): place for place, s in enumerate(sites) if s.is_part}
@@ -287,12 +289,12 @@ class Budget:
         floor_S: Tensor,
         top_S: Tensor,
     ) -> Tensor:
-        """Widths between a floor and a top, of the best chunks of all sites together.
+        """Widths between lower and upper limits, with the best chunks of all sites.
 
-        Sites of the residual stream whose cut does not pay stay whole, where the budget allows.
+        Sites of the residual stream whose cut saves no time stay uncut, if the budget allows.
         """
         stream = max((site.size for site in sites if site.is_of_stream), default=0)
-        # Entries of a stream that is narrow already are selected in any case.
+        # In a narrow base model, entries of the stream are selected anyway.
         selects_S = torch.tensor([site.is_of_stream and site.size == stream for site in sites])
         least_saved = self.cost.per_weight * (self.selection or 0) * stream
         while True:
@@ -313,14 +315,14 @@ class Budget:
         floor_S: Tensor,
         top_S: Tensor,
     ) -> Tensor:
-        """The longest prefix of the best chunks that the limit pays for, and what still fits."""
+        """Widths with the longest prefix of chunks within the limit, and others that fit."""
         chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, top_S)
         chunk_sites, chunk_sizes = chunks
         low = _longest_prefix(*chunks, floor_S, table, limit)
         widths_S = _widths_of_prefix(*chunks, floor_S, low)
         cost = float(table(widths_S))
-        # A chunk can follow only if all earlier chunks of its site are in: a site that was passed
-        # over once stays closed.
+        # A chunk can be added only if all earlier chunks of its site are included: once a chunk
+        # does not fit, its site gets no more.
         closed = torch.zeros(len(sites), dtype=torch.bool)
         marginal_S = table.marginal(widths_S)
         for site, size in zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True):
@@ -355,7 +357,7 @@ class Budget:
         floor_S: Tensor,
         top_S: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Site and size of every chunk between floor and top, best mean score first."""
+        """Site and size of every chunk between the limits, highest mean score first."""
         keys, places, sizes = [], [], []
         scores = scores_N.double().split([site.size for site in sites])
         for place, (order, vector) in enumerate(zip(ranked, scores, strict=True)):
@@ -364,10 +366,10 @@ class Budget:
             whole = len(above) - len(above) % multiple
             key_C = above[:whole].view(-1, multiple).mean(1)
             size_C = torch.full_like(key_C, multiple, dtype=torch.long)
-            if whole < len(above):  # the site stays whole only with its last, shorter chunk
+            if whole < len(above):  # a site stays uncut only with its last, shorter chunk
                 key_C = torch.cat([key_C, above[whole:].mean().unsqueeze(0)])
                 size_C = torch.cat([size_C, torch.tensor([len(above) - whole])])
-            # Rounding must not let a chunk overtake an earlier one of its site.
+            # Rounding must not rank a chunk before an earlier one of its site.
             keys.append(key_C.cummin(0).values)
             sizes.append(size_C)
             places.append(torch.full_like(size_C, place))
@@ -378,7 +380,7 @@ class Budget:
 def _widths_of_prefix(
     chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, count: int
 ) -> Tensor:
-    """Widths with the first `count` chunks above the floor."""
+    """Widths with the first `count` chunks above the lower limit."""
     return floor_S.index_add(0, chunk_sites[:count], chunk_sizes[:count])
 
 
@@ -386,7 +388,7 @@ def _longest_prefix(
     chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, table: CostTable, limit: float
 ) -> int:
     """The number of chunks in the longest prefix that costs at most the limit."""
-    low, high = 0, len(chunk_sites)  # it lies in [low, high]; the cost grows with every chunk
+    low, high = 0, len(chunk_sites)  # the result is in [low, high]; cost grows with every chunk
     while low < high:
         middle = (low + high + 1) // 2
         if float(table(_widths_of_prefix(chunk_sites, chunk_sizes, floor_S, middle))) <= limit:

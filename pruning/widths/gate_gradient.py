@@ -4,14 +4,14 @@ A gate g = 1 on entry i of a site multiplies x_i at all tokens t of a window, so
 
     dL/dg_i = sum_t x_ti dL/dx_ti,
 
-exact to first order in what closing the gate does to the loss, over all weights that the entry
-slices. L is the mean negative log-likelihood of the predictions of one window. `GateGradient` is
-the mean of |dL/dg| over windows, `Fisher` that of (dL/dg)^2, the diagonal of the empirical Fisher
-information: with the gradients of windows as samples, the second-order change of the loss. Gates
-are compared between sites by value per cost, ln(value) - ln(cost of one more entry).
+which is to first order the change of the loss when the gate closes, over all weights of the entry.
+L is the mean negative log-likelihood of the predictions of one window. `GateGradient` is the mean
+of |dL/dg| over windows, `Fisher` that of (dL/dg)^2, the diagonal of the empirical Fisher
+information: with the gradients of windows as samples, it estimates the second-order change of the
+loss. Gates are compared between sites by value per cost, ln(value) - ln(cost of one more entry).
 
 Every window has its own row of gates, so one backward pass gives the gradients of a whole batch.
-Weights are frozen for the time. Memory: activations of one batch, and two floats per gate and
+Weights are frozen meanwhile. Memory: activations of one batch, and two floats per gate and
 window.
 
 Worked by hand: one window of two tokens with x = (1, 2) and dL/dx = (3, -1) at both has gradients
@@ -55,7 +55,7 @@ def gate_gradients(
     Args:
         model: The model, frozen and in evaluation mode.
         hooks: Its gates.
-        gates: Where the gradient is taken: one vector of shape (I,) per site.
+        gates: Gates at which the gradient is computed: one vector of shape (I,) per site.
         windows_BT: Token ids.
     """
     rows = [
@@ -63,7 +63,7 @@ def gate_gradients(
         for gate_I in gates
     ]
     with torch.enable_grad(), hooks.applied([row_B1I.requires_grad_() for row_B1I in rows]):
-        # Windows do not see each other, so the gradient of the sum keeps them apart.
+        # Windows are independent, so the gradient of the sum has one row per window.
         loss = window_nll(model, windows_BT.to(model.device)).sum()
         gradients = torch.autograd.grad(loss, rows)
     return torch.cat([gradient_B1I.squeeze(1) for gradient_B1I in gradients], dim=1).cpu()
@@ -75,7 +75,7 @@ def scores_per_cost(
     """ln(value) - ln(marginal cost) of every gate, float64.
 
     Args:
-        values_N: What every entry is worth, 0 or more.
+        values_N: Value of every entry, 0 or more.
         sites: The sites, in order.
         marginal_S: Cost of one more entry of every site.
     """
@@ -87,7 +87,7 @@ def scores_per_cost(
 
 @dataclass(frozen=True)
 class _WindowGradients(WidthScore):
-    """A score that averages something of the gate gradients of windows."""
+    """A score that averages a function of the gate gradients over windows."""
 
     reads_text: ClassVar[bool] = True
 
@@ -105,7 +105,7 @@ class _WindowGradients(WidthScore):
     ) -> Float[Tensor, " N"]:
         name = type(self).__name__
         if windows_WT is None or len(windows_WT) == 0:
-            raise ValueError(f"{name} needs calibration windows; give 1 or more, 32 are usual.")
+            raise ValueError(f"{name} needs calibration windows; give 1 or more, usually 32.")
         hooks = GateHooks(model, family)
         try:
             gates = gates or [torch.ones(site.size) for site in hooks.sites]

@@ -1,8 +1,8 @@
-"""Multiply gates and gains into a live model, by hooks: the model itself is not changed.
+"""Apply gates and gains to a live model by hooks; the model itself is not changed.
 
-Masking with the gates of a plan, 0 for what goes and 1 for what stays, and its gains gives the
-function that the exported, smaller model computes. The norms keep their statistics over the full
-width: an entry is normalised first, then selected.
+A model masked with the gates of a plan (1 for kept entries, else 0) and its gains computes the same
+function as the exported, smaller model. Norms keep their statistics over the full width: an entry
+is normalised first, then selected.
 
 Legend: S = sites, I = entries of a site, F = features on one side of a projection, B = windows of
 a batch.
@@ -26,12 +26,11 @@ from secateur.pruning.sites import find_sites
 class GateHooks:
     """The gates of a live model, and the gains on both sides of its projections.
 
-    They are open (the dense model) until they are `applied`.
+    All gates are open (the dense model) until `applied`.
 
     Args:
         model: A causal language model of a known family.
-        family: The row of the table whose gates these are, `with_parts` or without; None looks it
-            up.
+        family: The row of the table with the gates, `with_parts` or without; None looks it up.
 
     Raises:
         ValueError: The family is unknown, or a module of its row is missing.
@@ -59,11 +58,11 @@ class GateHooks:
     def applied(
         self, gates: Sequence[Tensor] | None, gains: Mapping[str, Tensor] | None = None
     ) -> Iterator[None]:
-        """Gates and gains for the duration of a `with` block; None opens them all.
+        """Apply gates and gains for the duration of a `with` block; None opens all gates.
 
         Args:
-            gates: One vector of shape (I,) per site, in the order of the sites, or of shape
-                (B, 1, I): gates of its own for every window of a batch.
+            gates: One vector of shape (I,) per site, in the order of the sites, or of shape (B, 1,
+                I): separate gates for every window of a batch.
             gains: One vector of shape (F,) per name of `secateur.pruning.sites.gain_sizes`.
         """
         before = self.gates, self.gains
@@ -74,7 +73,7 @@ class GateHooks:
             self.gates, self.gains = before
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -87,7 +86,7 @@ class GateHooks:
     def _multiply(
         self, block: nn.Module, point: GatePoint, factor: Callable[[], Tensor | None]
     ) -> None:
-        """Hang a factor, None for nothing, into a module of a block."""
+        """Set the factor of a module of a block; None removes it."""
 
         def on_input(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -111,6 +110,6 @@ class GateHooks:
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
     factor = factor.to(x.device, x.dtype)
-    if factor.dim() == 3 and x.dim() == 2:  # OPT's MLP reads windows as one row of tokens
+    if factor.dim() == 3 and x.dim() == 2:  # OPT's MLP flattens windows to one row of tokens
         return torch.mul(x.view(len(factor), -1, x.shape[-1]), factor).view(x.shape)
     return torch.mul(x, factor)

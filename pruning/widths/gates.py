@@ -1,4 +1,4 @@
-"""From logits to gates in [0, 1]: noise, relaxation, and the probability that an entry stays.
+"""From logits to gates in [0, 1]: noise, relaxation, and the probability to keep an entry.
 
 Sources: binary Concrete gates, "The Concrete Distribution" (arXiv 1611.00712, appendix B);
 DISP-LLM (arXiv 2410.11988, eq. 5); ReinMax, "Bridging Discrete and Backpropagation"
@@ -24,11 +24,11 @@ _TINY = 1e-7  # keeps log(u) and log(1 - u) finite for u drawn from [0, 1)
 
 
 class Noise(ABC):
-    """The random variable that is added to a logit; the entry is kept where the sum is positive."""
+    """A random variable that is added to a logit; the entry is kept if the sum is positive."""
 
     @abstractmethod
     def from_uniform(self, uniform_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Samples, by the inverse of the distribution function at uniform numbers in [0, 1)."""
+        """Samples: the inverse distribution function at uniform numbers in [0, 1)."""
 
     @abstractmethod
     def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -57,7 +57,7 @@ class ReferenceGumbel(Noise):
 
 
 class Relaxation(ABC):
-    """What a noisy logit becomes: a gate with a gradient."""
+    """A function from a noisy logit to a gate with a gradient."""
 
     @abstractmethod
     def __call__(
@@ -68,7 +68,7 @@ class Relaxation(ABC):
         Args:
             logits_N: Logits, offset included.
             noise_N: Noise of the same draw.
-            temperature: Softness of the relaxation, above 0; smaller is harder.
+            temperature: Temperature of the relaxation, above 0; lower gives harder gates.
         """
 
 
@@ -102,8 +102,8 @@ class ReinMax(Relaxation):
     At temperature 1 its mean over D is 3 p (1 - p) / 2 - p (1 - p) / 2 = p (1 - p), the exact
     derivative of the mean gate: p = 0.5 gives 2 * 0.25 * 0.75 - 0.125 = 0.25 for either sample.
 
-    Use it with `Logistic` noise: the derivation takes P(keep) = sigmoid(logit); and with a
-    temperature of 1 or more: below it the gradient of decided gates shrinks and changes its sign.
+    Use it with `Logistic` noise, since the derivation assumes P(keep) = sigmoid(logit), and with a
+    temperature of 1 or more: below 1 the gradient of decided gates shrinks and changes its sign.
     """
 
     def __call__(
@@ -117,24 +117,24 @@ class ReinMax(Relaxation):
 
 
 class GateSampler:
-    """Draws the gates of a step: a pure function of (logits, seed, step, rank).
+    """Sampler of the gates of a step: a pure function of (logits, seed, step, rank).
 
-    Nothing is remembered between draws, so resuming at a step replays its noise exactly, on any
-    number of ranks.
+    It keeps no state between draws, so resuming at a step repeats its noise exactly, on any number
+    of ranks.
 
     Args:
         noise: Distribution that is added to the logits.
-        relaxation: How a noisy logit becomes a gate with a gradient.
+        relaxation: Function from a noisy logit to a gate with a gradient.
         offset: Added to every logit; 3.0 starts training almost dense (mean gate 0.95 to 0.997,
             depending on the noise). Any finite number.
-        temperature: Softness of the relaxation, above 0.
+        temperature: Temperature of the relaxation, above 0.
         seed: Seed of the noise, 0 or more.
         per_rank: Draw different noise on every rank, which averages over more masks per step;
             False gives every rank the same masks.
 
     Raises:
-        ValueError: `temperature` is not above 0, `seed` is negative, or the relaxation does not go
-            with the noise or the temperature.
+        ValueError: `temperature` is not above 0, `seed` is negative, or the relaxation does not
+            support the noise or the temperature.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class GateSampler:
 
     @property
     def temperature(self) -> float:
-        """Softness of the relaxation now, above 0."""
+        """The present temperature of the relaxation, above 0."""
         return self._temperature
 
     @temperature.setter
@@ -206,16 +206,16 @@ class GateSampler:
         return self.noise.keep_probability(logits_N + self.offset)
 
     def _uniform(self, count: int, step: int, rank: int) -> Tensor:
-        # One stream per (seed, step, rank). The generator reads the low 32 bits of its seed, in
-        # which the numbers of a run stay apart for 8191 ranks and half a million steps. It lives
-        # on the CPU, whose stream is the same on every machine.
+        # One stream per (seed, step, rank). The generator uses the low 32 bits of its seed, which
+        # are distinct within a run for up to 8191 ranks and half a million steps. It is on the CPU,
+        # whose stream is the same on every machine.
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + step) * 8191 + rank & 0x7FFF_FFFF_FFFF_FFFF
         )
         return torch.rand(count, generator=generator)
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that decide the draws, for telling two configurations apart."""
+        """The settings that affect the draws, to compare two configurations."""
         return {
             "noise": type(self.noise).__name__,
             "relaxation": type(self.relaxation).__name__,

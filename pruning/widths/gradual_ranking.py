@@ -1,11 +1,10 @@
-"""The axis "search" of width pruning: rank gates, close the worst, and rank what is left again.
+"""The axis "search" of width pruning: rank gates, close the worst, rank the rest again.
 
-In round r of R the budget is keep^(r/R), so that every round removes the same fraction of what is
-left. Gates are scored while those of earlier rounds are closed, and what is closed stays closed.
-Scores of gradients change a good deal when other gates close; one round is the usual one-shot
-pruning.
+In round r of R the budget is keep^(r/R), so that every round removes the same fraction of the
+remaining cost. Gates are scored with those of earlier rounds closed, and closed gates stay closed.
+Gradient scores change considerably when other gates close; one round is the usual one-shot pruning.
 
-The same model, text and settings give the same result. A search can be taken up after any round.
+The same model, text and settings give the same result. A search can be resumed after any round.
 
 Expected on a LLaMA of 7 M parameters at half of the block FLOPs: excess on held-out training text
 0.50 nats in 16 rounds by `Fisher`, 0.72 in one.
@@ -31,10 +30,10 @@ from secateur.pruning.widths.scores import WidthScore
 
 @dataclass(frozen=True)
 class Ranking:
-    """What is known of every gate after some rounds.
+    """The ranking of all gates after some rounds.
 
     Args:
-        rounds: Rounds that are done, 0 or more.
+        rounds: Number of finished rounds, 0 or more.
         closed_in_N: The round in which a gate was closed, from 1 on; 0 for open gates.
         scores_N: Score of a gate in the last round in which it was open.
     """
@@ -45,7 +44,7 @@ class Ranking:
 
     @staticmethod
     def start(sites: Sequence[Site]) -> Ranking:
-        """All gates open, nothing known."""
+        """The ranking before the first round: all gates open."""
         count = sum(site.size for site in sites)
         return Ranking(0, torch.zeros(count, dtype=torch.long), torch.zeros(count).double())
 
@@ -60,9 +59,10 @@ class Ranking:
         return tuple((closed_in_I == 0).float() for closed_in_I in closed)
 
     def positions_N(self) -> Float[Tensor, " N"]:
-        """Position of every gate in one order of all, in [-1, 1), to start mask learning from.
+        """Position of every gate in one order of all gates, in [-1, 1), to start mask learning
+        from.
 
-        Closed gates lie in [-1, 0), by round and then by score; open ones in [0, 1), by score.
+        Closed gates are in [-1, 0), by round and then by score; open ones in [0, 1), by score.
         """
         order_N = self.scores_N.argsort(stable=True)
         last = self.rounds + 1
@@ -82,13 +82,13 @@ def close_worst(
     sites: Sequence[Site],
     table: CostTable,
 ) -> Ranking:
-    """One round: close the worst of the open gates until the budget is met.
+    """Run one round: close the worst of the open gates until the budget is met.
 
     Args:
-        ranking: What earlier rounds left.
-        values_N: What the score measured in this round.
+        ranking: Result of earlier rounds.
+        values_N: Values of the score in this round.
         score: The score.
-        budget: How much is left after this round; at most what is left now.
+        budget: Budget after this round; at most the present cost.
         sites: The sites, in order.
         table: Cost table of the same sites.
 
@@ -121,8 +121,8 @@ class GradualRanking:
     Args:
         rounds: Number of rounds, 1 or more; 1 is one-shot.
         batches_per_round: Batches of calibration windows that are scored in a round, 1 or more;
-            every round reads others.
-        batch_size: Windows that the model sees at once, 1 or more.
+            every round reads new ones.
+        batch_size: Windows per forward pass, 1 or more.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -139,7 +139,7 @@ class GradualRanking:
 
     @property
     def num_windows(self) -> int:
-        """Calibration windows that a search reads."""
+        """Number of calibration windows that a search reads."""
         return self.rounds * self.batches_per_round * self.batch_size
 
     def steps(
@@ -154,14 +154,14 @@ class GradualRanking:
 
         Args:
             model: The dense model; it is not changed.
-            budget: How much stays after the last round.
-            score: What gates are ranked by.
-            windows_WT: Token ids of calibration text, `num_windows` or more, of which the first are
-                read in order; None for scores that read no text.
-            start: What an interrupted search with the same arguments yielded last; None begins.
+            budget: Budget after the last round.
+            score: Score to rank gates by.
+            windows_WT: Token ids of calibration text, `num_windows` or more, read in order from the
+                first; None for scores that read no text.
+            start: Last result of an interrupted search with the same arguments; None starts anew.
 
         Yields:
-            The ranking after every round that is left.
+            The ranking after every remaining round.
 
         Raises:
             ValueError: There is too little text, the budget cannot be met, or a value is not
@@ -173,7 +173,7 @@ class GradualRanking:
         found = 0 if windows_WT is None else len(windows_WT)
         if score.reads_text and found < self.num_windows:
             raise ValueError(
-                f"{found} calibration windows are there, and `rounds` {self.rounds} x "
+                f"There are {found} calibration windows, and `rounds` {self.rounds} x "
                 f"`batches_per_round` {self.batches_per_round} x `batch_size` {self.batch_size} "
                 f"need {self.num_windows}; give more text or lower one of them."
             )
@@ -195,5 +195,5 @@ class GradualRanking:
         score: WidthScore,
         windows_WT: Int[Tensor, "W T"] | None = None,
     ) -> Ranking:
-        """Search to the end; see `steps`."""
+        """Run all rounds; see `steps`."""
         return list(self.steps(model, budget, score, windows_WT))[-1]

@@ -1,20 +1,20 @@
-"""Logits of all gates of a model, made by one small network from a fixed random input.
+"""Logits of all gates of a model, computed by one small network from a fixed random input.
 
 Source: DISP-LLM (arXiv 2410.11988), section 3.2 and appendix: a bidirectional GRU over the sites,
 LayerNorm, GELU, one bias-free linear head per site.
 
 Differs from the paper's code: the random input is a seeded buffer and is never trained, so that it
-cannot drift apart between ranks. `FreeLogits` and `NoRecurrence` are the paper's ablations.
+is equal on all ranks. `FreeLogits` and `NoRecurrence` are the paper's ablations.
 `SharedHeads` is ours.
 
 Cost: the heads dominate, 128 weights per gate: 112.2 M parameters for LLaMA-2-7B, 629 M at 70B, 16
-bytes each with AdamW. A `head_stride` of 11 leaves 9.4 % of them; `SharedHeads` takes 2.8 and
-9.7 M, `FreeLogits` 0.9 and 4.9 M; docs/disp.md compares what masks they learn.
+bytes each with AdamW. A `head_stride` of 11 leaves 9.4 % of them; `SharedHeads` has 2.8 and 9.7 M,
+`FreeLogits` 0.9 and 4.9 M; docs/disp.md compares the masks that they learn.
 
-What the width of a head does: AdamW moves every weight by about the learning rate, so that a step
-moves a logit by the learning rate times the sum of |feature| over its weights, 0.4 x 128 = 51 for
-GELU of normalised features. A gate with a single number of its own needs that factor written out,
-or it stands still: `step_scale`.
+Effect of the width of a head: AdamW changes every weight by about the learning rate, so a step
+changes a logit by the learning rate times the sum of |feature| over its weights, 0.4 x 128 = 51 for
+GELU of normalised features. A gate with a single parameter needs this factor explicitly, or it
+hardly changes: `step_scale`.
 
 Legend: S = sites, N = all gates, H = features per site, I = entries of a site, C = sites of one
 size.
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 
 class Hypernetwork(nn.Module, ABC):
-    """Makes the logits of all gates; everything that is trained when masks are learned."""
+    """A network that computes the logits of all gates: all parameters of mask learning."""
 
     @abstractmethod
     def forward(self) -> Float[Tensor, " N"]:
@@ -41,7 +41,7 @@ class Hypernetwork(nn.Module, ABC):
 
 
 def _places(sizes: Sequence[int]) -> dict[int, list[int]]:
-    """The places of the sites of each size."""
+    """The positions of the sites of each size."""
     return {size: [i for i, s in enumerate(sizes) if s == size] for size in sorted(set(sizes))}
 
 
@@ -52,7 +52,7 @@ def _in_order(logits_CI: Mapping[int, Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def _uniform(*shape: int) -> nn.Parameter:
-    """Initial weights of linear layers; the last axis is that of the features."""
+    """Initial weights of linear layers; the last axis has the features."""
     bound = 1 / math.sqrt(shape[-1])
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -85,9 +85,9 @@ class GRUHypernetwork(Hypernetwork):
         sizes: Entries of every site, in order.
         input_size: Width of the fixed random input of a site, 1 or more.
         hidden_size: Width of the GRU per direction, 1 or more; there are twice as many features.
-        head_stride: Heads read every feature (1) or every n-th, n times as strong: as many
-            parameters less, and a step moves a logit as far. 11 leaves 12 of 128 features, less
-            than a tenth of the paper's parameters; docs/disp.md has what that costs.
+        head_stride: Heads read every feature (1) or every n-th, multiplied by n: n times fewer
+            parameters, while a step changes a logit by as much. 11 leaves 12 of 128 features, less
+            than a tenth of the paper's parameters; docs/disp.md has the effect on quality.
         seed: Seed of the input and of the initial weights, 0 or more.
 
     Raises:
@@ -115,7 +115,7 @@ class GRUHypernetwork(Hypernetwork):
             self.norm = nn.LayerNorm(features)
             read = -(-features // head_stride)
             self.heads = _Heads(sizes, read)
-        with torch.no_grad():  # so that the logits begin as small as those of all features
+        with torch.no_grad():  # so that initial logits are as small as with all features
             for weight in self.heads.parameters():
                 weight.mul_(read / features)
 
@@ -133,15 +133,15 @@ class SharedHeads(Hypernetwork):
     """The hypernetwork of DISP-LLM with one head for all sites of equal size.
 
     A site's logits are head(features of the site) + step_scale x (a number per gate). The head
-    is what entries of the residual stream have in common over the blocks; the numbers reach every
-    mask.
+    represents what entries of the residual stream have in common over the blocks; the numbers make
+    every mask reachable.
 
     Args:
         sizes: Entries of every site, in order.
         input_size: Width of the fixed random input of a site, 1 or more.
         hidden_size: Width of the GRU per direction, 1 or more; a head has twice as many features.
-        step_scale: How many learning rates a step of AdamW moves the logit of a gate by its own
-            number, above 0.
+        step_scale: Change of a gate's logit through its own number in one step of AdamW, in
+            learning rates, above 0.
         seed: Seed of the input and of the initial weights, 0 or more.
 
     Raises:
@@ -180,7 +180,7 @@ class SharedHeads(Hypernetwork):
 
 
 class NoRecurrence(Hypernetwork):
-    """Ablation: every site has its own fixed features; the sites do not see each other.
+    """Ablation: every site has its own fixed features; sites do not interact.
 
     Args:
         sizes: Entries of every site, in order.
@@ -207,7 +207,7 @@ class FreeLogits(Hypernetwork):
 
     Args:
         sizes: Entries of every site, in order.
-        step_scale: How many learning rates a step of AdamW moves a logit, above 0; 1 trains the
+        step_scale: Change of a logit in one step of AdamW, in learning rates, above 0; 1 trains the
             logits themselves.
 
     Raises:

@@ -1,7 +1,7 @@
-"""What decides how gates are learned: the pull to the budget, the loss, and where they start.
+"""Settings of gate learning: how gates meet the budget, the loss, and the initial gates.
 
-Sources: the log-ratio penalty is DISP-LLM's (arXiv 2410.11988, eq. 8). Samples that meet the budget
-by themselves, with the gradient of soft gates, follow "GRASPrune" (arXiv 2604.19398).
+Sources: the log-ratio penalty is DISP-LLM's (arXiv 2410.11988, eq. 8). Samples that always meet the
+budget, with the gradient of soft gates, follow "GRASPrune" (arXiv 2604.19398).
 
 Legend: N = all gates, S = sites, I = entries of a site.
 """
@@ -25,11 +25,11 @@ from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.scores import WidthScore
 
 OnBudget = Callable[[Tensor], Tensor]
-"""From scores (N,) to masks (N,) of the best ones that a budget pays for: 1 stays, 0 goes."""
+"""From scores (N,) to masks (N,) of the best ones within a budget: 1 for kept, else 0."""
 
 
 class Pressure(ABC):
-    """How gates are brought to the budget while they are learned."""
+    """How gates meet the budget while they are learned."""
 
     @abstractmethod
     def draw(
@@ -47,7 +47,7 @@ class Pressure(ABC):
             logits_N: Logits, without the offset of the sampler.
             step: Optimiser step, 0 or more.
             rank: Rank of this process.
-            on_budget: Gives the masks of the best scores that the budget of this step pays for.
+            on_budget: Returns the masks of the best scores within the budget of this step.
         """
 
     @abstractmethod
@@ -57,10 +57,10 @@ class Pressure(ABC):
         logits_N: Float[Tensor, " N"],
         on_budget: OnBudget,
     ) -> Float[Tensor, " N"]:
-        """Return P(keep) of every gate, or what comes near to it; arguments as for `draw`."""
+        """Return P(keep) of every gate, or an approximation; arguments as for `draw`."""
 
     def penalty(self, fraction: Tensor, keep: float) -> Tensor:
-        """Return what is added to the loss: a scalar, 0 unless overridden.
+        """Return the term to add to the loss: a scalar, 0 unless overridden.
 
         Args:
             fraction: Fraction of the cost that the gates of the step keep.
@@ -71,7 +71,7 @@ class Pressure(ABC):
 
 @dataclass(frozen=True)
 class Penalty(Pressure):
-    """Draw every gate by itself, and add the log-ratio of cost and budget to the loss.
+    """Draw every gate independently, and add the log-ratio of cost and budget to the loss.
 
     Args:
         strength: Factor of the log-ratio (the paper's lambda), above 0; 6 in the paper.
@@ -110,14 +110,14 @@ class Penalty(Pressure):
 
 @dataclass(frozen=True)
 class ExactBudget(Pressure):
-    """Rank the noisy logits and keep as many as the budget pays for: every sample is on budget.
+    """Rank the noisy logits and keep as many as fit the budget: every sample is on budget.
 
-    Forward, gates are exactly 0 or 1; backward, they have the slope of
-    sigmoid((noisy logit - threshold) / temperature), the threshold between what stays and what
-    goes. No gate is far from it for long, since only the order of logits matters.
+    Forward, gates are exactly 0 or 1; backward, they have the slope of sigmoid((noisy logit -
+    threshold) / temperature), with the threshold between kept and removed gates. Gates do not stay
+    far from it, since only the order of logits matters.
 
     Args:
-        temperature: Softness of the gradient, above 0; 1 or more gives every gate a gradient.
+        temperature: Temperature of the gradient, above 0; 1 or more gives every gate a gradient.
 
     Raises:
         ValueError: `temperature` is not above 0.
@@ -154,13 +154,13 @@ class ExactBudget(Pressure):
 
 @dataclass(frozen=True)
 class Importance:
-    """Start from a ranking of the gates instead of from nothing.
+    """Start from a ranking of the gates instead of equal gates.
 
     Args:
-        score: What gates are ranked by.
-        search: How they are ranked.
-        scale: Distance in logits between the best and the middle gate at the start, above 0.
-        seed: Seed of the draw of the windows that are read, 0 or more.
+        score: Score to rank gates by.
+        search: Search that ranks them.
+        scale: Distance in logits between the best and the median gate at the start, above 0.
+        seed: Seed of the draw of windows, 0 or more.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -180,12 +180,12 @@ class Importance:
 
 @dataclass(frozen=True)
 class GateLearning:
-    """What is learned while the weights are frozen.
+    """How gates are learned while the weights are frozen.
 
     Args:
-        pressure: How gates are brought to the budget: `ExactBudget` or `Penalty`.
-        loss: What the gates learn from.
-        start: The ranking that they start from; None starts from gates that are all open.
+        pressure: How gates meet the budget: `ExactBudget` or `Penalty`.
+        loss: Loss that trains the gates.
+        start: Initial ranking; None starts with all gates open.
     """
 
     pressure: Pressure = field(default_factory=ExactBudget)
@@ -194,7 +194,7 @@ class GateLearning:
 
 
 def _split_at_budget(scores_N: Tensor, on_budget: OnBudget) -> tuple[Tensor, Tensor]:
-    """Masks of what the budget pays for, and the score between what stays and what goes."""
+    """Masks on budget, and the score threshold between kept and removed."""
     hard_N = on_budget(scores_N).to(scores_N)
     place = min(int(hard_N.sum()), len(hard_N) - 1)
     return hard_N, scores_N.sort(descending=True).values[place]

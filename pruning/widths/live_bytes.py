@@ -1,8 +1,8 @@
-"""Memory that a training step needs, found by following storages instead of by formulas.
+"""Memory of a training step, measured by tracking storages instead of formulas.
 
-A step is done on fake tensors, which have shapes and storages but no content: it takes no memory,
-no weights and no device, and follows whatever the model does. Every storage is followed from its
-birth to its end.
+A step runs on fake tensors, which have shapes and storages but no content: it needs no memory,
+weights or device, and covers all operations of the model. Every storage is tracked from creation to
+release.
 
 Legend: B = windows, T = tokens, D = width, C = tokens of a chunk, V = vocabulary.
 """
@@ -35,15 +35,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from secateur.pruning.modelling import is_narrow
 from secateur.pruning.widths.gate_hooks import GateHooks
 
-# Fused causal attention without a mask: what training takes for windows without padding. Fake
-# tensors would be given a mask, because nobody can look whether they need one.
+# Fused causal attention without a mask, as in training on windows without padding. Fake tensors
+# would get a mask, because their content cannot show that none is needed.
 _CAUSAL = "secateur_causal"
 AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 AttentionMaskInterface.register(_CAUSAL, lambda *args, **kwargs: None)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of all tensors that are made while it is on.
+    """A mode that tracks the storages of all tensors created while it is active.
 
     Args:
         known: Tensors that are not counted, such as the weights.
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that is followed once, however often it is asked for."""
+    """Cache key of a tracked step, which is computed once."""
 
     config: PreTrainedConfig = field(compare=False)
     text: str
@@ -95,14 +95,14 @@ def model_step(
     window_tokens: int,
     checkpointing: bool,
 ) -> tuple[int, int]:
-    """What `decoder_step` finds for the frozen model of a configuration, from a few blocks.
+    """Result of `decoder_step` for the frozen model of a configuration, computed from a few blocks.
 
-    Blocks are alike, so that the model is a straight line through its first two and its first four:
-    two, because neighbours may differ in the mask that they share with the blocks of their kind.
-    Those of a narrow model are not alike: all are followed.
+    Blocks are alike, so the result is extrapolated linearly from the first two and the first four:
+    two at a time, because neighbouring blocks may have different attention masks. Blocks of a
+    narrow model differ: all are tracked.
 
     Args:
-        config: Of a causal language model of a known family.
+        config: Configuration of a causal language model of a known family.
         dtype: Type of weights and activations.
         batch_size: Windows, 1 or more.
         window_tokens: Tokens of a window, 1 or more.
@@ -135,7 +135,8 @@ def _blocks(step: _Step, num_blocks: int) -> tuple[int, int]:
 def decoder_step(
     model: Any, batch_size: int, window_tokens: int, checkpointing: bool
 ) -> tuple[int, int]:
-    """Bytes of tensors alive after the forward pass with gates, and most of forward and backward.
+    """Bytes of live tensors after the forward pass with gates, and the peak of forward and
+    backward.
 
     Args:
         model: A frozen causal language model, real or fake; it is changed.
@@ -174,7 +175,7 @@ def decoder_step(
 def loss_peak(
     tokens: int, width: int, vocabulary: int, dtype: torch.dtype, distillation: bool
 ) -> int:
-    """Most bytes alive while the losses of a chunk and their gradients are computed."""
+    """Peak bytes of live tensors while losses of a chunk and their gradients are computed."""
     with FakeTensorMode():
         head_VD = torch.empty(vocabulary, width, dtype=dtype)
         piece_CD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)

@@ -1,14 +1,14 @@
-"""Memory of learning masks, predicted from a configuration alone: no weights, no device.
+"""Memory of mask learning, predicted from a configuration alone, without weights or device.
 
-What stays for the whole run is counted on the model's skeleton; what a step adds is found by
-following the storages of one (`live_bytes`). Attention is taken to be causal and fused where the
-model allows it, as in training.
+Memory that lasts for the whole run is counted on the model's skeleton; memory of a step is measured
+by tracking its storages (`live_bytes`). Attention is assumed causal and fused if the model allows
+it, as in training.
 
 Sources: sizes of packed weights, QLoRA (arXiv 2305.14314, section 3) and LLM.int8() (arXiv
 2208.07339).
 
-Not counted: gaps that an allocator leaves, and the libraries themselves. docs/memory.md has the
-table, and how far predictions are from measurements.
+Not counted: fragmentation of the allocator, and the libraries themselves. docs/memory.md has the
+table, and the error of predictions against measurements.
 
     python -m secateur memory 7B 70B path/to/model
 """
@@ -36,15 +36,15 @@ GB = 1e9
 # Vectors over all gates in float32 that a step has at once: logits, noise, samples, gradients.
 _GATE_VECTORS = 12
 LIVE_PARAMETERS = 200_000_000
-"""Parameters that ZeRO-3 gathers ahead of their use: two of the largest matrices of a 13B model."""
+"""Parameters that ZeRO-3 prefetches: two of the largest matrices of a 13B model."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weights of the linear layers in the blocks are held; all else keeps its type.
+    """How linear layers in the blocks are stored; other weights keep their type.
 
     Args:
-        label: What it is called.
+        label: Its name.
         weight_bytes: Bytes of a weight, its share of the scales included; None keeps the type.
         row_bytes: Further bytes per output feature.
     """
@@ -62,21 +62,22 @@ INT8 = Storage("8-bit", 1.0, row_bytes=4)
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of a run that decide its memory, per rank.
+    """The settings of a run that affect its memory, per rank.
 
     Args:
         dtype: Type of the weights that are not packed, and of activations.
-        storage: How the linear layers of the blocks are held.
+        storage: How the linear layers of the blocks are stored.
         batch_size: Windows of a rank, 1 or more.
         window_tokens: Tokens of a window, 2 or more.
         checkpointing: Recompute activations in the backward pass.
-        loss_chunk_tokens: Tokens whose logits are alive at once, 1 or more.
+        loss_chunk_tokens: Tokens whose logits are in memory at once, 1 or more.
         distillation: Whether the loss compares with the model with open gates.
-        hypernetwork: Makes what is trained beside the gains; called with the sizes of the sites.
+        hypernetwork: Makes the hypernetwork; called with the sizes of the sites.
         optimizer_bytes: Bytes of optimiser state per trained parameter: 8 for AdamW, 2.03 in 8 bit.
-        shards: Ranks that share the frozen weights (ZeRO-3), 1 or more; 1 holds them whole.
-        live_parameters: Parameters that lie gathered beyond the layer at work, 0 or more; None
-            for a block at a time (FSDP2). They count where weights are sharded or offloaded.
+        shards: Ranks that the frozen weights are sharded over (ZeRO-3), 1 or more; 1 does not
+            shard.
+        live_parameters: Parameters gathered beyond the layer that computes, 0 or more; None gathers
+            one block at a time (FSDP2). Used if weights are sharded or offloaded.
         offloaded: Keep the frozen weights in host memory and gather them on the device in turns
             (ZeRO-3).
 
@@ -111,7 +112,7 @@ class Run:
         if self.storage.weight_bytes is not None and (self.shards > 1 or self.offloaded):
             raise ValueError(
                 f"`storage` {self.storage.label} cannot be sharded or offloaded: packed weights "
-                "are whole on every rank; use the original storage."
+                "cannot be split between ranks; use the original storage."
             )
 
     @property
@@ -126,11 +127,11 @@ class Footprint:
 
     Args:
         weights: The frozen model, or this rank's shard of it.
-        gathered: Weights that are unpacked or gathered for the layer at work.
+        gathered: Weights that are unpacked or gathered for the layer that computes.
         trained: Hypernetwork and gains: values, gradients, optimiser state.
-        gates: Vectors over all gates that a step works on.
-        activations: What a forward pass leaves for the backward pass.
-        working: What the loss or the backward pass needs on top, at its worst moment.
+        gates: Vectors over all gates in a step.
+        activations: Tensors that a forward pass keeps for the backward pass.
+        working: Additional memory of the loss or the backward pass at its peak.
         host: Weights in host memory; not part of `total`.
     """
 
@@ -144,7 +145,7 @@ class Footprint:
 
     @property
     def lasting(self) -> int:
-        """What is there before the first step."""
+        """Memory before the first step."""
         return self.weights + self.trained
 
     @property
@@ -158,8 +159,8 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     """Predict the memory of a run.
 
     Args:
-        config: Of a causal language model of a known family.
-        run: Its settings.
+        config: Configuration of a causal language model of a known family.
+        run: Settings of the run.
 
     Raises:
         ValueError: The family is unknown, or the model cannot be pruned.
@@ -198,7 +199,7 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     trained += sum(gain_sizes(model, family).values())
 
     kept, peak = model_step(config, run.dtype, run.batch_size, run.window_tokens, run.checkpointing)
-    # Hidden states flat, their gradient in chunks and in one piece, those of the teacher.
+    # Flattened hidden states, their gradient in chunks and in full, and those of the teacher.
     head: Any = model.get_output_embeddings()
     hidden = run.tokens * head.in_features * size
     loss = (3 + run.distillation) * hidden + loss_peak(
@@ -220,7 +221,7 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
 
 
 def settings(run: Run) -> Mapping[str, Run]:
-    """The ways to hold the same run, the plainest first."""
+    """Variants of the same run with other storage, the simplest first."""
     whole = replace(run, storage=ORIGINAL, shards=1, offloaded=False)
     return {
         "original weights": replace(whole, checkpointing=False),
@@ -240,16 +241,16 @@ def settings(run: Run) -> Mapping[str, Run]:
 
 
 def check_fits(config: PreTrainedConfig, run: Run, available: int, device: str) -> str | None:
-    """Compare a run with the memory that there is.
+    """Compare the predicted memory of a run with the available memory.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         run: Its settings.
         available: Memory of the device, bytes.
-        device: What it is called.
+        device: Name of the device.
 
     Returns:
-        A warning where the step is predicted not to fit; None where all is well.
+        A warning if the step is predicted not to fit; else None.
 
     Raises:
         ValueError: Weights and trained state alone do not fit.
@@ -277,8 +278,8 @@ def check_fits(config: PreTrainedConfig, run: Run, available: int, device: str) 
     message = (
         f"This run needs about {need.total / GB:.1f} GB per rank and {device} has "
         f"{available / GB:.1f} GB: weights {need.weights / GB:.1f}, hypernetwork, gains and "
-        f"optimiser {need.trained / GB:.1f}, activations {need.activations / GB:.1f}, all else "
-        f"{(need.gathered + need.gates + need.working) / GB:.1f}. {cure} docs/memory.md says how."
+        f"optimiser {need.trained / GB:.1f}, activations {need.activations / GB:.1f}, other "
+        f"{(need.gathered + need.gates + need.working) / GB:.1f}. {cure} See docs/memory.md."
     )
     if need.lasting > available:
         raise ValueError(message)
@@ -286,8 +287,8 @@ def check_fits(config: PreTrainedConfig, run: Run, available: int, device: str) 
 
 
 def _at_most(config: PreTrainedConfig, run: Run) -> int:
-    """A bound that takes no trace: whatever goes in and out of a linear layer or an attention
-    matrix is kept eight times in float32, and packed or shared weights are whole.
+    """An upper bound without tracking: all inputs and outputs of linear layers and attention
+    matrices count eight times in float32, and packed or sharded weights count in full.
     """
     model = skeleton(config)
     sites = find_sites(model, family_of(config))

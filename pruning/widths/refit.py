@@ -1,30 +1,30 @@
 """Refit the weights of a narrow model in closed form, block by block.
 
-Two residual streams run over calibration text: h through the dense model, p through the narrow one.
-Every layer of the narrow model is refitted by weighted least squares on what it reads there,
+Two residual streams are computed on calibration text: h in the dense model, p in the narrow one.
+Every layer of the narrow model is refitted by weighted least squares on its inputs there,
 
     W' = (Y + m W0) (G + m I)^-1,    G = sum w^2 x x^T,    Y = sum w^2 y x^T,
 
-W0 the weight before, m a share of the mean diagonal of G, w the inverse of the root mean square of
-the dense vector that y is taken from. Damping pulls to the weight before, not to 0; a bias is the
-weight of a constant input and is not damped. The layers of a block come in order, each with the
-inputs that those before it give by then:
+W0 the weight before, m a fraction of the mean diagonal of G, w the inverse of the root mean square
+of the dense vector that y is taken from. Damping pulls towards the weight before, not to 0; a bias
+is the weight of a constant input and is not damped. Layers of a block are refitted in order, each
+on the outputs of the layers refitted before it:
 
-- layers that read the stream through a norm (q, k, v; gate, up) get the outputs of the dense layer,
-  W X, for targets;
-- layers that write to the stream (o; down) get what the narrow stream lacks then, y = h - p at the
-  entries that they write, so that they make up for what earlier blocks could not write and for
-  parts that are gone. Attention and MLP of a parallel block share that target: the MLP gets what
-  the attention leaves of it. Where a norm follows (Gemma), its input is no sum, and the target is
-  the output of the dense layer.
+- layers that read the stream through a norm (q, k, v; gate, up) have the outputs of the dense
+  layer, W X, as targets;
+- layers that write to the stream (o; down) have the present error of the narrow stream as target, y
+  = h - p at the entries that they write, so that they make up for entries that earlier blocks could
+  not write and for removed parts. Attention and MLP of a parallel block share this target: the MLP
+  is fitted to the error that remains after the attention. If a norm follows (Gemma), its output is
+  not a linear function of the weights, and the target is the output of the dense layer.
 
-Norms, embeddings and the head stay. Sums are float32, solutions float64.
+Norms, embeddings and the head are unchanged. Sums are float32, solutions float64.
 
 Expected on a LLaMA of 7 M parameters at half of the block FLOPs, masks by `Fisher`: mean excess of
 three texts 0.36 nats before and 0.16 after, on 256 windows of 256 tokens, in the time of 26 to 47
-forward and backward passes of 8 windows. Of short text the refit does harm: below 1.5 to 2.3 tokens
-per input of the widest layer, at 0.3, 0.5 and 0.7 of the FLOPs; text of less than 3 is refused. 30
-give most of the gain, 190 are those of 256 windows. Memory: two streams and two outputs of
+forward and backward passes of 8 windows. On too little text the refit does harm: below 1.5 to 2.3
+tokens per input of the widest layer, at 0.3, 0.5 and 0.7 of the FLOPs; less than 3 tokens per input
+is refused. 30 give most of the gain; 256 windows are 190. Memory: two streams and two outputs of
 attention over all windows, and the sums of one layer.
 
 Legend: N = tokens of a batch, B = windows of a batch, T = tokens of a window, D = width of the
@@ -56,14 +56,14 @@ TOKENS_PER_INPUT = 3
 
 @dataclass(frozen=True)
 class LayerRefit:
-    """What became of a layer.
+    """The result of the refit of one layer.
 
     Args:
         name: Block of the dense model and layer, such as `3.mlp.down_proj`.
-        damping: Damping that the solution took; more than was asked for where the factorisation
-            failed at first.
-        error_before: Squared error on the calibration text before, as a share of that of an output
-            of 0; None for layers whose dense outputs are never computed.
+        damping: Damping of the solution; higher than the setting if the factorisation failed at
+            first.
+        error_before: Squared error on the calibration text before, as a fraction of the squared
+            output; None for layers whose dense outputs are never computed.
         error_after: The same after.
     """
 
@@ -75,11 +75,11 @@ class LayerRefit:
 
 @dataclass(frozen=True)
 class Refit:
-    """Closed-form refit of a narrow model, as the compensation of width pruning.
+    """Closed-form refit of a narrow model: the compensation of width pruning.
 
     Args:
-        damping: Pull to the weights before, as a share of the mean diagonal of what a layer reads;
-            finite and above 0.
+        damping: Pull towards the weights before, as a fraction of the mean diagonal of G; finite
+            and above 0.
         batch_size: Windows that a block sees at once, 1 or more.
     """
 
@@ -110,10 +110,10 @@ def refit(
 
     Args:
         dense: The model that the narrow one was cut from; it is not changed.
-        narrow: The narrow model, as `cut` leaves it.
+        narrow: The narrow model, result of `cut`.
         plan: What stays of the dense model.
         windows_WT: Token ids of calibration text.
-        damping: Share of the mean diagonal of G, above 0.
+        damping: Fraction of the mean diagonal of G, above 0.
         batch_size: Windows that a block sees at once, 1 or more.
 
     Raises:
@@ -151,7 +151,7 @@ def _refuse_short_text(blocks: nn.Module, windows_WT: Tensor) -> None:
     if windows_WT.numel() < (least := TOKENS_PER_INPUT * width):
         raise ValueError(
             f"The calibration windows have {windows_WT.numel()} tokens, and the refit of {name}, "
-            f"which has {width} inputs, needs at least {least} to do no harm; give more windows."
+            f"which has {width} inputs, needs at least {least}; give more windows."
         )
 
 
@@ -162,7 +162,7 @@ class BlockPair:
     Args:
         index: Its number in the dense model.
         dense: The dense block.
-        narrow: The narrow block; None if it goes as a whole.
+        narrow: The narrow block; None if it is removed.
         plan: What stays of the dense model.
     """
 
@@ -178,14 +178,14 @@ class BlockPair:
 
 @dataclass
 class Batch:
-    """A batch of windows at a block of both models; results are noted as they are computed.
+    """A batch of windows at a block of both models; results are stored once computed.
 
     Args:
-        dense: What the block of the dense model is called with.
+        dense: Arguments of the block of the dense model.
         narrow: The same with the stream of the narrow model.
         dense_attention: Output of the dense attention.
         narrow_attention: Output of the narrow attention.
-        dense_output: The dense stream behind the block.
+        dense_output: The dense stream after the block.
     """
 
     dense: BlockCall
@@ -197,7 +197,7 @@ class Batch:
 
 @torch.no_grad()
 def outputs(block: BlockPair, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The dense and the narrow stream behind a block as it is now."""
+    """The dense and the narrow stream after a block in its present state."""
     dense_BTD, narrow_BTD = batch.dense_output, batch.narrow.hidden_BTD
     if dense_BTD is None:
         with attention_given(block.dense, batch.dense_attention):
@@ -216,7 +216,7 @@ def refit_block(
 
     Args:
         block: The block in both models.
-        batches: All windows before it.
+        batches: All windows, at its input.
         damping: Share of the mean diagonal of G, above 0.
 
     Raises:
@@ -239,7 +239,7 @@ def refit_block(
 def _refit_readers(
     block: BlockPair, readers: Sequence[Projection], batches: Sequence[Batch], damping: float
 ) -> list[LayerRefit]:
-    """Layers that read the stream: to the outputs of the dense ones."""
+    """Refit layers that read the stream, to the outputs of the dense layers."""
     assert block.narrow is not None
     sums, path = Sums(), readers[0].path
     for batch in batches:
@@ -259,7 +259,7 @@ def _refit_readers(
 def _refit_writer(
     block: BlockPair, writer: Projection, part: str, batches: Sequence[Batch], damping: float
 ) -> LayerRefit:
-    """The layer of a part that writes to the stream: to what the narrow stream lacks."""
+    """Refit the layer of a part that writes to the stream, to the error of the narrow stream."""
     assert block.narrow is not None
     sums, path, inputs = Sums(), writer.path, []
     for batch in batches:
@@ -277,7 +277,7 @@ def _refit_writer(
 
 
 def _target(block: BlockPair, part: str, path: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A dense vector, and what the narrow writer of a part should give out for it (float32)."""
+    """A dense vector, and the target of the narrow layer that writes for a part (float32)."""
     if part == "attn":
         added_BTO = batch.dense_attention = output_of(block.dense, path, batch.dense)
         stream_BTD = _plus(batch.dense.hidden_BTD, block.dense, part, added_BTO)
@@ -295,7 +295,7 @@ def _target(block: BlockPair, part: str, path: str, batch: Batch) -> tuple[Tenso
 
 
 def _plus(stream_BTD: Tensor, block: Any, part: str, added_BTW: Tensor) -> Tensor:
-    """The residual stream with what a part of a block adds to it."""
+    """The residual stream plus the output of a part of a block."""
     index_W = _stream_index(block, part)
     if index_W is None:
         return stream_BTD + added_BTW
@@ -310,7 +310,7 @@ def _stream_index(block: Any, part: str) -> Tensor | None:
 def _replace(
     block: BlockPair, path: str, gram_KK: Tensor, cross_OK: Tensor, damping: float
 ) -> float:
-    """Give a layer of the narrow block its new weight; returns the damping that it took."""
+    """Set the new weight of a layer of the narrow block; return the damping used."""
     assert block.narrow is not None
     layer: Any = block.narrow.get_submodule(path)
     if not bool(gram_KK.isfinite().all()) or not bool(cross_OK.isfinite().all()):

@@ -1,7 +1,7 @@
-"""Run a block up to one of its layers, with its attention computed or given.
+"""Run a block up to one of its layers; the output of its attention may be given.
 
-Blocks are called as their model calls them, and layers are found by the paths of the family's row,
-so that one way serves sequential and parallel blocks and those with norms on both sides.
+Blocks are called as in their model, and layers are found by the paths of the family's row, so that
+the same functions work for sequential and parallel blocks and for those with norms on both sides.
 
 Legend: B = windows of a batch, T = tokens of a window, D = width of the residual stream, I, O, A =
 inputs and outputs of a layer, outputs of attention.
@@ -20,7 +20,7 @@ from secateur.pruning.blocks.linears import BlockCall
 
 
 class _Reached(Exception):
-    """Carries what was looked for out of a block whose rest need not run."""
+    """Raised to leave a block early, with the tensor that was looked for."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _Reached(Exception):
 
 @contextmanager
 def attention_given(block: nn.Module, output: Float[Tensor, "B T A"] | None) -> Iterator[None]:
-    """Let the attention of a block give this output without computing it; None computes it."""
+    """Replace the attention of a block by a given output; None computes it."""
     if output is None:
         yield
         return
@@ -44,12 +44,12 @@ def attention_given(block: nn.Module, output: Float[Tensor, "B T A"] | None) -> 
 def input_of(
     block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T A"] | None = None
 ) -> Float[Tensor, "B T I"]:
-    """What a layer of a block reads; neither it nor what follows it runs.
+    """The input of a layer of a block, without running this and later layers.
 
     Args:
         block: The block.
         path: The layer, relative to the block.
-        call: What the block is called with.
+        call: Arguments of the block.
         attention: Output of the attention, if it is known.
     """
 
@@ -64,7 +64,7 @@ def input_of(
 def output_of(
     block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T A"] | None = None
 ) -> Float[Tensor, "B T O"]:
-    """What a layer of a block gives out; what follows it does not run. Arguments as above."""
+    """The output of a layer of a block; later layers do not run. Arguments as for `input_of`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         raise _Reached(output)
@@ -86,7 +86,7 @@ def _run_to(handle: Any, block: nn.Module, call: BlockCall, attention: Tensor | 
 def outputs_of(
     block: nn.Module, path: str, call: BlockCall, attention: Float[Tensor, "B T A"] | None = None
 ) -> tuple[Float[Tensor, "B T O"], Float[Tensor, "B T D"]]:
-    """What a layer of a block and the block itself give out. Arguments as above."""
+    """The outputs of a layer of a block and of the block. Arguments as for `input_of`."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -102,5 +102,5 @@ def outputs_of(
 
 
 def _by_window(x: Tensor, call: BlockCall) -> Tensor:
-    """Tokens by window, which OPT's MLP reads as one row."""
+    """Restore the window axis, which OPT's MLP flattens."""
     return x.reshape(*call.hidden_BTD.shape[:2], x.shape[-1])

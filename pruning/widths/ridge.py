@@ -1,8 +1,8 @@
-"""Weighted least squares that pulls to given weights: sums, solution, error.
+"""Weighted least squares, regularised towards given weights: sums, solution, error.
 
     W' = (Y + m W0) (G + m I)^-1,    G = sum w^2 x x^T,    Y = sum w^2 y x^T
 
-is the W that minimises sum w^2 |y - W x|^2 + m |W - W0|^2, so its error on what was summed is never
+is the W that minimises sum w^2 |y - W x|^2 + m |W - W0|^2, so its error on the summed data is never
 larger than that of W0. A bias is the weight of a constant input and is not damped.
 
 Worked by hand: one input x = 1, 1, 2 at three tokens of weight 1, y = 2, 2, 5, W0 = 1, damping 0.5:
@@ -24,7 +24,7 @@ from secateur.pruning.blocks.statistics import Gram, next_damping
 
 
 class Sums:
-    """Sums over tokens that least squares needs of inputs x and targets y, float32.
+    """Sums over tokens of inputs x and targets y for least squares, float32.
 
     A constant 1 is appended to x, for biases.
     """
@@ -40,7 +40,7 @@ class Sums:
         y_BTY: Float[Tensor, "B T Y"],
         weight_BT1: Float[Tensor, "B T 1"],
     ) -> None:
-        """Take in a batch, every token with its weight."""
+        """Add a batch, every token with its weight."""
         x_BTK, y_BTY = with_one(x_BTI.float()) * weight_BT1, y_BTY * weight_BT1
         if self._gram is None:
             self._gram = Gram(x_BTK.shape[-1], x_BTI.device)
@@ -63,14 +63,14 @@ def solve(
     damping: float,
     has_bias: bool = False,
 ) -> tuple[Float[Tensor, "O K"], float]:
-    """(Y + m W0) (G + m I)^-1 in float64, and the damping that it took.
+    """(Y + m W0) (G + m I)^-1 in float64, and the damping used.
 
     Args:
         gram_KK: G.
         cross_OK: Y.
         start_OK: W0.
-        damping: m as a share of the mean diagonal of G, above 0; ten times as much is tried where
-            the factorisation fails.
+        damping: m as a fraction of the mean diagonal of G, above 0; multiplied by ten if the
+            factorisation fails.
         has_bias: The last input is a constant, which is not damped.
     """
     gram_KK, start_OK = gram_KK.double(), start_OK.double()
@@ -88,7 +88,7 @@ def solve(
 
 
 def squared_error(layer: nn.Module, sums: Sums) -> float:
-    """Squared error of a layer on what was summed, as a share of that of an output of 0."""
+    """Squared error of a layer on the summed data, as a fraction of the squared targets."""
     weight_OK = with_bias(layer).double()
     fitted = (weight_OK @ sums.gram_KK.double() - 2 * sums.cross_YK.double()) * weight_OK
     return 1 + float(fitted.sum()) / sums.squares if sums.squares else 0.0

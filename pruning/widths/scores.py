@@ -1,4 +1,4 @@
-"""The axis "score" of width pruning: what every gate of a model is worth.
+"""The axis "score" of width pruning: the importance of every gate of a model.
 
 Legend: N = all gates, S = sites, I = entries of a site, W = calibration windows, T = tokens.
 """
@@ -19,7 +19,7 @@ from secateur.pruning.sites import Site
 
 
 class WidthScore(ABC):
-    """One number per gate, higher for what should stay, in the order of `find_sites`.
+    """One number per gate, in the order of `find_sites`; higher means keep.
 
     A score works in two steps. `values` measures every entry; values may be averaged over batches,
     training steps and ranks. `scores` makes them comparable between sites, for `Budget.finalise`.
@@ -44,9 +44,9 @@ class WidthScore(ABC):
         Args:
             model: The dense model; it is not changed.
             family: The row of its family, `with_parts` or without.
-            gates: The gates as they are now, one vector of shape (I,) per site; None opens all.
+            gates: The present gates, one vector of shape (I,) per site; None opens all.
             windows_WT: Token ids of calibration text; None for scores that read no text.
-            batch_size: Windows that the model sees at once, 1 or more.
+            batch_size: Windows per forward pass, 1 or more.
 
         Raises:
             ValueError: The score reads text and there is none, or a value is not finite.
@@ -62,7 +62,7 @@ class WidthScore(ABC):
         """Make values comparable between sites.
 
         Args:
-            values_N: What `values` measured.
+            values_N: Result of `values`.
             sites: The sites, in order.
             marginal_S: Cost of one more entry of every site, see `CostTable.marginal`.
 
@@ -81,7 +81,7 @@ def ranks_within_sites(values_N: Float[Tensor, " N"], sites: Sequence[Site]) -> 
         sites: The sites, in order.
 
     Raises:
-        ValueError: A site is a part as a whole, which has nothing to be ranked among.
+        ValueError: A site is an entire part, with a single gate that cannot be ranked.
     """
     if part := next((site for site in sites if site.is_part), None):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Score entries without text: by the size of their weights, or at random, to compare with.
+"""Score entries without text: by the size of their weights, or at random as a baseline.
 
 Legend: N = all gates, S = sites, I = entries of a site, W = calibration windows, T = tokens, O, J =
 output and input features of a projection.
@@ -22,7 +22,7 @@ from secateur.pruning.widths.scores import WidthScore, ranks_within_sites
 
 @dataclass(frozen=True)
 class WidthMagnitude(WidthScore):
-    """Norm of all weights that an entry slices away: rows and columns of its site's projections.
+    """Norm of all weights of an entry: rows and columns of its site's projections.
 
     Entries are ranked within their site, so that every site keeps about the same fraction.
     """

@@ -338,7 +338,7 @@ def test_settings_out_of_range(make: Callable[[], Budget], message: str) -> None
         (
             Budget(keep=0.4, min_width=2),
             r"`keep` 0\.4 cannot be reached: with `min_width` 2 and `width_multiple` 1 at least "
-            r"0\.5000 of the cost stays",
+            r"0\.5000 of the cost is kept",
         ),
     ],
 )
@@ -431,7 +431,7 @@ def test_what_uniform_cannot_do() -> None:
     with pytest.raises(
         ValueError,
         match=r"`keep` 0\.4 cannot be reached: with `uniform`, `min_width` 1 and "
-        r"`width_multiple` 1 at least 0\.5000 of the cost stays\. .*, or set `uniform` to false",
+        r"`width_multiple` 1 at least 0\.5000 of the cost is kept\. .*, or set `uniform` to false",
     ):
         Budget(keep=0.4, uniform=True).check(sites, table)
     sites, table = _mlps(4, 6)
