@@ -5,6 +5,9 @@ time killed (SIGKILL) at a random moment: within a step, while a checkpoint is w
 model is exported. Each killed run is resumed by the same command, which has `--ckpt_path last`, and
 its plan and its model folder are compared byte by byte with those of the uninterrupted run.
 
+`--variants` does the same, once each, to runs of `benchmarks.resume_variants`, and kills the export
+of one run at places that are spread over all that it writes.
+
 Runs are forks of one process that has imported everything, so a kill costs seconds. What SIGKILL
 does not show is the loss of what the file system had not yet written, as in a power cut.
 """
@@ -15,111 +18,69 @@ import argparse
 import functools
 import os
 import random
-import select
+import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from benchmarks.data import write_figures
+from benchmarks.forks import Announce, Fork, fork
+from benchmarks.resume_variants import BASES, STEPS, VARIANTS, make_bases
 from secateur.callbacks import ExportModel, SaveCheckpoint
-from secateur.modules import MaskLearning
+from secateur.modules import CausalLM, MaskLearning
 from tests.runs import call, content, learn_masks, make_inputs, write_text
 
-PHASES: dict[str, tuple[type, str]] = {
-    "step": (MaskLearning, "training_step"),
-    "checkpoint": (SaveCheckpoint, "_save"),
-    "export": (ExportModel, "on_fit_end"),
+PHASES: dict[str, tuple[tuple[type, ...], str]] = {
+    "step": ((MaskLearning, CausalLM), "training_step"),
+    "checkpoint": ((SaveCheckpoint,), "_save"),
+    "export": ((ExportModel,), "on_fit_end"),
 }
 """What begins each phase, which lasts until the next one begins."""
+EXPORT_KILLS = 14
+_WRITES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")
 CALLBACKS = ("AnnealSparsity", "SaveCheckpoint", "ExportModel")
 
 
-@dataclass
-class Run:
-    """A run in a process of its own, and the phases that it has entered so far.
+def start(
+    arguments: Sequence[str], folder: Path, watch: Callable[[Announce], object] | None = None
+) -> Fork:
+    """Run the command line in a fork of this process, in a folder and with a log there.
 
     Args:
-        process: Its process id.
-        pipe: Where it writes the phases that it enters.
+        arguments: Of the command line.
+        folder: Where the run works.
+        watch: Called in the fork before the run.
     """
 
-    process: int
-    pipe: int
-    phases: list[tuple[str, float]] = field(default_factory=list)
-    """Name and beginning (seconds of the monotonic clock), in order."""
-    _rest: str = ""
-
-    def read(self, seconds: float) -> bool:
-        """Wait for news, up to a time; False once the process has ended."""
-        if not select.select([self.pipe], [], [], max(0.0, seconds))[0]:
-            return True
-        if not (news := os.read(self.pipe, 65536)):
-            return False
-        *lines, self._rest = (self._rest + news.decode()).split("\n")
-        self.phases += [(name, float(began)) for name, began in map(str.split, lines)]
-        return True
-
-    def end(self) -> int:
-        """Wait until it has ended; returns its exit code, negative for a signal."""
-        while self.read(60):
-            pass
-        os.close(self.pipe)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-
-    def kill(self) -> int:
-        """SIGKILL; returns the exit code, which is another if the run had ended before."""
-        with suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)
-        return self.end()
-
-
-def start(arguments: list[str], folder: Path) -> Run:
-    """Run the command line in a fork of this process, in a folder and with a log there."""
-    pipe, end = os.pipe()
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        os.close(end)
-        return Run(process, pipe)
-    code = 1
-    try:
-        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        os.chdir(folder)
-        # Torch renews the thread pool that a fork has lost on its next use; were the first uses at
-        # once in several threads, as in surgery, one of them would find none.
-        torch.set_num_threads(torch.get_num_threads())
-        for name, (owner, method) in PHASES.items():
-            setattr(owner, method, _announced(getattr(owner, method), name, end))
+    def work(announce: Announce) -> None:
+        for name, (owners, method) in PHASES.items():
+            for owner in owners:
+                setattr(owner, method, _announced(getattr(owner, method), name, announce))
+        if watch is not None:
+            watch(announce)
         call(arguments)
-        code = 0
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-    finally:
-        os._exit(code)
+
+    return fork(work, folder)
 
 
-def _announced(function: Callable[..., Any], phase: str, pipe: int) -> Callable[..., Any]:
+def _announced(function: Callable[..., Any], phase: str, tell: Announce) -> Callable[..., Any]:
     @functools.wraps(function)
     def announce(*args: Any, **kwargs: Any) -> Any:
-        os.write(pipe, f"{phase} {time.monotonic()}\n".encode())
+        tell(phase)
         return function(*args, **kwargs)
 
     return announce
 
 
 def kill(
-    arguments: list[str], folder: Path, phase: str, occurrence: int, delay: float
+    arguments: Sequence[str], folder: Path, phase: str, occurrence: int, delay: float
 ) -> str | None:
     """Start a run and kill it some seconds after a phase has begun.
 
@@ -145,18 +106,20 @@ def kill(
     return run.phases[-1][0] if died else None
 
 
-def _began(run: Run, phase: str, occurrence: int) -> float | None:
+def _began(run: Fork, phase: str, occurrence: int) -> float | None:
     times = [began for name, began in run.phases if name == phase]
     return times[occurrence] if occurrence < len(times) else None
 
 
-def finish(arguments: list[str], folder: Path) -> Run:
+def finish(
+    arguments: Sequence[str], folder: Path, watch: Callable[[Announce], object] | None = None
+) -> Fork:
     """Run to the end.
 
     Raises:
         RuntimeError: The run failed; the message has its log.
     """
-    run = start(arguments, folder)
+    run = start(arguments, folder, watch)
     if run.end():
         raise RuntimeError((folder / "log.txt").read_text(encoding="utf-8"))
     run.phases.append(("", time.monotonic()))
@@ -208,10 +171,127 @@ def measure(folder: Path, kills: int, max_steps: int = 12, seed: int = 0) -> dic
     return figures
 
 
-def _beside(folder: Path, name: str) -> Path:
-    """A folder beside the inputs, which sees them under the same relative paths."""
+def measure_variants(folder: Path, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Kill every variant once, within a step, and resume it.
+
+    Args:
+        folder: An empty folder.
+        names: Of `VARIANTS`.
+        seed: Of the moments.
+
+    Returns:
+        Figures: `different_plans` (plans and masks) and `different_models` of `variants`.
+    """
+    draw = random.Random(seed)
+    make_bases(folder)
+    figures: dict[str, Any] = {"variants": len(names), "different_plans": 0, "different_models": 0}
+    different = []
+    for name in names:
+        variant = VARIANTS[name]
+        whole = _beside(folder, "whole", BASES)
+        phases = finish(variant.arguments, whole).phases
+        steps = [began for phase, began in phases if phase == "step"]
+        first = len(steps) * (STEPS - 2) // STEPS
+        died = None
+        while died is None:
+            killed = _beside(folder, "killed", BASES)
+            place = draw.randrange(first, len(steps)) if variant.late else draw.randrange(1, first)
+            died = kill(variant.arguments, killed, "step", place, draw.uniform(0, 0.02))
+        finish(variant.arguments, killed)
+        differs = {
+            kind: {n: c for n, c in content(killed / "run" / kind).items() if _kept(n)}
+            != {n: c for n, c in content(whole / "run" / kind).items() if _kept(n)}
+            for kind in ("model", "plan", "weights", "widths")
+        }
+        figures["different_models"] += differs.pop("model")
+        figures["different_plans"] += any(differs.values())
+        different += [name] if any(differs.values()) else []
+    return figures | {"different": different}
+
+
+def _kept(name: str) -> bool:
+    """Whether a file is compared: what is measured of a run differs by the times in it."""
+    return not name.endswith((".png", ".txt"))
+
+
+def measure_exports(folder: Path, kills: int = EXPORT_KILLS) -> dict[str, Any]:
+    """Kill the export of one run at places that are spread over all that it writes.
+
+    Args:
+        folder: A folder that `make_bases` has filled.
+        kills: Number of places.
+
+    Returns:
+        Figures: `different_exports` of `export_kills`, and the `writes` of an export.
+    """
+    arguments = VARIANTS["masks alone"].arguments
+    whole = _beside(folder, "whole", BASES)
+    writes = [
+        name
+        for name, _ in finish(
+            arguments, whole, lambda tell: _at_writes(lambda _: tell("write"))
+        ).phases
+        if name == "write"
+    ]
+    expected, different = content(whole / "run" / "model"), 0
+    places = sorted({round(i * (len(writes) - 1) / max(1, kills - 1)) for i in range(kills)})
+    for place in places:
+        work = _beside(folder, "killed", BASES)
+
+        def stop(number: int, place: int = place) -> None:
+            if number == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if start(arguments, work, lambda _: _at_writes(stop)).end() != -signal.SIGKILL:
+            raise RuntimeError((work / "log.txt").read_text(encoding="utf-8"))
+        finish(arguments, work)
+        names = {path.name for path in (work / "run").iterdir()}
+        same = content(work / "run" / "model") == expected
+        different += not same or any("secateur-" in name for name in names)
+    return {"export_kills": len(places), "writes": len(writes), "different_exports": different}
+
+
+def _at_writes(act: Callable[[int], object]) -> None:
+    """Call a function with the number of every write below `run` from the export on, before it."""
+    root, number, begun = str(Path("run").absolute()), 0, False
+    export, serialize = ExportModel.on_fit_end, safetensors.torch.serialize_file
+
+    def write() -> None:
+        nonlocal number
+        number += 1
+        act(number - 1)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        opened = (
+            event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if (
+            begun
+            and (opened or event in _WRITES)
+            and os.path.abspath(str(args[0])).startswith(root)
+        ):
+            write()
+
+    def begin(*args: Any) -> None:
+        nonlocal begun
+        begun = True
+        export(*args)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:  # it writes without Python's knowledge
+        if begun:
+            write()
+        return serialize(*args, **kwargs)
+
+    ExportModel.on_fit_end = begin  # type: ignore[method-assign]
+    safetensors.torch.serialize_file = counted
+    sys.addaudithook(hook)
+
+
+def _beside(folder: Path, name: str, inputs: Sequence[str] = ("base",)) -> Path:
+    """An empty folder beside the inputs, which sees them under the same relative paths."""
+    shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir()
-    for shared in ("base", "text.json"):
+    for shared in (*inputs, "text.json"):
         (folder / name / shared).symlink_to(Path("..") / shared)
     return folder / name
 
@@ -222,12 +302,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="number of runs that are killed")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of a run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="runs to kill instead: all, or their names"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), args.kills, args.steps, args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.variants:
+            names = [*VARIANTS] if args.variants == ["all"] else args.variants
+            figures = measure_variants(folder, names, args.seed)
+            figures |= measure_exports(folder)
+        else:
+            figures = measure(folder, args.kills, args.steps, args.seed)
     write_figures(figures | {"seconds": time.monotonic() - begin}, args.json)
 
 

@@ -17,6 +17,7 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from secateur.modules.data.text_data import check_vocabulary, check_window
+from secateur.modules.resuming import refuse_incomplete, refuse_unlike
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.settings import refuse_other
 
@@ -166,12 +167,24 @@ class LanguageModelling(LightningModule, ABC):
             for key in self._length():
                 saved.pop(key, None)
         refuse_other(saved, current, type(self).__name__)
+        if fitting:
+            loops = checkpoint["loops"]
+            refuse_unlike(loops, {"fit_loop": self.trainer.fit_loop.state_dict()}, "loops")
         if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
             raise ValueError("The checkpoint lacks the state of the optimiser; use another one.")
         if self.frozen_weights:  # else the model may have to be cut first
             self.refuse_incomplete(checkpoint["state_dict"])
         batches = self.trainer.accumulate_grad_batches
         _count_batches(checkpoint, checkpoint.get("batches_per_step", batches), batches)
+
+    def on_train_start(self) -> None:
+        """Check what optimisers go on from.
+
+        Raises:
+            ValueError: A checkpoint has left them without something.
+        """
+        for optimizer in self.trainer.optimizers:
+            refuse_incomplete(optimizer)
 
     def refuse_incomplete(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint that lacks weights that are, or were, trained: loading is not strict,

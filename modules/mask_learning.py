@@ -351,6 +351,7 @@ class MaskLearning(LanguageModelling):
 
     def on_train_start(self) -> None:
         """Record that gates have been trained."""
+        super().on_train_start()
         self._trained = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -2,8 +2,8 @@
 
 On disk a plan is two files of one folder: `plan.safetensors` holds the kept indices, one int32
 vector per site named `<block>.<site>`, and the gains, if there are any, as
-`<block>.<projection>.<input|output>`; `plan.json` describes them. Neither can run code. Equal plans
-give equal files, byte for byte.
+`<block>.<projection>.<input|output>`; `plan.json` describes them and has the checksum of both files.
+Neither can run code. Equal plans give equal files, byte for byte.
 
 In a model folder they are in `plan/`: servers load every safetensors file at its top level as
 weights.
@@ -17,7 +17,6 @@ Legend: S = sites, I = entries of a site, W = kept entries of a site.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,19 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.pruning import plan_files
 from secateur.pruning.families import PARTS, Family, family_named, family_of, skeleton
 from secateur.pruning.modelling import is_narrow, narrow_type
+from secateur.pruning.plan_files import read_plan, write_plan
 from secateur.pruning.sites import Site, compose_gains, find_sites, gain_sizes, widths_table
 
-TENSORS, DESCRIPTION = "plan.safetensors", "plan.json"
+TENSORS, DESCRIPTION = plan_files.TENSORS, plan_files.DESCRIPTION
 IN_MODEL = "plan"
 """Subfolder of a model folder with the plan."""
-_FORMAT = "secateur-plan-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,10 +255,7 @@ class Plan:
 
     def save(self, folder: str | Path) -> None:
         """Write `plan.safetensors` and `plan.json` into a folder, which is created if needed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format": _FORMAT,
+        content = {
             "model_type": self.model_type,
             "base": self.base,
             "sites": [[site.block, site.name, site.size] for site in self.sites],
@@ -272,9 +267,7 @@ class Plan:
             for site, index_W in zip(self.sites, self.kept, strict=True)
         }
         tensors |= {name: gain_F.float() for name, gain_F in (self.gains or {}).items()}
-        save_file(tensors, folder / TENSORS)
-        text = json.dumps(description, indent=1, sort_keys=True)
-        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        write_plan(Path(folder), content, tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
@@ -289,33 +282,13 @@ class Plan:
         folder = Path(folder)
         if (folder / IN_MODEL / DESCRIPTION).is_file():
             folder = folder / IN_MODEL
-        try:
-            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no readable plan: {error}") from error
-        found = description.get("format") if isinstance(description, dict) else None
-        if found != _FORMAT:
-            raise ValueError(f"{folder / DESCRIPTION} has format {found!r}, expected {_FORMAT!r}.")
-        if lost := {"model_type", "base", "sites", "provenance"} - description.keys():
-            raise ValueError(f"{folder / DESCRIPTION} lacks {', '.join(sorted(lost))}.")
-        sites = tuple(Site(block, name, size) for block, name, size in description["sites"])
-        if missing := [site.key for site in sites if site.key not in tensors]:
-            raise ValueError(f"{folder / TENSORS} lacks the sites {', '.join(missing)}.")
-        indices = {site.key for site in sites}
-        for name, tensor in tensors.items():
-            expected = torch.int32 if name in indices else torch.float32
-            if tensor.dtype != expected or tensor.dim() != 1:
-                raise ValueError(
-                    f"{folder / TENSORS} has {name} as {tensor.dtype} of shape "
-                    f"{tuple(tensor.shape)}, expected a vector of {expected}; it is damaged."
-                )
+        content, sites, tensors = read_plan(folder)
         return cls(
-            model_type=description["model_type"],
-            base=description["base"],
+            model_type=content["model_type"],
+            base=content["base"],
             sites=sites,
             kept=tuple(tensors.pop(site.key).long() for site in sites),
-            provenance=description["provenance"],
+            provenance=content["provenance"],
             gains=tensors or None,
         )
 

@@ -17,6 +17,7 @@ from secateur.pruning.commands import UsageError
 _LINES = 3
 _LONGEST = 600  # characters of a line
 
+_WHERE = "SECATEUR_DEBUG=1 shows where."
 _OURS = (ValueError, OSError, FloatingPointError, ImportError)
 
 # By name: importing the libraries only for their exceptions would take seconds.
@@ -57,16 +58,33 @@ def explain(error: BaseException) -> str | None:
     """The text of an error in at most three lines; None if it is not a mistake of the user."""
     names = [kind.__name__ for kind in type(error).__mro__]
     words = next((_BETTER[name] for name in names if name in _BETTER), "{}")
+    if not isinstance(error, _OURS) and _while_resuming(error):
+        words = (
+            "The checkpoint does not hold what this run goes on from ({}). Resume from another "
+            "one, or start again without `--ckpt_path`."
+        )
+        return f"{words.format(type(error).__name__)}\n{_WHERE}"
     if words == "{}" and not isinstance(error, _OURS) and not _of_library(error):
         return None
     notes = [line for note in getattr(error, "__notes__", ()) for line in _lines(note)]
     if not isinstance(error, UsageError):
-        notes.append("SECATEUR_DEBUG=1 shows where.")
+        notes.append(_WHERE)
     own = _lines(words.format(_text(error)))
     room = max(1, _LINES - len(notes))
     if len(own) > room:  # libraries say first what failed and last why
         own = [*own[: room - 1], own[-1]]
     return "\n".join([*own, *notes])
+
+
+def _while_resuming(error: BaseException) -> bool:
+    """Whether Lightning was handing out what a checkpoint holds, to its parts or to ours."""
+    place = error.__traceback__
+    while place is not None:
+        code = place.tb_frame.f_code
+        if code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name:
+            return True
+        place = place.tb_next
+    return False
 
 
 def _of_library(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -323,6 +323,21 @@ def test_a_port_in_use_is_told_with_the_setting() -> None:
     message = explain(error.value)
     assert message is not None
     assert "MASTER_PORT names another port" in message
+
+
+def test_what_a_checkpoint_lacks_is_told_as_such() -> None:
+    source = "def restore_loops(state):\n    state['step']\n"
+    inside: dict[str, Any] = {}
+    exec(compile(source, "/lightning/checkpoint_connector.py", "exec"), inside)
+    with pytest.raises(KeyError) as error:
+        inside["restore_loops"]({})
+    message = explain(error.value)
+    assert message is not None
+    assert "does not hold what this run goes on from (KeyError)" in message
+    exec(compile(source, "/lightning/other.py", "exec"), inside)
+    with pytest.raises(KeyError) as error:
+        inside["restore_loops"]({})
+    assert explain(error.value) is None
 
 
 # The other commands

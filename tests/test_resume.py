@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kill_resume import PHASES, measure
+from benchmarks.kill_resume import PHASES, measure, measure_exports, measure_variants
 from secateur.modules import MaskLearning
 from secateur.pruning.files.checkpoints import read_figures
 from tests.runs import (
@@ -92,6 +92,19 @@ def test_killed_runs_end_as_an_uninterrupted_one(tmp_path: Path) -> None:
     assert figures["different_plans"] == figures["different_models"] == 0
     # A moment drawn for one phase may fall into the next where the machine is slower or faster.
     assert sum(figures[f"killed_in_{phase}"] for phase in PHASES) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_killed_runs_of_other_kinds_end_as_uninterrupted_ones(tmp_path: Path) -> None:
+    """Three of the variants, and an export at three places; the benchmark has them all."""
+    names = ["masks of a narrow base, settled", "zeros gradually, low rank", "widths gradually"]
+    figures = measure_variants(tmp_path, names)
+    assert figures["different"] == []
+    assert figures["different_plans"] == figures["different_models"] == 0
+    figures = measure_exports(tmp_path, kills=3)
+    assert figures["writes"] > 10
+    assert figures["different_exports"] == 0
 
 
 def test_a_run_that_is_asked_to_stop_while_it_exports_goes_on_with_the_export(

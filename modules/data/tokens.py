@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from secateur.modules.data.sources import Source
-from secateur.pruning.files.checksums import damaged_files, write_sums
+from secateur.pruning.checksums import damaged_files, write_sums
 
 TRAIN, HELD_OUT = "train.npy", "held_out.npy"
 _FORMAT = "secateur-tokens-2"

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.rewrite import own_code
+from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import (
     CONFIG,
     MARK,
@@ -70,7 +71,8 @@ def repair(folder: str | Path) -> list[str]:
             all_families.unlink()
             changed.append(f"{all_families.name}, the code of all families, was removed.")
     if changed and (folder / MARK).is_file() and "files" in (mark := read_json(folder / MARK)):
-        write_json(folder / MARK, mark | {"files": sorted(path.name for path in folder.iterdir())})
+        names = sorted(path.name for path in folder.iterdir())
+        write_json(folder / MARK, mark | {"files": names, "fingerprint": fingerprint(folder)})
     return changed
 
 

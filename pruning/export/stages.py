@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import MARK, read_stages, write_json
 from secateur.pruning.measure.report import Report, Row
 
@@ -77,7 +78,7 @@ def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict
         stages = [*stages, stage]
     files = sorted({path.name for path in folder.iterdir()} | {MARK, "README.md"})
     mark = {"command": origin.command, "steps": origin.steps, "stages": stages, "files": files}
-    write_json(folder / MARK, mark)
+    write_json(folder / MARK, mark | {"fingerprint": fingerprint(folder)})
     return stages
 
 

@@ -22,8 +22,14 @@ from transformers import (
 
 from secateur.pruning.chains import Kind, Step, kinds_of, refuse
 from secateur.pruning.families import Family, family_named, family_of, skeleton
-from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.model_folder import CONFIG, read_json, read_stages, weight_files
+from secateur.pruning.files.fingerprint import fingerprint, refuse_changed
+from secateur.pruning.files.model_folder import (
+    CONFIG,
+    is_ours,
+    read_json,
+    read_stages,
+    weight_files,
+)
 from secateur.pruning.modelling import config_class, is_narrow
 
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
@@ -134,8 +140,14 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Content hash of configuration and weights."""
-        return fingerprint(self.folder)
+        """Content hash of configuration and weights.
+
+        Raises:
+            ValueError: The model was exported by Secateur and has changed since.
+        """
+        found = fingerprint(self.folder)
+        refuse_changed(self.folder, found)
+        return found
 
     def refuse(self, step: Step) -> None:
         """Refuse a step that this model does not allow.
@@ -188,6 +200,8 @@ class BaseModel:
         Raises:
             ValueError: The folder cannot be read as a causal language model, or lacks weights.
         """
+        if is_ours(self.folder):
+            _ = self.fingerprint  # which refuses what has changed
         config = copy.deepcopy(self.config)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(

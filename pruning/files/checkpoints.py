@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from secateur.pruning.files.checksums import checksum
+from secateur.pruning.checksums import checksum
 
 FOLDER = "checkpoints"
 """Folder of checkpoints in the output folder of a run."""

@@ -15,8 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.pruning.files.checksums import tensor_checksum
-from secateur.pruning.files.model_folder import CONFIG, weight_files
+from secateur.pruning.checksums import tensor_checksum
+from secateur.pruning.files.model_folder import CONFIG, MARK, read_json, weight_files
 
 
 def _hash_file(path: Path) -> str:
@@ -41,6 +41,27 @@ def fingerprint(folder: str | Path) -> str:
         digests = list(pool.map(_hash_file, files))
     lines = (f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def refuse_changed(folder: Path, found: str) -> None:
+    """Refuse a model of ours that is not as it was exported, where its mark tells how it was.
+
+    Args:
+        folder: A model folder.
+        found: Its fingerprint.
+
+    Raises:
+        ValueError: Its configuration or its weights have changed.
+    """
+    if not (folder / MARK).is_file():
+        return
+    mark: object = read_json(folder / MARK)
+    told = mark.get("fingerprint") if isinstance(mark, dict) else None
+    if told not in (None, found):
+        raise ValueError(
+            f"{folder} is not as it was exported: {CONFIG} or the weights are others than {MARK} "
+            f"says. Export it again; if they were changed on purpose, remove {MARK}."
+        )
 
 
 def live_fingerprint(model: PreTrainedModel) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.pruning.blocks.linears import weight_of
-from secateur.pruning.files.checksums import tensor_checksum
+from secateur.pruning.checksums import tensor_checksum
 from secateur.pruning.files.settings import differences
 from secateur.pruning.weights.masks import pack, unpack
 from secateur.pruning.weights.parts import PrunedBlock

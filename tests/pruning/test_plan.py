@@ -171,6 +171,11 @@ def _rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             ),
             r"lacks the sites 7\.a",
         ),
+        (lambda folder: _rewrite(folder, lambda plan: plan | {"sites": [[0, "a"]]}), "`sites`"),
+        (
+            lambda folder: _rewrite(folder, lambda plan: plan | {"provenance": {"seed": 9}}),
+            "not as they were written: their checksum is another one",
+        ),
     ],
 )
 def test_damaged_plans_are_refused(
@@ -180,6 +185,30 @@ def test_damaged_plans_are_refused(
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [TENSORS, DESCRIPTION])
+def test_every_bit_of_a_plan_counts(name: str, tmp_path: Path) -> None:
+    plan = _plan(provenance={"seed": 2}, gains={"0.q.input": torch.ones(3)})
+    plan.save(tmp_path)
+    before = (tmp_path / name).read_bytes()
+    for place in range(len(before)):
+        changed = bytearray(before)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / name).write_bytes(changed)
+        try:
+            found = Plan.load(tmp_path)
+        except ValueError:
+            continue
+        found.save(tmp_path / "again")  # a space that became another sign of no meaning
+        (tmp_path / name).write_bytes(before)
+        assert (tmp_path / "again" / name).read_bytes() == before, place
+
+
+def test_a_plan_from_before_there_were_checksums_is_read(tmp_path: Path) -> None:
+    _plan().save(tmp_path)
+    _rewrite(tmp_path, lambda plan: {k: v for k, v in plan.items() if k != "checksum"})
+    assert Plan.load(tmp_path).sites == SITES
 
 
 def test_which_plans_leave_a_stock_model() -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.fingerprint import fingerprint, refuse_changed
 from tests.tiny import tiny_folder
 
 
@@ -48,3 +50,21 @@ def test_what_is_not_a_model_folder(tmp_path: Path, missing: str) -> None:
         fingerprint(folder)
     with pytest.raises(ValueError, match="is not a model folder"):
         fingerprint(tmp_path / "nowhere")
+
+
+def test_what_was_exported_is_refused_once_it_has_changed(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    refuse_changed(folder, "another one")  # of a folder that nobody has marked
+    (folder / "secateur.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
+    BaseModel(folder).load()
+    (folder / "README.md").write_text("a note changes nothing")
+    assert BaseModel(folder).fingerprint == fingerprint(folder)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for read in (lambda: BaseModel(folder).load(), lambda: BaseModel(folder).fingerprint):
+        with pytest.raises(
+            ValueError, match=r"is not as it was exported: .* remove secateur\.json"
+        ):
+            read()
