@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from secateur.modules.data.text_data import check_vocabulary, check_window
-from secateur.modules.resuming import refuse_incomplete, refuse_unlike
+from secateur.modules.data.text_data import TextData, check_vocabulary, check_window
+from secateur.modules.resuming import refuse_incomplete, refuse_placeless, refuse_unlike
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.settings import refuse_other
 
@@ -170,6 +170,9 @@ class LanguageModelling(LightningModule, ABC):
         if fitting:
             loops = checkpoint["loops"]
             refuse_unlike(loops, {"fit_loop": self.trainer.fit_loop.state_dict()}, "loops")
+            data = getattr(self.trainer, "datamodule", None)
+            if checkpoint["global_step"] and isinstance(data, TextData):
+                refuse_placeless(loops)
         if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
             raise ValueError("The checkpoint lacks the state of the optimiser; use another one.")
         if self.frozen_weights:  # else the model may have to be cut first

@@ -35,6 +35,21 @@ def refuse_unlike(found: Any, expected: Any, where: str) -> None:
             refuse_unlike(found[key], value, f"{key} of {where}")
 
 
+def refuse_placeless(loops: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that does not tell how far the data were read: they would start anew.
+
+    Args:
+        loops: The state of all loops.
+
+    Raises:
+        ValueError: There is no such number.
+    """
+    states = loops["fit_loop"]["state_dict"].get("combined_loader")
+    first = states[0] if isinstance(states, list) and states else None
+    if not isinstance(first, Mapping) or type(first.get("samples")) is not int:
+        raise ValueError(f"The checkpoint does not tell the place in the data. {_CURE}")
+
+
 def refuse_incomplete(optimizer: Any) -> None:
     """Refuse the state of an optimiser that was read, where it is no state of its parameters.
 

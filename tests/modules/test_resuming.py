@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.modules.resuming import refuse_incomplete, refuse_unlike
+from secateur.modules.resuming import refuse_incomplete, refuse_placeless, refuse_unlike
 
 
 def optimizer() -> torch.optim.AdamW:
@@ -70,3 +70,12 @@ def test_a_value_of_another_structure_is_refused(found: Any, message: str) -> No
 
 def test_a_value_may_hold_more() -> None:
     refuse_unlike({"a": {"b": 3, "c": "x"}}, {"a": {"b": 0}}, "loops")
+
+
+@pytest.mark.parametrize("states", [None, [], {}, ["a"], [{}], [{"samples": "4"}]])
+def test_without_the_place_in_the_data_nothing_goes_on(states: Any) -> None:
+    loops = {"fit_loop": {"state_dict": {"combined_loader": [{"samples": 4}]}}}
+    refuse_placeless(loops)
+    loops["fit_loop"]["state_dict"]["combined_loader"] = states
+    with pytest.raises(ValueError, match="does not tell the place in the data"):
+        refuse_placeless(loops)
