@@ -153,6 +153,23 @@ class CausalLM(LanguageModelling):
         """Check that strategy and text suit the model before the model is made."""
         self.check_strategy()
         self.check_data(self._config)
+        if stage == "fit" and self.trainer.max_steps:
+            self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Refuse to train all weights in float16, in which the squares of gradients are zero.
+
+        Raises:
+            ValueError: They would be.
+        """
+        if self.base is None or self.lora is not None:
+            return
+        if self.base_model.dtype_of(self.dtype_name) == torch.float16:
+            raise ValueError(
+                f"`dtype` {self.dtype_name} is float16 here: the squares of gradients, by which "
+                "optimisers divide, would round to zero. Set `dtype` to float32, or give `lora`; "
+                "the type of what is exported is that of `export_dtype`."
+            )
 
     def on_fit_start(self) -> None:
         """Load the teacher on the device of the model."""

@@ -85,6 +85,16 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(inputs: Path) -> N
             torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
 
+def test_float16_trains_low_rank_updates_only(inputs: Path, tmp_path: Path) -> None:
+    """All weights would be no numbers after the first step."""
+    half: Any = {"base": str(inputs / "base"), "dtype": "float16"}
+    with pytest.raises(ValueError, match=r"`dtype` float16 is float16 here: .* Set `dtype` to"):
+        trainer(tmp_path).fit(CausalLM(**half), data(inputs))
+    module = CausalLM(**half, lora=LoRA(rank=2), warmup_steps=0)
+    trainer(tmp_path).fit(module, data(inputs))
+    assert all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
+
+
 def test_it_learns_and_leaves_a_stock_model_and_its_tokenizer(inputs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = CausalLM(architecture=ARCHITECTURE, warmup_steps=2, optimizer=_fast)
