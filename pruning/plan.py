@@ -2,7 +2,7 @@
 
 On disk a plan is two files of one folder: `plan.safetensors` holds the kept indices, one int32
 vector per site named `<block>.<site>`, and the gains, if there are any, as
-`<block>.<projection>.<input|output>`; `plan.json` describes them and has the checksum of both files.
+`<block>.<projection>.<input|output>`; `plan.json` describes them and has a checksum of both files.
 Neither can run code. Equal plans give equal files, byte for byte.
 
 In a model folder they are in `plan/`: servers load every safetensors file at its top level as
