@@ -1,1 +1,1 @@
-"""A model as a sequence of blocks that calibration text runs through, one after the other."""
+"""Run calibration text through a model block by block."""

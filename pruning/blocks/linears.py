@@ -18,15 +18,15 @@ from secateur.pruning.families import blocks_of, family_of
 
 @dataclass(frozen=True)
 class PrunableLinear:
-    """A linear layer of a block: what is known of it before anything runs.
+    """A linear layer of a block, described by the configuration alone.
 
     Args:
         block: Number of its block.
         path: Module, relative to the block.
         shape: Output features, input features.
         in_mlp: Whether it belongs to the MLP; otherwise to attention.
-        middle: The layer that reads the gated product of which its output is a factor; None where
-            its output is no such factor.
+        middle: The layer that reads the gated product of which its output is a factor; None if its
+            output is not such a factor.
         plain_mlp: Whether it belongs to an MLP without a gate.
     """
 
@@ -60,8 +60,8 @@ def linears_of(model: PreTrainedModel) -> list[list[PrunableLinear]]:
             weight = weight_of(block, projection.path)
             if not weight.is_floating_point() or weight.dim() != 2:
                 raise ValueError(
-                    f"Block {number} has a quantised weight in {projection.path}: its numbers "
-                    "cannot be zeroed one by one. Prune the original checkpoint, then quantise."
+                    f"Block {number} has a quantised weight in {projection.path}: single weights "
+                    "cannot be set to zero. Prune the original checkpoint, then quantise."
                 )
             sites = (projection.input or "", projection.output or "")
             in_mlp = any(site.startswith("mlp") for site in sites)
@@ -88,7 +88,7 @@ def weight_of(block: nn.Module, path: str) -> Tensor:
 
 @dataclass
 class BlockCall:
-    """What a block is called with for one batch of windows.
+    """The arguments of a block for one batch of windows.
 
     Args:
         hidden_BTD: Its input.
@@ -105,7 +105,7 @@ class BlockCall:
 
         Args:
             block: The block.
-            weights: Parameter name, relative to the block, to the value to compute with instead.
+            weights: Parameter name, relative to the block, to the value to use instead.
         """
         inputs = (self.hidden_BTD, *self.args)
         output = functional_call(block, weights or {}, inputs, self.kwargs)

@@ -1,9 +1,9 @@
-"""Where the blocks of a run come from: a live model, or a checkpoint that is read block by block.
+"""Sources of blocks: a live model, or a checkpoint that is read block by block.
 
-What a block is called with is taken from a real call of the model: every block's forward is
-replaced for the time by one that notes its arguments and hands its input on. So position
-embeddings, masks and whatever else a release of transformers passes reach the block, per block,
-and no weight of a block is needed for it.
+The arguments of blocks are recorded from a real call of the model: every block's forward is
+temporarily replaced by a function that records its arguments and returns its input. So every block
+gets position embeddings, masks and all other arguments of any release of transformers, and
+recording needs no weights of blocks.
 
 Legend: B = windows of a batch, T = tokens of a window, N = windows, D = width of the residual
 stream.
@@ -46,7 +46,7 @@ class BlockSource(ABC):
     device: torch.device
     linears: list[list[PrunableLinear]]
     keeps_changes: bool
-    """Whether what is changed in a block stays changed when it is asked for again."""
+    """Whether changes to a block persist when `block` is called again."""
 
     @abstractmethod
     def block(self, index: int) -> nn.Module:
@@ -54,11 +54,11 @@ class BlockSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the model as it is now, weights included."""
+        """Hash of the model in its present state, weights included."""
 
     @property
     def prefix(self) -> str:
-        """What the names of the parameters of all blocks begin with, such as `model.layers.`."""
+        """Common prefix of the parameter names of all blocks, such as `model.layers.`."""
         return f"{family_of(self.model.config).blocks}."
 
     @property
@@ -68,7 +68,7 @@ class BlockSource(ABC):
 
 
 class LiveBlocks(BlockSource):
-    """The blocks of a loaded model; what is pruned in them is pruned in the model.
+    """The blocks of a loaded model; pruning them changes the model.
 
     Args:
         model: A causal language model of a known family, not quantised.
@@ -93,16 +93,16 @@ class LiveBlocks(BlockSource):
 
 
 class StreamedBlocks(BlockSource):
-    """The blocks of a model folder, read when they are asked for and forgotten after that.
+    """The blocks of a model folder, read one at a time on request.
 
     Memory: one block, the embeddings and the head.
 
     Args:
         folder: Model folder with config.json and safetensors, in one file or several.
-        device: Where blocks and calibration states go.
+        device: Device of blocks and calibration states.
 
     Raises:
-        ValueError: There is no model in the folder, its family is unknown, it is quantised, or
+        ValueError: The folder holds no model, its family is unknown, it is quantised, or
             tensors are missing.
     """
 
@@ -131,9 +131,9 @@ class StreamedBlocks(BlockSource):
             if not f"{name}.".startswith(self.prefix) and any(b.is_meta for b in buffers):
                 for key, buffer in module.named_buffers(recurse=False):
                     setattr(module, key, torch.empty_like(buffer, device=self.device))
-                model._init_weights(module)  # buffers that no checkpoint holds, such as rotations
+                model._init_weights(module)  # buffers not in checkpoints, such as rotary tables
         outside = {name for name in model.state_dict() if not name.startswith(self.prefix)}
-        tied = set(model.all_tied_weights_keys)  # files hold the other name of the same tensor
+        tied = set(model.all_tied_weights_keys)  # files have the tensor under its other name
         names = {name: name for name in outside if name in self.base.tensors or name not in tied}
         model.load_state_dict(self._read(names), assign=True, strict=False)
         model.tie_weights()
@@ -156,16 +156,16 @@ class StreamedBlocks(BlockSource):
 
 
 class CalibrationStates:
-    """Calibration windows on their way through the blocks: the input of the next block.
+    """Calibration windows as inputs of the next block.
 
-    Memory: 1 x windows x T x D numbers of the model's type, and the arguments of the calls. Those
-    that are equal are kept once: positions, and masks of B x T x T where a family needs them, do
-    not grow with the windows.
+    Memory: 1 x windows x T x D numbers of the model's type, and the arguments of the calls. Equal
+    arguments are stored once: the memory of positions, and of masks of B x T x T if a family needs
+    them, does not grow with the number of windows.
 
     Args:
         source: The model.
         windows_NT: Token ids.
-        batch_size: Windows that a block sees at once, 1 or more.
+        batch_size: Windows per forward pass of a block, 1 or more.
 
     Raises:
         ValueError: There are no windows, or they are longer than the positions of the model.
@@ -194,18 +194,18 @@ class CalibrationStates:
                 body(input_ids=batch_BT.to(source.device), use_cache=False)
 
     def calls(self, index: int) -> Iterator[BlockCall]:
-        """What block `index` is called with, batch by batch; it must be the next block."""
+        """The arguments of block `index`, batch by batch; it must be the next block."""
         for hidden_BTD, arguments in zip(self.hidden, self._arguments, strict=True):
             yield BlockCall(hidden_BTD, *arguments[index])
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
-        """Run the windows through block `index` as it is now."""
+        """Run the windows through block `index` in its present state."""
         for batch, call in enumerate(self.calls(index)):
             self.hidden[batch] = call.run(block)
 
     def perplexity(self) -> MeasuredPerplexity:
-        """Perplexity of the windows, from what came out of the last block."""
+        """Perplexity of the windows, from the output of the last block."""
         last = len(self.source.blocks) - 1
         outputs = iter(self.hidden)
 
@@ -217,18 +217,18 @@ class CalibrationStates:
 
 
 class _EqualOnce:
-    """Replaces tensors by equal ones that were there before."""
+    """Replace tensors by equal ones stored earlier."""
 
     def __init__(self) -> None:
         self._distinct: list[Tensor] = []
-        self._of_batch: dict[int, tuple[Tensor, Tensor]] = {}  # all blocks get the same ones
+        self._of_batch: dict[int, tuple[Tensor, Tensor]] = {}  # all blocks get the same tensors
 
     def next_batch(self) -> None:
-        """Forget which tensor is which; those that were kept stay."""
+        """Forget the identities of the tensors of a batch; stored tensors are kept."""
         self._of_batch.clear()
 
     def __call__(self, value: Any) -> Any:
-        """The same arguments, whatever they are nested in."""
+        """The same arguments with stored tensors, nested in any way."""
         if isinstance(value, Tensor):
             if id(value) not in self._of_batch:
                 self._of_batch[id(value)] = value, self._kept(value)
@@ -248,7 +248,7 @@ class _EqualOnce:
 
 
 class NoStates:
-    """In the place of calibration states where no part looks at any."""
+    """Replaces calibration states if no part reads them."""
 
     def calls(self, index: int) -> Iterator[BlockCall]:
         """None."""
@@ -262,8 +262,8 @@ def check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
     """Refuse windows that a model cannot read, before any work.
 
     Raises:
-        ValueError: They are no table of token ids, there are none, they are longer than the
-            positions of the model, or hold tokens that it does not know.
+        ValueError: They are not a table of token ids, there are none, they are longer than the
+            positions of the model, or hold tokens outside its vocabulary.
     """
     if windows_NT.dim() != 2 or windows_NT.is_floating_point():
         raise ValueError(
@@ -274,7 +274,7 @@ def check_windows(config: Any, windows_NT: Tensor, batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     if len(windows_NT) == 0:
-        raise ValueError("There are no calibration windows; give 1 or more, 128 are usual.")
+        raise ValueError("There are no calibration windows; give 1 or more, usually 128.")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and windows_NT.shape[1] > positions:
         raise ValueError(
@@ -293,7 +293,7 @@ def _replaced(
     blocks: Sequence[nn.Module],
     forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor],
 ) -> Iterator[None]:
-    """Every block computes `forward(index, hidden, args, kwargs)` for the time."""
+    """Temporarily make every block compute `forward(index, hidden, args, kwargs)`."""
 
     def replacement(index: int) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""What is collected of the inputs of linear layers while calibration windows run through a block.
+"""Statistics of the inputs of linear layers, collected while windows run through a block.
 
 Layers that read the same tensor (queries, keys and values; gate and up) share one collection, and
-only what the parts of a recipe ask for is collected.
+only statistics that the parts of a recipe need are collected.
 
 Legend: B = windows of a batch, T = tokens of a window, N = tokens of a batch, I = input features.
 """
@@ -17,15 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 _MOST = 1e6  # a finite symmetric matrix is positive definite at less damping
-_CHUNK = 256  # rows of the Gram matrix at once: what lies left of them is known by symmetry
+_CHUNK = 256  # rows of the Gram matrix at once; entries to the left follow by symmetry
 
 
 class Statistic(ABC):
-    """A sum over all tokens that a layer reads.
+    """A sum over all input tokens of a layer.
 
     Args:
         width: Input features of the layer.
-        device: Where it is kept.
+        device: Its device.
     """
 
     @abstractmethod
@@ -33,7 +33,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
-        """Take in a batch, float32."""
+        """Add a batch, float32."""
 
     @abstractmethod
     def is_finite(self) -> bool:
@@ -69,12 +69,12 @@ class SquareSums(Statistic):
 
 
 class Gram(Statistic):
-    """Sum of x x^T, float32, by products of rank N of which only the upper half is computed."""
+    """Sum of x x^T, float32, by products of rank N, computing only the upper half."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._upper_II = torch.zeros(width, width, device=device)
         self.memo: dict[float, tuple[Tensor, float]] = {}
-        """Factor of the finished sum and the damping that it took, by the damping asked for."""
+        """Factor of the finished sum and the damping used, by the requested damping."""
 
     def update(self, x_BTI: Float[Tensor, "B T I"]) -> None:
         x_NI = x_BTI.flatten(0, 1)
@@ -100,12 +100,12 @@ _S = TypeVar("_S", bound=Statistic)
 
 
 class Inputs:
-    """Everything that is known of what one or several layers read.
+    """All statistics of the inputs of one or several layers.
 
     Args:
-        kinds: What to collect.
+        kinds: Statistics to collect.
         width: Input features.
-        device: Where to keep it.
+        device: Their device.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Inputs:
         self.num_tokens = 0
 
     def update(self, x: Tensor, num_windows: int) -> None:
-        """Take in what the layers read of a batch, of shape (..., I)."""
+        """Add the inputs of the layers for a batch, of shape (..., I)."""
         x_BTI = x.detach().reshape(num_windows, -1, x.shape[-1]).float()
         for statistic in self._by_kind.values():
             statistic.update(x_BTI)
@@ -143,6 +143,6 @@ class Inputs:
 
 
 def next_damping(damping: float) -> float:
-    """The damping to try after one at which Cholesky has failed: ten times as much."""
+    """The damping to try after Cholesky has failed: ten times as much."""
     assert damping < _MOST, "a finite symmetric matrix is positive definite at some damping"
     return damping * 10

@@ -1,9 +1,9 @@
-"""Scores on disk: computed once per model, text and settings, and there for every later target.
+"""Scores on disk: computed once per model, text and settings, and reused for later targets.
 
-Each result is a JSON file, which is read back, and a CSV file of the same numbers for people. Its
+Each result is a JSON file, which is read again, and a CSV file of the same numbers for people. Its
 name is the hash of everything that the scores depend on: weights and configuration of the live
-model (so that a model that has been trained on or shortened is another one), token ids, the score
-with its settings, and the units.
+model (which differ once it was trained or shortened), token ids, the score with its settings, and
+the units.
 
 Legend: U = units, L = blocks, N = windows, T = tokens of a window.
 """
@@ -33,11 +33,11 @@ _FORMAT = "secateur-block-scores-1"
 
 
 class Cached(BlockScore):
-    """A score that remembers what it has computed.
+    """A score that stores its results on disk.
 
     Args:
         score: The score.
-        folder: Where the results lie; it is made if needed.
+        folder: Folder of the results; created if needed.
     """
 
     def __init__(self, score: BlockScore, folder: str | Path) -> None:
@@ -72,8 +72,8 @@ def save_scores(scores: BlockScores, path: Path, key: dict[str, Any] | None = No
 
     Args:
         scores: The scores.
-        path: The JSON file; its folder is made if needed.
-        key: What the scores depend on, for people; JSON values.
+        path: The JSON file; its folder is created if needed.
+        key: What the scores depend on, as information; JSON values.
     """
     errors = scores.errors
     content = {
@@ -92,17 +92,17 @@ def save_scores(scores: BlockScores, path: Path, key: dict[str, Any] | None = No
         error = "" if errors is None else repr(float(errors[index]))
         writer.writerow([unit.key, repr(float(scores.values[index])), error])
     path.with_suffix(".csv").write_text(table.getvalue(), encoding="utf-8")
-    # The JSON file appears whole or not at all: another run may be looking for it.
+    # The JSON file appears complete or not at all: another run may read it.
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def load_scores(path: Path) -> BlockScores:
-    """Read scores that `save_scores` wrote; every number is what it was.
+    """Read scores that `save_scores` wrote, exactly.
 
     Raises:
-        ValueError: The file is not such a file, or is damaged.
+        ValueError: The file is not a file of scores, or is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

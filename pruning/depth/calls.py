@@ -1,7 +1,7 @@
-"""What a model calls its blocks with, recorded from a real forward pass.
+"""The arguments of blocks, recorded from a real forward pass.
 
-Nothing about a family is written down here: masks, positions and caches are whatever the model
-hands to its blocks.
+No family is treated specially: masks, positions and caches are those that the model passes to its
+blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def recorded(model: PreTrainedModel) -> Iterator[dict[int, Call]]:
     """Index of every block to its last call; filled while the model runs.
 
-    The recorded tensors are those of the model: they live as long as the dictionary.
+    The recorded tensors are not copies; they are kept as long as the dictionary.
     """
     calls: dict[int, Call] = {}
 
@@ -55,7 +55,7 @@ def with_input(call: Call, hidden_BTD: Tensor) -> Call:
 
 @contextmanager
 def fed(block: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
-    """A block that gets these hidden states whatever it is called with."""
+    """Make a block compute on the given hidden states, whatever its input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         assert first_input(args, kwargs).shape == hidden_BTD.shape

@@ -12,18 +12,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.depth.rewrite_blocks import prune_blocks
 
-_MOST_BLOCKS = 10_000  # in a range, before anybody knows how many the model has
+_MOST_BLOCKS = 10_000  # in a range, before the model is read
 
 _HELP = """\
 Remove blocks from a checkpoint without loading it.
 
-The files of BASE are copied in small pieces, whatever the size of the model: no GPU, and a few MB
-of memory. Tensors of removed blocks are left out, later blocks are renumbered, types and ties are
-kept, and OUT is a stock model of its family, with tokenizer, config.json and blocks.json, which
-says what was removed from what. OUT appears when it is complete.
+The files of BASE are copied in small pieces, whatever the size of the model: it needs no GPU and a
+few MB of memory. Tensors of removed blocks are left out, later blocks are renumbered, types and
+ties are kept, and OUT is a stock model of its family, with tokenizer, config.json and
+blocks.json, which records the removed blocks and the base model. OUT appears when it is complete.
 
-Blocks count from 0; a range has both of its ends. Which blocks to remove, scores tell:
-docs/depth.md.
+Blocks are counted from 0; a range includes both ends. See docs/depth.md for scores that tell which
+blocks to remove.
 
 examples:
   python -m secateur depth path/to/Llama-2-7b-hf path/to/smaller --remove 21-29
@@ -32,7 +32,7 @@ examples:
 
 
 def blocks(text: str) -> list[int]:
-    """Block indices of one word: `7`, or `21-29` with both ends.
+    """Block indices of one argument: `7`, or `21-29`, both ends included.
 
     Raises:
         ArgumentTypeError: It is neither.
@@ -44,7 +44,7 @@ def blocks(text: str) -> list[int]:
         found = range(0)
     if not 0 < len(found) <= _MOST_BLOCKS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no block; give 7, or 21-29 for a range of at most {_MOST_BLOCKS}"
+            f"{text!r} is not a block; give 7, or 21-29 for a range of at most {_MOST_BLOCKS}"
         )
     return list(found)
 

@@ -1,16 +1,16 @@
-"""Scale what comes before a removed block to the size that the next one expects: Prune&Comp
-(arXiv 2507.18212), training-free.
+"""Scale the residual stream before a removed block to make up for its effect on the norm:
+Prune&Comp (arXiv 2507.18212), training-free.
 
     alpha_n = mean over channels c of (mean_t |x_{n+1}[t, c]| / mean_t |x_n[t, c]|)
 
-A block makes the residual stream larger; without it everything before it is too small against what
-later blocks add. So alpha_n multiplies into the embeddings and into whatever earlier blocks add to
-the stream. Their norms undo the scale of what they read (up to the norm's epsilon), so that they
-add the same times alpha_n. A model of the same shape is left.
+A block makes the residual stream larger; without it the stream is too small compared with the
+outputs of later blocks. So the embeddings and the outputs of earlier blocks are multiplied by
+alpha_n. Their norms remove the scale of their inputs (up to the norm's epsilon), so their outputs
+are otherwise unchanged. The result has the same shape.
 
 Differs from the paper: all factors come from one pass of the dense model; and since the method can
-do harm, it stays only where the perplexity of the calibration text says that it helps. Expect, on
-Llama-2 7B without 7 of 32 blocks, mean perplexity 33.9 -> 22.2 with block influence (published).
+do harm, it is kept only if it lowers the perplexity of the calibration text. Expected, on Llama-2
+7B without 7 of 32 blocks, mean perplexity 33.9 -> 22.2 with block influence (published).
 
 Legend: N = windows, T = tokens of a window, B = windows of a batch, D = hidden size.
 """
@@ -33,12 +33,12 @@ from secateur.pruning.depth.similarity import watch
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import perplexity
 
-_TINY = 1e-12  # a channel that is always zero has no size to compare with
+_TINY = 1e-12  # avoids division by zero for channels that are always zero
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """What became of an attempt to compensate.
+    """The result of an attempt to compensate.
 
     Args:
         factors: Removed block to its factor, above 0.
@@ -52,12 +52,12 @@ class Compensation:
 
     @property
     def kept(self) -> bool:
-        """Whether it helped, and so is in the weights."""
+        """Whether it helped and was applied to the weights."""
         return self.compensated < self.without
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What to record beside the blocks: the factors that are in the weights, JSON values."""
+        """Facts to record with the blocks: the factors applied to the weights, JSON values."""
         return {"compensation": {str(b): f for b, f in self.factors.items()}} if self.kept else {}
 
 
@@ -68,26 +68,28 @@ def remove_compensated(
     provenance: Mapping[str, Any] | None = None,
     batch_size: int = 8,
 ) -> Compensation:
-    """Take blocks out of a model for good, in place, and compensate if that helps.
+    """Remove blocks from a model permanently, in place, and compensate if that helps.
 
-    Tied embeddings are untied, as the output head is not scaled; the model grows by one of them.
+    Tied embeddings are untied, as the output head is not scaled; which adds one such matrix to the
+    model.
 
     Args:
         model: A causal language model of a known family, not quantised, before the removal.
         blocks: Indices of the blocks to remove, in any order.
         windows_NT: Token ids of calibration text.
-        provenance: What to record beside the blocks; JSON values. The factors are recorded too.
-        batch_size: Windows that the model sees at once, 1 or more.
+        provenance: Facts to record with the blocks; JSON values. The factors are recorded too.
+        batch_size: Windows per forward pass, 1 or more.
 
     Raises:
-        ValueError: As for `remove_blocks`, or the family normalises what a block adds (Gemma), so
-            that scaled weights would change nothing.
+        ValueError: As for `remove_blocks`, or the family normalises the outputs of blocks (Gemma),
+            so that scaled weights would have no effect.
     """
     family = family_of(model.config)
     if sandwich := [norm.path for norm in family.norms if norm.output in ("attn_out", "mlp_out")]:
         raise ValueError(
-            f"{family.model_type!r} models cannot be compensated: {sandwich[0]!r} normalises what "
-            "a block adds, whatever the scale of its weights. Remove blocks without compensation."
+            f"{family.model_type!r} models cannot be compensated: {sandwich[0]!r} normalises the "
+            "output of a block, so that scaling its weights has no effect. Remove blocks without "
+            "compensation."
         )
     gone = sorted(checked_blocks(blocks, model.config.num_hidden_layers))
     factors = stream_factors(model, gone, windows_NT, batch_size)
@@ -113,7 +115,7 @@ def stream_factors(
     windows_NT: Int[Tensor, "N T"],
     batch_size: int = 8,
 ) -> dict[int, float]:
-    """By how much each block makes the residual stream larger, from one forward pass.
+    """The factor by which each block enlarges the residual stream, from one forward pass.
 
     Args:
         model: The dense model.
@@ -140,12 +142,12 @@ def stream_factors(
 def fold_factors(
     model: PreTrainedModel, staying: Sequence[int], factors: Mapping[int, float]
 ) -> None:
-    """Multiply factors of removed blocks into the weights of the shortened model.
+    """Multiply weights of the shortened model by the factors of removed blocks.
 
     Args:
         model: The model without the removed blocks.
-        staying: What the indices of its blocks were before.
-        factors: Removed block, by its index before, to its factor.
+        staying: Former indices of its blocks.
+        factors: Former index of each removed block to its factor.
     """
     family = family_of(model.config)
     untie(model)
@@ -162,7 +164,7 @@ def fold_factors(
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the output head weights of its own, and say so in the configuration."""
+    """Give the output head separate weights, and set the configuration accordingly."""
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     if head.weight is embeddings.weight:

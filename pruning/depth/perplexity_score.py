@@ -2,10 +2,11 @@
 
     score_n = exp(mean negative log-likelihood of calibration text, block n bypassed)
 
-Differs from the paper: hidden states before every block are kept from one dense pass, and block n
-out of L re-runs blocks n + 1 to L - 1 only; L (L + 1) / 2 calls of blocks instead of L (L - 1), 528
-instead of 992 at L = 32, and no copy of the model. The scores are the same. Ten windows of 128
-tokens, as in the paper, leave neighbouring ranks closer than chance: give more text.
+Differs from the paper: hidden states before every block are stored in one dense pass, and to score
+block n of L only blocks n + 1 to L - 1 run again; L (L + 1) / 2 calls of blocks instead of L (L -
+1), 528 instead of 992 at L = 32, and no copy of the model. The scores are the same. With ten
+windows of 128 tokens, as in the paper, neighbouring ranks differ by less than the standard error:
+use more text.
 
 Memory: the model and L hidden states of one batch of windows.
 
@@ -35,11 +36,11 @@ from secateur.pruning.measure.perplexity import window_nll
 class Perplexity(TextScore):
     """Perplexity of the calibration text with the block bypassed.
 
-    The best score where no training follows. Its standard error is that of the change against the
-    dense model, over windows: what windows differ in by themselves is common to all blocks.
+    The best score if no training follows. Its standard error over windows is that of the change
+    from the dense model, since the differences between windows are common to all blocks.
 
     Args:
-        batch_size: Windows that the model sees at once, 1 or more; does not change the result.
+        batch_size: Windows per forward pass, 1 or more; does not change the result.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -71,7 +72,7 @@ def nll_without(
         units: Units that are in the model.
 
     Returns:
-        Nats, float64 on the CPU: without each unit, and of the model as it is.
+        Nats, float64 on the CPU: without each unit, and of the unchanged model.
     """
     with recorded(model) as calls:
         dense_B = window_nll(model, input_BT)
@@ -79,7 +80,7 @@ def nll_without(
     nll_UB = []
     for unit in units:
         before_BTD = first_input(*calls[unit.block])
-        # The model runs as ever, but nothing before the block is computed.
+        # The model runs as usual, but nothing before the block is computed.
         with bypassed(model, [*range(unit.block), unit]):
             start = blocks_of(model, family)[unit.block]
             with fed(start, before_BTD):

@@ -15,15 +15,15 @@ from secateur.pruning.depth.units import Unit
 def plot_scores(
     scores: BlockScores, path: Path, removed: Collection[Unit] = (), title: str = "Score by block"
 ) -> None:
-    """Write a PNG of the score of every unit with its standard error; what is removed is marked.
+    """Write a PNG of the score of every unit with its standard error; mark the removed units.
 
-    The low scores decide, and often differ by little beside the highest: scores far above the
-    median, by ten times what it lies above the lowest, are written at the upper edge.
+    Low scores matter, and often differ little compared with the highest: scores that are above the
+    median by more than ten times its distance from the lowest are written at the upper edge.
 
     Args:
         scores: The scores; lowest is removed first.
-        path: The file to write; its folder is made if needed.
-        removed: The units that go.
+        path: The file to write; its folder is created if needed.
+        removed: The units to mark as removed.
         title: Heading, such as the name of the score.
     """
     values = scores.values.tolist()
@@ -50,7 +50,7 @@ def plot_scores(
                 arrowprops={"arrowstyle": "->", "color": colour},
             )  # fmt: skip
     axes.set_xlim(-0.8, len(values) - 0.2)
-    axes.margins(y=0.3)  # room for what is written at the edge
+    axes.margins(y=0.3)  # room for text at the edge
     axes.set_xticks(
         range(len(values)),
         [unit.key for unit in scores.units],

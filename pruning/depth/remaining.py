@@ -1,4 +1,4 @@
-"""Which blocks of a base model are left while they are removed in training."""
+"""The remaining blocks of a base model while blocks are removed in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.pruning.plan import Plan, plan_without
 
 
 def lacking_parts(model: PreTrainedModel) -> set[tuple[int, str]]:
-    """Block and part of what a model does not have; of one of an unknown family, nothing."""
+    """Block and part that a model lacks; empty for a model of an unknown family."""
     if not is_narrow(model.config.model_type):
         return set()
     family = family_of(model.config)
@@ -29,60 +29,60 @@ def lacking_parts(model: PreTrainedModel) -> set[tuple[int, str]]:
 
 
 class Depth:
-    """The blocks of a base model that are left, by their numbers in it.
+    """The remaining blocks of a base model, by their numbers in it.
 
     Args:
         num_blocks: Blocks of the base model, 0 or more.
-        lacking: Block and part, `attn` or `mlp`, of what the base model does not have.
+        lacking: Block and part, `attn` or `mlp`, that the base model lacks.
     """
 
     def __init__(self, num_blocks: int = 0, lacking: Collection[tuple[int, str]] = ()) -> None:
         self.num_blocks, self.lacking = num_blocks, frozenset(lacking)
         self.removals: list[dict[str, Any]] = []
-        """What went, in order: names of units, and why; JSON values only."""
+        """Removals in order: names of units, and how they were chosen; JSON values only."""
 
     @property
     def removed(self) -> list[Unit]:
-        """Units that are gone, in order."""
+        """Removed units, in order."""
         return [Unit.of_key(key) for removal in self.removals for key in removal["units"]]
 
     @property
     def kept_blocks(self) -> list[int]:
-        """Blocks of which anything is left, in order."""
+        """Blocks that are not entirely removed, in order."""
         return [b for b in range(self.num_blocks) if not {(b, p) for p in PARTS} <= self._gone]
 
     @property
     def leaves_halves(self) -> bool:
-        """Whether half of a block that stays is gone, so that the model is no stock one."""
+        """Whether half of a remaining block is removed, so that the model is not a stock one."""
         return any(block in self.kept_blocks for block, _ in self._gone - self.lacking)
 
     def places(self, units: Sequence[Unit]) -> list[Unit]:
-        """Where units are in the model as it is now.
+        """The positions of units in the present model.
 
         Raises:
-            ValueError: One is not in it (any more).
+            ValueError: A unit does not exist or is already removed.
         """
         kept = self.kept_blocks
         if strange := [
             unit.key for unit in units if unit.block not in kept or unit in self.removed
         ]:
-            raise ValueError(f"Blocks {strange} are not among what is left: blocks {kept}.")
+            raise ValueError(f"Blocks {strange} are not among the remaining blocks {kept}.")
         return [Unit(kept.index(unit.block), unit.part) for unit in units]
 
     def note(self, units: Sequence[Unit], provenance: Mapping[str, Any]) -> None:
-        """Remember that units went."""
+        """Record removed units."""
         keys = [unit.key for unit in units]
         self.removals.append({"units": keys, "provenance": dict(provenance)})
 
     def plan(self, base: BaseModel) -> Plan:
-        """Make the plan of what is left of the base model."""
+        """Make the plan of the remaining parts of the base model."""
         why = {"method": "depth", "removals": self.removals}
         gone = sorted(self._gone - self.lacking)
         return plan_without(base.skeleton(), base.fingerprint, gone, why)
 
     @property
     def _gone(self) -> AbstractSet[tuple[int, str]]:
-        """Block and part of everything that is gone or was never there."""
+        """Block and part of all parts that are removed or that the base model lacks."""
         return self.lacking | {
             (unit.block, part)
             for unit in self.removed

@@ -1,10 +1,10 @@
-"""Take blocks out of a live model, for a while or for good, with all that has to follow.
+"""Remove blocks from a live model, temporarily or permanently, and adapt what depends on them.
 
-For good means: the list of blocks, `layer_idx` of every module, the per-block lists and
-`num_hidden_layers` of the configuration. What is left is a stock model of its family, and its
-configuration says where it comes from. Where only half of a block goes, a module without weights
-stands in for it: such a model trains and decodes, but has no stock form. What is left of a narrow
-model is a narrow model in any case.
+Permanent removal changes the list of blocks, `layer_idx` of every module, the per-block lists and
+`num_hidden_layers` of the configuration. The result is a stock model of its family, and its
+configuration records its origin. If only half of a block is removed, a module without weights
+replaces it: such a model trains and decodes, but is not a stock model. A narrow model remains a
+narrow model.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from secateur.pruning.depth.units import HalfBlocks, Unit
 from secateur.pruning.families import Family, blocks_of, family_of, part_of
 
 PROVENANCE = "secateur"
-"""Field of the configuration that says which blocks of which model are left."""
+"""Field of the configuration that records the remaining blocks and their original model."""
 
 # One entry per block, and lists of block indices.
 _PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "block_widths")
 _INDICES = ("mlp_only_layers",)
-# Rules that compute from the index of a block what it does, to the per-block list that, where it is
-# there, decides instead of them.
+# Rules that derive a property of a block from its index, to the per-block list that overrides them
+# if present.
 _RULES = {
     "max_window_layers": "layer_types",
     "sliding_window_pattern": "layer_types",
@@ -41,27 +41,27 @@ _RULES = {
     "decoder_sparse_step": "mlp_layer_types",
     "num_kv_shared_layers": None,
 }
-# Lists that can be as long as the model is deep by chance.
+# Lists that can have one entry per block by chance.
 _UNRELATED = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def remove_blocks(
     model: PreTrainedModel, units: Iterable[Unit | int], provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Take blocks, or halves of them, out of a model for good, in place.
+    """Remove blocks, or halves of them, from a model permanently, in place.
 
-    A block of which both halves are gone goes as a whole. The model gets a configuration of its
-    own: another model that shares the old one keeps it.
+    A block is removed entirely once both of its halves are removed. The model gets a new
+    configuration: other models that share the old one are not affected.
 
     Args:
         model: A causal language model of a known family, not quantised.
         units: Indices of blocks, or units, in any order.
-        provenance: What to record beside them, such as score and data; JSON values.
+        provenance: Facts to record with them, such as score and data; JSON values.
 
     Raises:
         ValueError: No unit is named, one is out of range or repeated, no block or no attention
-            would stay, the model is quantised, or its configuration has a rule that follows the
-            index of a block.
+            would remain, the model is quantised, or its configuration has a rule that depends on
+            the index of a block.
     """
     refuse(kinds_of(model.config), Step.BLOCKS)
     config, family = model.config, family_of(model.config)
@@ -72,7 +72,7 @@ def remove_blocks(
     left = [u for u in HalfBlocks().of(model) if u not in gone and Unit(u.block) not in gone]
     keep = sorted({unit.block for unit in left})
     if keep and not any(unit.part == "attn" for unit in left):
-        raise ValueError("No attention would stay in the model; keep that of one block at least.")
+        raise ValueError("No attention would remain in the model; keep that of at least one block.")
     halves = sorted(unit for unit in gone if unit.block in keep)
     if halves:
         provenance = {"halves": _first_names(config, halves)} | dict(provenance or {})
@@ -104,12 +104,13 @@ def remove_blocks(
 def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[None]:
     """The model without some units for the duration of a `with` block.
 
-    Blocks keep their places, so a cache of keys and values counts wrongly when all of block 0 is
-    out: call the model with `use_cache=False`. Parameters of the units are not the model's then.
+    Blocks keep their positions, so a cache of keys and values counts wrongly without block 0: call
+    the model with `use_cache=False`. Meanwhile the parameters of the units are not among the
+    model's.
 
     Args:
         model: A causal language model of a known family; quantised ones too.
-        units: Units, or indices of whole blocks, that add nothing.
+        units: Units, or indices of whole blocks, to bypass.
 
     Raises:
         ValueError: A block is out of range or a unit repeated.
@@ -130,7 +131,7 @@ def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[No
 def _replace(
     unit: Unit, model: PreTrainedModel, family: Family
 ) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Have a unit of a live model add nothing; gives what was there: parent, name and child."""
+    """Bypass a unit of a live model; return the replaced modules: parent, name and child."""
     before = []
     for parent, name, stand_in in unit.replacements(model.get_submodule(family.blocks), family):
         before.append((parent, name, getattr(parent, name)))
@@ -141,16 +142,16 @@ def _replace(
 def shortened_config(
     config: PreTrainedConfig, keep: Sequence[int], provenance: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """A copy of a configuration for the model that has some of its blocks.
+    """A copy of a configuration for a model with some of its blocks.
 
     Args:
-        config: The configuration; it stays as it is.
-        keep: Indices of the blocks that stay, in order.
-        provenance: What to record beside the blocks; JSON values.
+        config: The configuration; it is not changed.
+        keep: Indices of the blocks to keep, in order.
+        provenance: Facts to record with the blocks; JSON values.
 
     Raises:
-        ValueError: An index is out of range or repeated, none is given, or a rule that follows the
-            index of a block cannot be carried over.
+        ValueError: An index is out of range or repeated, none is given, or a rule that depends on
+            the index of a block cannot be carried over.
     """
     shorter = copy.deepcopy(config)
     for name, value in shortened_fields(config, keep, provenance).items():
@@ -166,7 +167,7 @@ def shortened_fields(
     num_blocks = config.num_hidden_layers
     checked_blocks(keep, num_blocks)
     if not keep:
-        raise ValueError(f"No block would stay of {num_blocks}; remove {num_blocks - 1} at most.")
+        raise ValueError(f"No block would remain of {num_blocks}; remove at most {num_blocks - 1}.")
     if list(keep) != sorted(keep):
         raise ValueError(f"`keep` must be in order, got {list(keep)}.")
     fields = {name: value for name, value in vars(config).items() if value is not None}
@@ -198,13 +199,13 @@ def _as_units(units: Iterable[Unit | int]) -> list[Unit]:
 
 
 def _first_names(config: PreTrainedConfig, units: Iterable[Unit]) -> list[str]:
-    """What units are called in the model from which the first blocks were removed."""
+    """Names of units in the original model, before any block was removed."""
     origin = (getattr(config, PROVENANCE, None) or {}).get("kept_blocks")
     return [Unit(origin[unit.block] if origin else unit.block, unit.part).key for unit in units]
 
 
 def _refuse_rules(fields: Mapping[str, Any], num_blocks: int) -> None:
-    """Whatever follows the index of a block and is not known how.
+    """Refuse unknown rules of a configuration that depend on the index of a block.
 
     Raises:
         ValueError: There is such a rule; names it.
@@ -226,8 +227,8 @@ def _refuse_rules(fields: Mapping[str, Any], num_blocks: int) -> None:
     for name, value in fields.items():
         if isinstance(value, list | tuple) and len(value) == num_blocks and name not in known:
             raise ValueError(
-                f"`{name}` of the configuration is a list of {num_blocks} entries, one per block "
-                "as it seems, and nobody has said so; add it to pruning/depth/removal.py."
+                f"`{name}` of the configuration is a list of {num_blocks} entries, apparently one "
+                "per block, but it is not known as such a list; add it to pruning/depth/removal.py."
             )
 
 
@@ -235,7 +236,7 @@ def checked_blocks(blocks: Iterable[int], num_blocks: int) -> list[int]:
     """Block indices, if all are in range and none is repeated.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A block is out of range or repeated.
     """
     found = list(blocks)
     checked_units([Unit(block) for block in found], num_blocks)
@@ -246,7 +247,7 @@ def checked_units(units: Sequence[Unit], num_blocks: int) -> None:
     """Check that units exist, once each.
 
     Raises:
-        ValueError: A block is out of range, or a unit is repeated, also as the half of a block.
+        ValueError: A block is out of range, or a unit is repeated, even as the half of a block.
     """
     if strange := [unit.key for unit in units if not 0 <= unit.block < num_blocks]:
         raise ValueError(

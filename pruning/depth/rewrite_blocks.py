@@ -1,12 +1,12 @@
 """Remove blocks from a checkpoint without loading it: copy bytes, rewrite names and offsets.
 
-A safetensors file is a JSON header of names, types, shapes and offsets, and the bytes they mean.
-Tensors of removed blocks are left out, those of later blocks get their new number, everything else
-is copied as it is, whatever its type. Files become shorter, and those with nothing left disappear.
-The result is stock or narrow as the base model is. Equal inputs give equal folders, byte for byte.
+A safetensors file is a JSON header of names, types, shapes and offsets, followed by the bytes.
+Tensors of removed blocks are left out, those of later blocks are renumbered, everything else is
+copied unchanged, whatever its type. Files become shorter, and empty ones are left out. The result
+is stock or narrow, as is the base model. Equal inputs give equal folders, byte for byte.
 
-Memory: one header and `_CHUNK` bytes, whatever the size of the model. Time: that of copying what
-stays, and of reading everything once for the fingerprint of the base model.
+Memory: one header and `_CHUNK` bytes, whatever the size of the model. Time: copying the kept
+tensors, and reading all files once for the fingerprint of the base model.
 
 As a command: `python -m secateur depth --help`.
 """
@@ -40,7 +40,7 @@ from secateur.pruning.files.model_folder import (
 )
 
 RECORD = "blocks.json"
-"""What was removed from which model, beside the weights; marks the folder as ours."""
+"""File that records the removed blocks and the base model; marks the folder as ours."""
 _CHUNK = 1 << 24
 
 
@@ -53,25 +53,25 @@ def prune_blocks(
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the model that is left of a checkpoint without some of its blocks.
+    """Write a checkpoint without some of its blocks.
 
-    The folder appears when everything is written; on any failure nothing of it remains. An earlier
-    model in its place that this function wrote is replaced then and not before.
+    The folder appears when everything is written; on any failure it is removed. An earlier model of
+    this function in its place is replaced only at that moment.
 
     Args:
         base_folder: Model folder with config.json and safetensors, in one file or several.
-        folder: Where the smaller model goes.
+        folder: Folder of the smaller model.
         remove: Indices of the blocks to remove, in any order; or give `keep`.
-        keep: Indices of the blocks that stay, in any order; or give `remove`.
-        provenance: What to record beside the blocks, such as score and data; JSON values.
-        progress: Called with the bytes written so far and the bytes in all, per tensor.
+        keep: Indices of the blocks to keep, in any order; or give `remove`.
+        provenance: Facts to record with the blocks, such as score and data; JSON values.
+        progress: Called with the bytes written so far and the total bytes, per tensor.
 
     Raises:
-        ValueError: Blocks are out of range or repeated, none would stay, both or neither of the
+        ValueError: Blocks are out of range or repeated, none would remain, both or neither of the
             lists are given, the base model is damaged, quantised or of an unknown family, its
-            configuration has a rule that follows the index of a block, or something else lies at
-            `folder`.
-        OSError: Reading or writing failed, as when the disk is full.
+            configuration has a rule that depends on the index of a block, or something else exists
+            at `folder`.
+        OSError: Reading or writing failed, for example because the disk is full.
     """
     base, folder = BaseModel(Path(base_folder)), Path(folder)
     refuse_base(folder, base.name)
@@ -88,27 +88,27 @@ def prune_blocks(
 
 
 def is_shortened_model(folder: Path) -> bool:
-    """Whether a folder is a model that `prune_blocks` wrote."""
+    """Test whether a folder is a model that `prune_blocks` wrote."""
     return (folder / RECORD).is_file() and (folder / CONFIG).is_file()
 
 
 def _staying(
     num_blocks: int, remove: Iterable[int] | None, keep: Iterable[int] | None
 ) -> list[int]:
-    """Indices of the blocks that stay, in order.
+    """Indices of the kept blocks, in order.
 
     Raises:
-        ValueError: The lists are not one list of existing blocks, once each.
+        ValueError: Not exactly one list is given, or blocks do not exist or are repeated.
     """
     if (remove is None) == (keep is None):
-        raise ValueError("Give either `remove` or `keep`, the blocks to remove or those that stay.")
+        raise ValueError("Give either `remove` or `keep`, the blocks to remove or those to keep.")
     if keep is not None:
         staying = sorted(checked_blocks(keep, num_blocks))
     else:
         gone = checked_blocks(remove or [], num_blocks)
         staying = [block for block in range(num_blocks) if block not in gone]
     if len(staying) == num_blocks:
-        raise ValueError(f"All {num_blocks} blocks would stay; name one that goes.")
+        raise ValueError(f"All {num_blocks} blocks would be kept; name one to remove.")
     return staying
 
 
@@ -151,7 +151,7 @@ def _copy_weights(
 
 
 def _renamed(name: str, family: Family, staying: list[int]) -> str | None:
-    """New name of a tensor; None if its block does not stay."""
+    """New name of a tensor; None if its block is removed."""
     block, relative = in_block(family, name)
     if block < 0:
         return name
@@ -168,7 +168,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
-            raise ValueError(f"{path} is damaged: its header does not end in it. Fetch it again.")
+            raise ValueError(f"{path} is damaged: its header exceeds the file. Fetch it again.")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
         except ValueError as error:
@@ -177,15 +177,15 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise ValueError(
-            f"{path} is damaged: it has {size} bytes and its header speaks of {8 + length + end}. "
+            f"{path} is damaged: it has {size} bytes and its header describes {8 + length + end}. "
             "Fetch it again."
         )
-    # In the order of their bytes: larger types come first, so that all stay aligned.
+    # In the order of their bytes: larger types come first, so that all are aligned.
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + length
 
 
 def _new_header(entries: Mapping[str, Any]) -> bytes:
-    """Header of a file that has the bytes of the entries one after the other."""
+    """Header of a file with the bytes of the entries in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, entry in entries.items():

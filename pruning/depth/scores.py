@@ -1,4 +1,4 @@
-"""What a score of blocks is, and the two that need no text: magnitude and reverse order.
+"""Base classes of block scores, and the two scores that need no text: magnitude, reverse order.
 
 Legend: L = blocks, U = units, N = windows, T = tokens of a window.
 """
@@ -21,16 +21,16 @@ from secateur.pruning.families import family_of
 
 @dataclass(frozen=True, eq=False)
 class BlockScores:
-    """How much a model needs each of its units; what has the lowest value is removed first.
+    """The importance of each unit of a model; units with the lowest value are removed first.
 
     Args:
         values: Scores (float64), shape (U,), on the CPU.
-        errors: Standard errors of the values (float64), shape (U,); None where a score is not an
+        errors: Standard errors of the values (float64), shape (U,); None if a score is not an
             average.
-        units: What was scored, in order.
+        units: The scored units, in order.
         runs: Scores (float64) of runs of consecutive blocks, shape (L, L): row = first block,
-            column = length - 1, NaN where a run would not end in the model. None where runs are
-            worth what their blocks are.
+            column = length - 1, NaN where a run would exceed the model. None if the score of a run
+            is that of its blocks.
     """
 
     values: Float[Tensor, " U"]
@@ -51,15 +51,15 @@ class BlockScore(ABC):
         windows_NT: Int[Tensor, "N T"] | None = None,
         units: Sequence[Unit] | None = None,
     ) -> BlockScores:
-        """Score a model; weights, gradients and mode are afterwards what they were.
+        """Score a model; weights, gradients and mode are restored afterwards.
 
         Args:
             model: A causal language model of a known family.
-            windows_NT: Token ids of calibration text; may be left out where no text is read.
-            units: What to score; None scores every whole block that is not bypassed.
+            windows_NT: Token ids of calibration text; not needed by scores that read no text.
+            units: Units to score; None scores every whole block that is not bypassed.
 
         Raises:
-            ValueError: There is no text or too little of it, a unit does not exist or cannot be
+            ValueError: There is no text or too little, a unit does not exist or cannot be
                 scored in this way, or a score is not finite (its block is named).
         """
         num_blocks = model.config.num_hidden_layers
@@ -92,22 +92,22 @@ class BlockScore(ABC):
     def _score(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], units: tuple[Unit, ...]
     ) -> BlockScores:
-        """Scores of a model in evaluation mode."""
+        """Compute the scores of a model in evaluation mode."""
 
     def _refuse_halves(self, units: Sequence[Unit]) -> None:
         if any(unit.part != "block" for unit in units):
             raise ValueError(
-                f"`{type(self).__name__}` scores whole blocks only; for halves choose Perplexity, "
+                f"`{type(self).__name__}` scores whole blocks only; for halves use Perplexity, "
                 "Taylor or BlockMagnitude."
             )
 
 
 @dataclass(frozen=True)
 class TextScore(BlockScore):
-    """A score that runs the model on windows of text, some at once.
+    """A score that runs the model on windows of text, in batches.
 
     Args:
-        batch_size: Windows at once, 1 or more; does not change the result.
+        batch_size: Windows per forward pass, 1 or more; does not change the result.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -122,7 +122,7 @@ class TextScore(BlockScore):
     def batches(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"]
     ) -> tuple[Int[Tensor, "_ T"], ...]:
-        """The windows, a batch at a time, where the model computes."""
+        """The windows in batches, on the device of the model."""
         batches: tuple[Tensor, ...] = windows_NT.to(model.device).split(self.batch_size)
         return batches
 
@@ -131,7 +131,7 @@ class TextScore(BlockScore):
 class BlockMagnitude(BlockScore):
     """Sum of the absolute weights, norms included and biases not (arXiv 2402.02834, eq. 2).
 
-    Needs no text and is free; the weakest score there is (it may well name the first block).
+    Needs no text and costs nothing; the weakest score (it may select the first block).
     """
 
     reads_text = False
@@ -148,17 +148,17 @@ class BlockMagnitude(BlockScore):
 
 @dataclass(frozen=True)
 class ReverseOrder(BlockScore):
-    """The last blocks first, but for the very last ones; needs no text and is free.
+    """Remove the last blocks first, except the very last ones; needs no text and costs nothing.
 
-    What Taylor scores with protected ends choose on LLaMA-1 and 2, Vicuna and Mistral.
+    Taylor scores with protected ends choose the same blocks on LLaMA-1 and 2, Vicuna and Mistral.
 
     Args:
-        keep_last: Blocks at the end that go last of all, 0 or more.
+        keep_last: Blocks at the end that are removed only after all others, 0 or more.
 
     Raises:
         ValueError: A setting is outside its range.
 
-    Example: of 6 blocks, 3 goes first, then 2, 1, 0, and only then 4 and 5.
+    Example: of 6 blocks, 3 is removed first, then 2, 1, 0, and only then 4 and 5.
     """
 
     keep_last: int = 2
@@ -181,7 +181,7 @@ def weights(model: PreTrainedModel, unit: Unit) -> list[torch.nn.Parameter]:
     """The weights of a unit, norms included and biases not.
 
     Raises:
-        ValueError: They are quantised, so that their numbers cannot be read.
+        ValueError: They are quantised, so that their values cannot be read.
     """
     family = family_of(model.config)
     found = [

@@ -1,11 +1,11 @@
-"""Which units to remove: by the scores of the dense model, or one by one with new scores each time.
+"""Choose units to remove: by the scores of the dense model, or one by one with new scores.
 
 Sources: Shortened LLaMA (arXiv 2402.02834), one-shot and the "+" rule that protects both ends;
 Gromov et al. (arXiv 2403.17887), runs of consecutive blocks; SLEB (arXiv 2402.09025), greedy;
 BlockPruner (arXiv 2406.10594), greedy over halves.
 
-Greedy is no guarantee: where its set does worse on the calibration text than the one-shot set, the
-search says so and names the better one.
+Greedy search is not always better: if its set has a higher perplexity on the calibration text than
+the one-shot set, the search reports the better one.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _FEW_BLOCKS = 10
 
 @dataclass(frozen=True, eq=False)
 class BlockChoice:
-    """What a search chose to remove.
+    """The units that a search chose to remove.
 
     Args:
         removed: The units, in the order of their removal.
         scores: Scores of the dense model.
-        fractions: What the units make up of the model, truly.
-        perplexity: That of the calibration text without the units; None where there is no text.
-        messages: What a person should know about this choice; also logged.
-        better: The selection of one-shot search, where it does better on the calibration text
-            than the greedy one; else None.
+        fractions: Exact fractions of the model that the units make up.
+        perplexity: Perplexity of the calibration text without the units; None without text.
+        messages: Notes for the user about this choice; also logged.
+        better: The selection of one-shot search, if it has a lower perplexity on the calibration
+            text than the greedy one; else None.
     """
 
     removed: tuple[Unit, ...]
@@ -52,14 +52,14 @@ class BlockChoice:
 
     @property
     def blocks(self) -> list[int]:
-        """Indices of the whole blocks that go, in order; a block goes when both halves do."""
+        """Indices of the blocks to remove entirely, in order: those with both halves removed."""
         halves = [unit.block for unit in self.removed if unit.part != "block"]
         whole = {unit.block for unit in self.removed if unit.part == "block"}
         return sorted(whole | {block for block in halves if halves.count(block) == 2})
 
     @property
     def halves(self) -> list[Unit]:
-        """Halves that go while the other half of their block stays, in order."""
+        """Halves to remove while the other half of their block is kept, in order."""
         gone = self.blocks
         return sorted(unit for unit in self.removed if unit.block not in gone)
 
@@ -92,16 +92,17 @@ class Search(ABC):
     def __call__(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"] | None, target: Target
     ) -> BlockChoice:
-        """Score a model and choose; the model stays as it is.
+        """Score a model and choose; the model is not changed.
 
         Args:
-            model: A causal language model of a known family; quantised ones too, if the score can.
+            model: A causal language model of a known family; quantised ones too, if the score
+                supports them.
             windows_NT: Token ids of calibration text; None if the score reads none.
             target: How much to remove.
 
         Raises:
-            ValueError: More is to be removed than can be, the protected ends leave nothing, or the
-                score cannot be computed.
+            ValueError: The target is larger than what can be removed, the protected ends leave
+                nothing, or the score cannot be computed.
         """
         chosen = self._search(model, windows_NT, target)
         for message in chosen.messages:
@@ -117,12 +118,12 @@ class Search(ABC):
     def candidates(
         self, config: PreTrainedConfig, units: Sequence[Unit]
     ) -> tuple[list[Unit], list[str]]:
-        """Which units may go, and what there is to say about the protected ends.
+        """The units that may be removed, and messages about the protected ends.
 
         Args:
-            config: Of the model. If blocks have been removed from it, those that it had at first
-                decide whether it is a small one.
-            units: All units that are in it, first to last.
+            config: Configuration of the model. Whether the model is small is decided by its
+                original number of blocks, before any removal.
+            units: All its units, first to last.
 
         Raises:
             ValueError: The protected ends overlap or cover everything.
@@ -142,17 +143,17 @@ class Search(ABC):
         if first + last >= num_blocks:
             raise ValueError(
                 f"`protect_first` {first} and `protect_last` {last} leave nothing to remove of "
-                f"{num_blocks} blocks; lower them to {num_blocks - 1} in all."
+                f"{num_blocks} blocks; lower them to {num_blocks - 1} in total."
             )
         return [unit for unit in units if first <= unit.block < num_blocks - last], messages
 
     def check(
         self, config: PreTrainedConfig, units: Sequence[Unit], target: Target
     ) -> tuple[list[Unit], list[str]]:
-        """Which units may go, see `candidates`, if they are enough.
+        """The units that may be removed, see `candidates`; check that they are enough.
 
         Raises:
-            ValueError: They are not.
+            ValueError: They are not enough.
         """
         candidates, messages = self.candidates(config, units)
         most = sparing(candidates, units)
@@ -168,7 +169,7 @@ class Search(ABC):
 
 @dataclass(frozen=True)
 class OneShot(Search):
-    """Remove what scores lowest in the dense model.
+    """Remove the units that score lowest in the dense model.
 
     Args:
         score: What decides; see `BlockScore`.
@@ -190,7 +191,7 @@ class OneShot(Search):
         return measured(model, windows_NT, self.choose(scores, model.config, target))
 
     def choose(self, scores: BlockScores, config: PreTrainedConfig, target: Target) -> BlockChoice:
-        """Choose by scores that are there already; needs neither model nor text.
+        """Choose by given scores; needs neither model nor text.
 
         Args:
             scores: Scores of all units of the model.
@@ -217,7 +218,7 @@ class OneShot(Search):
 class Greedy(Search):
     """Remove the unit that scores lowest, score again without it, and so on.
 
-    A score of runs of blocks counts as that of runs of one.
+    For scores of runs of blocks, runs of one block are used.
 
     Args:
         score: What decides; see `BlockScore`.
@@ -257,7 +258,7 @@ class Greedy(Search):
         chosen: BlockChoice,
         target: Target,
     ) -> BlockChoice:
-        """The selection, with the better one of one-shot search where that is better."""
+        """The selection, with that of one-shot search added if that is better."""
         single = OneShot(self.score, self.protect_first, self.protect_last, self.units)
         plain = replace(chosen.scores, runs=None)
         other = measured(model, windows_NT, single.choose(plain, model.config, target))
@@ -280,11 +281,11 @@ def ranking(scores: BlockScores, candidates: Sequence[Unit]) -> list[Unit]:
 
 
 def sparing(order: Sequence[Unit], units: Sequence[Unit]) -> list[Unit]:
-    """Units in the order of their removal without the last attention, which stays in any case.
+    """Units in the order of their removal, without the last attention, which is always kept.
 
     Args:
-        order: Units that may go.
-        units: All units that are in the model.
+        order: Units that may be removed.
+        units: All units of the model.
     """
     attentions = [unit for unit in order if unit.part != "mlp"]
     if len(attentions) < sum(unit.part != "mlp" for unit in units):
@@ -293,7 +294,7 @@ def sparing(order: Sequence[Unit], units: Sequence[Unit]) -> list[Unit]:
 
 
 def names(units: Sequence[Unit]) -> str:
-    """Units for people: `4, 6.attn`."""
+    """Units as text: `4, 6.attn`."""
     return ", ".join(unit.key for unit in units)
 
 

@@ -1,4 +1,4 @@
-"""Score a block by how far it turns the residual stream.
+"""Score a block by the angle between its input and output.
 
 Sources: ShortGPT (arXiv 2403.03853), block influence; Gromov et al. (arXiv 2403.17887), angular
 distance of runs of consecutive blocks.
@@ -6,8 +6,8 @@ distance of runs of consecutive blocks.
     influence_n = 1 - mean over tokens of cos(x_n, x_{n+1})
     distance_{l, n} = mean over windows of arccos(cos(x_l, x_{l+n})) / pi, at the last token
 
-x_n goes into block n, and x_L comes out of the last block, before the final norm. Both cost one
-forward pass. Cosines are computed in float64 and clamped: in float16 they leave [-1, 1].
+x_n is the input of block n, and x_L the output of the last block, before the final norm. Both cost
+one forward pass. Cosines are computed in float64 and clamped: in float16 they leave [-1, 1].
 
 Legend: L = blocks, U = units, N = windows, B = windows of a batch, T = tokens, D = hidden size.
 """
@@ -32,9 +32,9 @@ from secateur.pruning.families import blocks_of, family_of
 
 @dataclass(frozen=True)
 class BlockInfluence(TextScore):
-    """1 minus the cosine between what goes into a block and what comes out, mean over tokens.
+    """1 minus the cosine between input and output of a block, mean over tokens.
 
-    One forward pass, and nothing is kept: the score for the largest models.
+    Needs one forward pass and stores nothing: suited to the largest models.
 
     Args:
         batch_size: Windows that the model sees at once, 1 or more; does not change the result.
@@ -60,10 +60,10 @@ class BlockInfluence(TextScore):
 
 @dataclass(frozen=True)
 class AngularDistance(TextScore):
-    """Angle between what goes into a run of blocks and what comes out, at the last token, over pi.
+    """Angle between input and output of a run of blocks, at the last token, over pi.
 
-    One-shot search removes the run of consecutive blocks with the smallest distance; every length
-    is scored in the same pass. Meant for use before retraining.
+    One-shot search removes the run of consecutive blocks with the smallest distance; all lengths
+    are scored in the same pass. Intended for use before retraining.
 
     Args:
         batch_size: Windows that the model sees at once, 1 or more; does not change the result.
@@ -103,7 +103,7 @@ def cosine(a: Float[Tensor, "*N D"], b: Float[Tensor, "*N D"]) -> Float[Tensor, 
 
 
 def standard_errors(samples_UN: Float[Tensor, "U N"]) -> Float[Tensor, " U"] | None:
-    """Standard errors of the means over the last axis; None of a single sample."""
+    """Standard errors of the means over the last axis; None for a single sample."""
     count = samples_UN.shape[1]
     return samples_UN.std(1) / math.sqrt(count) if count > 1 else None
 
@@ -114,7 +114,7 @@ def watch(
     batches: Iterable[Int[Tensor, "_ T"]],
     see: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run a model on windows and show what goes into and comes out of every block.
+    """Run a model on windows and pass input and output of every block to a function.
 
     Args:
         model: A causal language model.

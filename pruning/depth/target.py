@@ -1,4 +1,4 @@
-"""How much to remove, and what that is in blocks, parameters and FLOPs."""
+"""How much to remove, measured in blocks, parameters or FLOPs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONTEXT_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Fractions:
-    """What units make up of a whole model, each in [0, 1).
+    """Fractions of a model that units make up, each in [0, 1).
 
     Args:
-        blocks: Of the blocks; a half counts one half.
-        parameters: Of all parameters, embeddings included, tied ones once.
-        flops: Of the forward operations per token: blocks, attention scores, output head.
+        blocks: Fraction of the blocks; a half counts one half.
+        parameters: Fraction of all parameters, embeddings included, tied ones once.
+        flops: Fraction of the forward operations per token: blocks, attention scores, output head.
     """
 
     blocks: float
@@ -33,12 +33,12 @@ class Fractions:
 def fractions(
     config: PreTrainedConfig, units: Sequence[Unit], context_tokens: int = CONTEXT_TOKENS
 ) -> Fractions:
-    """What units make up together of the model of a configuration.
+    """Fractions of the model that units make up together, from its configuration.
 
     Args:
-        config: The model before anything is removed.
+        config: Configuration of the model before any removal.
         units: The units.
-        context_tokens: Tokens that a query attends to, 1 or more; counts for the FLOPs.
+        context_tokens: Tokens that a query attends to, 1 or more; used for the FLOPs.
     """
     each = fractions_of_each(config, units, context_tokens)
     return Fractions(
@@ -51,7 +51,7 @@ def fractions(
 def fractions_of_each(
     config: PreTrainedConfig, units: Sequence[Unit], context_tokens: int = CONTEXT_TOKENS
 ) -> list[Fractions]:
-    """What every unit makes up of the model of a configuration; see `fractions`."""
+    """Fractions of the model that each unit makes up; see `fractions`."""
     family, model = family_of(config), skeleton(config)
     blocks, total = model.get_submodule(family.blocks), count(model)
     attention_output = next(p.path for p in family.projections if p.output == "attn_out")
@@ -82,14 +82,14 @@ class Target(ABC):
     @property
     @abstractmethod
     def goal(self) -> float:
-        """What has to be removed, in the units of `sizes`."""
+        """The amount to remove, in the units of `sizes`."""
 
     @abstractmethod
     def sizes(self, config: PreTrainedConfig, units: Sequence[Unit]) -> list[float]:
-        """What each unit counts."""
+        """The size of each unit."""
 
     def reached(self, sizes: Sequence[float]) -> bool:
-        """Whether units of these sizes are enough."""
+        """Test whether units of these sizes are enough."""
         return sum(sizes) >= self.goal * (1 - 1e-9)
 
 
@@ -123,7 +123,7 @@ class Blocks(_Count):
 
 @dataclass(frozen=True)
 class UnitCount(_Count):
-    """A number of units: of blocks, or of halves where these go one by one.
+    """A number of units: blocks, or halves if these are removed one by one.
 
     Args:
         count: Units to remove, 1 or more.
@@ -151,7 +151,7 @@ class _Fraction(Target):
 
 @dataclass(frozen=True)
 class BlockFraction(_Fraction):
-    """A fraction of the blocks, at least.
+    """At least a fraction of the blocks.
 
     Args:
         fraction: Fraction of the blocks to remove, in (0, 1).
@@ -166,11 +166,10 @@ class BlockFraction(_Fraction):
 
 @dataclass(frozen=True)
 class ParameterFraction(_Fraction):
-    """A fraction of all parameters of the model, at least.
+    """At least a fraction of all parameters of the model.
 
     Args:
-        fraction: Fraction of the parameters to remove, in (0, 1); what is in the embeddings cannot
-            be removed.
+        fraction: Fraction of the parameters to remove, in (0, 1); embeddings cannot be removed.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -182,7 +181,7 @@ class ParameterFraction(_Fraction):
 
 @dataclass(frozen=True)
 class FlopsFraction(_Fraction):
-    """A fraction of the forward operations per token of the whole model, at least.
+    """At least a fraction of the forward operations per token of the whole model.
 
     Args:
         fraction: Fraction of the FLOPs to remove, in (0, 1); those of the output head cannot be.

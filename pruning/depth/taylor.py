@@ -7,9 +7,9 @@ batches are summed before the absolute value, so the batch size does not change 
 are included, biases are not.
 
 Differs from the paper: the backward pass goes block by block, from the last to the first, over all
-batches; each block is run again from the hidden states that a forward pass left before it. Never
-more than the gradients of one block are there, and they are exact. Plain backpropagation, as in
-the released code, holds those of the whole model, and that code a copy of weights and gradients.
+batches; each block is run again from its input, stored in a forward pass. Only the gradients of one
+block are in memory at once, and they are exact. Plain backpropagation, as in the released code,
+stores the gradients of the whole model, and that code also a copy of weights and gradients.
 Cost: two forward passes and one backward pass. `peak_bytes` counts the memory.
 
 Legend: L = blocks, N = windows, B = windows of a batch, T = tokens of a window, D = hidden size.
@@ -37,13 +37,13 @@ from secateur.pruning.modes import frozen
 
 @dataclass(frozen=True)
 class Taylor(TextScore):
-    """Sum of |weight x gradient| over the block: what the loss would lose, to first order.
+    """Sum of |weight x gradient| over the block: the first-order change of the loss.
 
-    Keeps more of downstream tasks than perplexity does, with `protect_first` 4 and `protect_last` 2
-    ("Taylor+"): without them it may well name the first block.
+    Preserves downstream tasks better than perplexity does, with `protect_first` 4 and
+    `protect_last` 2 ("Taylor+"): without them it may select the first block.
 
     Args:
-        batch_size: Windows that a block sees at once, 1 or more; does not change the result.
+        batch_size: Windows per forward pass of a block, 1 or more; does not change the result.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -78,7 +78,7 @@ class Taylor(TextScore):
 def _to_the_last_block(
     model: PreTrainedModel, input_BT: Int[Tensor, "B T"], num_windows: int
 ) -> tuple[dict[int, Call], Float[Tensor, "B T D"]]:
-    """The call of every block, and the gradient of the loss to what comes out of the last one."""
+    """The call of every block, and the gradient of the loss to the output of the last one."""
     outputs: list[Tensor] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _through_block(
     Args:
         block: The block.
         calls: Its call, per batch.
-        gradients: Gradient of the loss to its output, per batch; becomes that to its input.
+        gradients: Gradient of the loss to its output, per batch; replaced by that to its input.
         tensors: Parameters of the block.
     """
     summed: dict[Tensor, Tensor] = {  # over batches, before the absolute value
@@ -140,13 +140,13 @@ def _through_block(
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """What `Taylor` holds at its peak, in bytes.
+    """Peak memory of `Taylor`, in bytes.
 
     Args:
         weights: The model, tied tensors once.
         gradients: Summed gradients (float32) of the largest block, and one gradient of a tensor.
         states: Hidden states before every block, all windows, and the gradient to one of them.
-        activations: What one block keeps for its backward pass, one batch.
+        activations: Tensors that one block keeps for its backward pass, one batch.
     """
 
     weights: int
@@ -169,7 +169,7 @@ def peak_bytes(
 ) -> PeakBytes:
     """Memory of `Taylor` on a model, from shapes alone: nothing is allocated.
 
-    The loss of the first pass comes before any gradient; with a vocabulary V it takes about
+    The loss of the first pass is computed before any gradient; with a vocabulary V it takes about
     10 x batch_size x window_tokens x V bytes beside the weights and states, which can be more than
     gradients and activations of a small model.
 
@@ -177,7 +177,7 @@ def peak_bytes(
         config: Configuration of the model.
         num_windows: Windows of calibration text, 1 or more.
         window_tokens: Tokens of a window, 2 or more.
-        batch_size: Windows that a block sees at once, 1 or more.
+        batch_size: Windows per forward pass of a block, 1 or more.
         dtype: Type of the weights.
     """
     saved: dict[int, int] = {}
@@ -186,7 +186,7 @@ def peak_bytes(
         saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with FakeTensorMode():  # shapes without memory, on a device where attention knows its kernels
+    with FakeTensorMode():  # shapes without memory, on a device that selects fused attention
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         blocks = blocks_of(model, family_of(config))
         batch = min(batch_size, num_windows)

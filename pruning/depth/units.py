@@ -1,4 +1,4 @@
-"""What depth pruning removes: whole blocks, or the attention or MLP half of one."""
+"""Units of depth pruning: whole blocks, or the attention or MLP half of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.pruning.families import Family, family_of, part_of
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """One thing that can be removed.
+    """A whole block, or one half of it, that can be removed.
 
     Args:
         block: Index of the block, 0 or more.
@@ -39,7 +39,7 @@ class Unit:
 
     @property
     def num_blocks(self) -> float:
-        """What it counts: 1, or 0.5 for a half."""
+        """Number of blocks: 1, or 0.5 for a half."""
         return 1.0 if self.part == "block" else 0.5
 
     def tensors(self, blocks: nn.Module, family: Family) -> Iterator[tuple[str, nn.Parameter]]:
@@ -66,7 +66,7 @@ class Unit:
     def replacements(
         self, blocks: nn.Module, family: Family
     ) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
-        """What to put where so that the unit adds nothing: parent, name of the child, new child."""
+        """Replacements that bypass the unit: parent, name of the child, new child."""
         if self.part == "block":
             yield blocks, str(self.block), _Skip()
             return
@@ -75,7 +75,7 @@ class Unit:
             yield blocks.get_submodule(parent), name, stand_in
 
     def is_in(self, blocks: nn.Module, family: Family) -> bool:
-        """Whether the unit is there and nothing stands in for it."""
+        """Test whether the unit exists and is not replaced."""
         block = blocks.get_submodule(str(self.block))
         if isinstance(block, _Silent):
             return False
@@ -85,16 +85,16 @@ class Unit:
         return not any(isinstance(module, _Silent) for module in inside)
 
     def _stand_ins(self, family: Family) -> Mapping[str, nn.Module | None]:
-        """Path inside the block to what stands in for it when a half is silent.
+        """Path inside the block to the replacement when a half is bypassed.
 
-        A norm that both halves read belongs to neither and stays. Narrow blocks know how to do
-        without a half: nothing stands in for it.
+        A norm that both halves read belongs to neither and is kept. Narrow blocks support a missing
+        half: it needs no replacement.
         """
         if self.part == "block":
             return {}
         norms = [norm.path for norm in family.norms if part_of(norm.output) == self.part]
         linears = [p.path for p in family.projections if p.part == self.part]
-        # Attention and most MLPs are one child of the block; OPT has two layers in their place.
+        # Attention and most MLPs are one child of the block; OPT has two layers instead.
         *before, last = dict.fromkeys(path.split(".")[0] for path in linears)
         if family.narrow:
             buffers = family.index_buffers.items()
@@ -106,14 +106,14 @@ class Unit:
 
 
 class Units(ABC):
-    """What a search may remove one by one."""
+    """The kind of units that a search removes."""
 
     @abstractmethod
     def all(self, num_blocks: int) -> tuple[Unit, ...]:
-        """All units of a model of so many blocks, first to last."""
+        """All units of a model of a given number of blocks, first to last."""
 
     def of(self, model: PreTrainedModel) -> tuple[Unit, ...]:
-        """The units that are in a model, first to last."""
+        """The units of a model, first to last."""
         family = family_of(model.config)
         blocks = model.get_submodule(family.blocks)
         units = self.all(model.config.num_hidden_layers)
@@ -122,7 +122,7 @@ class Units(ABC):
 
 @dataclass(frozen=True)
 class WholeBlocks(Units):
-    """Whole blocks: what stays is a stock model of its family."""
+    """Whole blocks: the result is a stock model of its family."""
 
     def all(self, num_blocks: int) -> tuple[Unit, ...]:
         return tuple(Unit(block) for block in range(num_blocks))
@@ -130,34 +130,34 @@ class WholeBlocks(Units):
 
 @dataclass(frozen=True)
 class HalfBlocks(Units):
-    """Attention and MLP of every block, each on its own (BlockPruner, arXiv 2406.10594)."""
+    """Attention and MLP of every block, separately (BlockPruner, arXiv 2406.10594)."""
 
     def all(self, num_blocks: int) -> tuple[Unit, ...]:
         return tuple(Unit(block, part) for block in range(num_blocks) for part in ("attn", "mlp"))
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among what a block or its attention is called with."""
+    """The hidden states among the arguments of a block or its attention."""
     found = args[0] if args else kwargs["hidden_states"]
     assert isinstance(found, Tensor)
     return found
 
 
 class _Silent(nn.Module):
-    """In the place of something that adds nothing to the residual stream."""
+    """Base class of modules that replace a bypassed unit and add nothing to the residual stream."""
 
 
 class _Skip(_Silent):
-    """In the place of a block: gives what it got."""
+    """Replaces a block: returns its input."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return first_input(args, kwargs)
 
 
 class _NoAttention(_Silent):
-    """In the place of an attention: zeros, and one number per token in its place of a cache.
+    """Replaces an attention: returns zeros, and stores one number per token in the cache.
 
-    Caches tell by their first places how many tokens they hold, whoever has put them there.
+    Caches count their tokens in the entry of the first block, so every block needs one.
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -173,7 +173,7 @@ class _NoAttention(_Silent):
 
 
 class _Nothing(_Silent):
-    """In the place of an MLP: zeros."""
+    """Replaces an MLP: returns zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

@@ -1,1 +1,1 @@
-"""What a model costs and how good it is: quality, size, speed, and all of it side by side."""
+"""Measurements of models: quality, size and speed, side by side."""

@@ -1,7 +1,7 @@
-"""Model folders side by side, from the command line: quality, zero-shot tasks, size, speed.
+"""Compare model folders from the command line: quality, zero-shot tasks, size, speed.
 
-The first folder is the dense model that the fractions refer to; all are asked on the same windows
-and questions. As a command: `python -m secateur compare --help`.
+The first folder is the dense model that the fractions refer to; all are measured on the same
+windows and questions. As a command: `python -m secateur compare --help`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from secateur.pruning.measure.zero_shot import read_questions
 _HELP = """\
 Measure models side by side; the first one is the dense model.
 
-A text is tokenised with the tokenizer of the first model, as this does by itself (BOS in front for
-Llama and Gemma), and cut into windows without overlap. A task is a file of JSON lines with the
-context `ctx`, the texts `endings` and the place `label` of the right one, from 0. Narrow models run
-by Secateur's own code; code that lies in a model folder is not run.
+A text is tokenised with the tokenizer of the first model and its defaults (BOS in front for Llama
+and Gemma), and cut into windows without overlap. A task is a file of JSON lines with the
+context `ctx`, the texts `endings` and the index `label` of the correct one, from 0. Narrow models
+run by Secateur's own code; code in a model folder is not executed.
 
 example:
   python -m secateur compare dense=path/to/base pruned=runs/disp/model \\
@@ -52,8 +52,8 @@ def compare_folders(
         texts: Name to UTF-8 text file, 1 or more.
         tasks: Name to file of questions, see `secateur.pruning.measure.zero_shot.read_questions`.
         window_tokens: Tokens of a window, 2 or more, at most the positions of the models.
-        num_windows: Use the first so many windows of a text, 1 or more; None uses all.
-        dtype: "auto" keeps that of the files, else a torch name such as "bfloat16".
+        num_windows: Number of windows of a text to use, the first ones, 1 or more; None uses all.
+        dtype: "auto" is that of the files, else a torch name such as "bfloat16".
         device: Torch device.
         speed: Measure prefill and decode as well.
 
@@ -89,7 +89,7 @@ def compare_folders(
 
 
 def _named(text: str) -> tuple[str, Path]:
-    """NAME=PATH; a path alone is called by its last part."""
+    """Parse NAME=PATH; a path alone gets its last part as name."""
     name, _, path = text.rpartition("=")
     if not Path(path).exists():
         raise argparse.ArgumentTypeError(f"{path} does not exist")
@@ -98,14 +98,14 @@ def _named(text: str) -> tuple[str, Path]:
 
 def _dtype(text: str) -> str:
     if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
-        raise argparse.ArgumentTypeError(f"{text!r} is no torch type, such as bfloat16")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a torch type, such as bfloat16")
     return text
 
 
 def _device(text: str) -> str:
     try:
         torch.empty(1, device=text)
-    except (AssertionError, RuntimeError) as error:  # the first where torch is built without it
+    except (AssertionError, RuntimeError) as error:  # the former without support in torch
         raise argparse.ArgumentTypeError(f"{text!r} is not a device here: {error}") from error
     return text
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for what in ("folders", "text", "task"):
         names = [name for name, _ in getattr(args, what)]
         if twice := {name for name in names if names.count(name) > 1}:
-            parser.error(f"two {what} are called {', '.join(sorted(twice))}: say NAME=PATH")
+            parser.error(f"two {what} are called {', '.join(sorted(twice))}: use NAME=PATH")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     report = compare_folders(

@@ -1,7 +1,7 @@
 """Perplexity of a causal language model on windows of tokens.
 
-The loss is shifted inside each window: T tokens give T - 1 predictions, nothing is carried from one
-window to the next. Perplexity is exp of the mean negative log-likelihood over all predictions.
+The loss is shifted inside each window: T tokens give T - 1 predictions; windows are independent.
+Perplexity is exp of the mean negative log-likelihood over all predictions.
 
 Legend: N = windows, T = tokens of a window, B = windows of a batch, P = predictions of a chunk,
 V = vocabulary.
@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CHUNK = 1024  # predictions whose logits are in fp32 at once: 128 MiB at a vocabulary of 32k
+_CHUNK = 1024  # predictions with fp32 logits in memory at once: 128 MiB at a vocabulary of 32k
 
 
 @dataclass(frozen=True)
 class MeasuredPerplexity:
-    """How well a model predicts a text.
+    """Perplexity of a text, with its standard error.
 
     Args:
         value: Perplexity, exp(mean_nll), 1 or more.
         mean_nll: Mean negative log-likelihood of a prediction, nats.
-        standard_error: Standard error of `mean_nll` over windows, nats; None of a single window.
+        standard_error: Standard error of `mean_nll` over windows, nats; None for a single window.
         num_predictions: Tokens that were predicted.
     """
 
@@ -68,12 +68,12 @@ def cut_windows(ids: Sequence[int] | Int[Tensor, " I"], window_tokens: int) -> I
 def perplexity(
     model: Any, windows_NT: Int[Tensor, "N T"], batch_size: int = 8
 ) -> MeasuredPerplexity:
-    """Measure a model; it is put in evaluation mode for the time.
+    """Measure a model, temporarily in evaluation mode.
 
     Args:
-        model: A causal language model: called with `input_ids`, gives `.logits` (B, T, V).
+        model: A causal language model: called with `input_ids`, returns `.logits` (B, T, V).
         windows_NT: Token ids, from `cut_windows`.
-        batch_size: Windows that the model sees at once, 1 or more; does not change the result.
+        batch_size: Windows per forward pass, 1 or more; does not change the result.
 
     Raises:
         ValueError: There are no windows, a window has one token, or the batch size is below 1.
@@ -105,7 +105,7 @@ def of_windows(nll_N: Float[Tensor, " N"], window_tokens: int) -> MeasuredPerple
         window_tokens: Tokens of every window.
     """
     count = len(nll_N)
-    mean = float(nll_N.mean())  # all windows are of one length: the mean over predictions as well
+    mean = float(nll_N.mean())  # equal lengths: also the mean over predictions
     error = float(nll_N.std()) / math.sqrt(count) if count > 1 else None
     value = float(nll_N.mean().exp())
     return MeasuredPerplexity(value, mean, error, count * (window_tokens - 1))

@@ -12,11 +12,11 @@ from secateur.pruning.sites import names_of
 
 
 def plot_widths(plan: Plan, path: Path) -> None:
-    """Write a PNG of the fraction of every site that stays, block by block.
+    """Write a PNG of the kept fraction of every site, block by block.
 
     Args:
-        plan: What stays.
-        path: The file to write; its folder is made if needed.
+        plan: The plan.
+        path: The file to write; its folder is created if needed.
     """
     names = names_of(plan.sites)
     blocks = sorted({site.block for site in plan.sites})

@@ -1,7 +1,7 @@
-"""Several models side by side: quality, size and speed, for people, for Markdown, for programs.
+"""Reports on models side by side: quality, size and speed, as text, Markdown and JSON.
 
-Sizes are counted on the loaded modules and know nothing of cost tables or plans, so that they check
-what `secateur.pruning.costs` promised.
+Sizes are counted on the loaded modules, independently of cost tables and plans, so that they check
+`secateur.pruning.costs`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from secateur.pruning.measure.zero_shot import Question, ZeroShot, zero_shot
 
 @dataclass(frozen=True)
 class Counts:
-    """What a loaded model holds and computes.
+    """Parameters and operations of a loaded model.
 
     Args:
         parameters: All parameters, tied ones once.
@@ -58,7 +58,7 @@ def count(model: Any) -> Counts:
 
     Raises:
         ValueError: It has no blocks with linear layers, or its weights are quantised: packed
-            numbers do not show how many weights there are.
+            tensors do not show the number of weights.
     """
     blocks = [
         block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module
@@ -75,7 +75,7 @@ def count(model: Any) -> Counts:
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    # Transformers marks an attention layer by its place in the cache and the size of its heads.
+    # In transformers, attention layers have an index in the cache and a head size.
     attentions = sum(hasattr(m, "layer_idx") and hasattr(m, "head_dim") for m in inside)
     return Counts(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -100,12 +100,12 @@ class Row:
     """One model of a report.
 
     Args:
-        name: What it is called, such as `dense`.
+        name: Its name, such as `dense`.
         perplexity: Text name to perplexity.
         counts: Its sizes.
         speed: Its speed, if it was measured.
-        file_bytes: Bytes of its weights on disk, if it lies there.
-        zero_shot: Task name to the answers right.
+        file_bytes: Bytes of its weights on disk, if it is there.
+        zero_shot: Task name to accuracy.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Report:
     conditions: Mapping[str, Any]
 
     def table(self) -> Table:
-        """For people, in a terminal."""
+        """The report as a table for a terminal."""
         heading, *rows = self._cells()
         table = Table(caption=self._caption())
         for number, name in enumerate(heading):
@@ -141,7 +141,7 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        """For a README or model card."""
+        """The report as Markdown, for a README or model card."""
         heading, *rows = self._cells()
         rule = ["---", *["---:"] * (len(heading) - 1)]
         lines = ["| " + " | ".join(row) + " |" for row in (heading, rule, *rows)]
@@ -170,11 +170,11 @@ class Report:
         }
 
     def json(self) -> str:
-        """For programs: `as_dict` as text."""
+        """`as_dict` as JSON text."""
         return json.dumps(self.as_dict(), indent=1) + "\n"
 
     def _cells(self) -> list[list[str]]:
-        """One line per figure, one column per model; a figure that nobody has is left out."""
+        """One line per figure, one column per model; figures that no model has are left out."""
         figures = self.as_dict()["models"]
         columns = [_cells_of(row, figures[row.name]) for row in self.rows]
         titles = list(dict.fromkeys(title for cells in columns for title in cells))
@@ -186,7 +186,7 @@ class Report:
 
 
 def _cells_of(row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
-    """Title to cell, in the order of the lines; what was not measured is missing."""
+    """Title to cell, in the order of the lines; figures that were not measured are missing."""
     cells = {"model": row.name}
     for text, result in row.perplexity.items():
         cells[f"perplexity {text}"] = f"{result.value:.2f}"
@@ -227,10 +227,10 @@ def measure(
     Args:
         models: Name to causal language model.
         texts: Name to windows of token ids, see `cut_windows`; one or more.
-        folders: Name to the folder that a model lies in, for its file size.
-        batch_size: Windows that a model sees at once, 1 or more.
-        speed: Settings of `measure_speed` other than its models; None does not measure it.
-        tasks: Name to multiple-choice questions, see `read_questions`; None asks none.
+        folders: Name to the folder of a model, for its file size.
+        batch_size: Windows per forward pass, 1 or more.
+        speed: Settings of `measure_speed` besides its models; None skips this measurement.
+        tasks: Name to multiple-choice questions, see `read_questions`; None skips them.
 
     Raises:
         ValueError: There is no model or no text, or a folder belongs to no model.

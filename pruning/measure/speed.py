@@ -1,7 +1,8 @@
 """Speed of models in one run: prefill, decode with a cache, time to first token, peak memory.
 
-Models are timed in turns (A B A B ...), so that a machine that slows down slows all of them, and
-medians are kept. The loop is written out: what is timed is the model, not a generation library.
+Models are timed in turns (A B A B ...), so that a machine that slows down affects all of them, and
+medians are reported. The decoding loop is our own, so that the model is timed and not a generation
+library.
 
 Legend: B = sequences of the batch, T = tokens of the prompt.
 """
@@ -22,15 +23,15 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model is, medians over the repeats.
+    """Speed of a model, medians over the repeats.
 
     Args:
         prefill_seconds: Forward pass over the whole prompt, logits of its last token only.
-        first_token_seconds: Prefill, and the first token chosen and on the host.
+        first_token_seconds: Prefill, choice of the first token, and its copy to the host.
         decode_seconds: One further token of every sequence, with the cache.
         tokens_per_second: New tokens of all sequences over the time from prompt to last token.
-        peak_memory_bytes: Most memory that the model, its cache and activations took on CUDA;
-            None on the CPU, where no allocator counts.
+        peak_memory_bytes: Peak memory of the model, its cache and activations on CUDA; None on the
+            CPU, where no allocator counts.
     """
 
     prefill_seconds: float
@@ -53,13 +54,14 @@ def measure_speed(
 
     Args:
         models: Name to causal language model; they share a vocabulary and fit in memory together.
-        batch_size: Sequences at once, 1 or more.
+        batch_size: Sequences per batch, 1 or more.
         prompt_tokens: Tokens of the prompt, 1 or more.
         new_tokens: Tokens to generate, 2 or more: the first belongs to the prefill.
         repeats: Timed turns of every model, 1 or more, after one that is not counted.
         seed: Seed of the prompt.
-        clock: Tells the time, in seconds. On a CPU that others use too, `time.process_time` counts
-            the work of this process only; let it have one thread, or waiting threads count as well.
+        clock: Function that returns the time in seconds. On a shared CPU, `time.process_time`
+            counts only the work of this process; use one thread, since waiting threads count as
+            well.
 
     Raises:
         ValueError: A setting is out of its range, or there is no model.
@@ -115,7 +117,7 @@ def _generate(
     ).logits
     prefilled = _now(clock, device)
     next_B1 = logits[:, -1:].argmax(-1)
-    next_B1.tolist()  # as a server does that streams what it generates
+    next_B1.tolist()  # as in a server that streams its output
     first = _now(clock, device)
     for _ in range(new_tokens - 1):
         logits = model(input_ids=next_B1, past_key_values=cache, use_cache=True).logits
@@ -127,7 +129,7 @@ def _generate(
 
 
 def _start_memory(model: Any, device: torch.device) -> int | None:
-    """Start to watch the memory; returns what is held by others than the model, in bytes."""
+    """Start to track memory; return the bytes that are allocated besides the model."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

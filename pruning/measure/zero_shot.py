@@ -1,4 +1,4 @@
-"""Multiple choice without examples: the ending that the model finds likeliest is its answer.
+"""Zero-shot multiple choice: the answer is the ending with the highest likelihood.
 
 The log-likelihood of an ending is the sum over its tokens, given the context and the tokens before:
 
@@ -6,13 +6,14 @@ The log-likelihood of an ending is the sum over its tokens, given the context an
     normalised  argmax_e  log p(e | context) / characters of e
 
 These are `acc` and `acc_norm` of the Language Model Evaluation Harness (lm-eval, its task type
-`multiple_choice`), and so is the way with tokens; harnesses that have another one differ by points:
+`multiple_choice`), with the same tokenisation; harnesses with another tokenisation differ by
+points:
 
 - context, one space and ending are encoded as one text, with the special tokens that the tokenizer
-  adds by itself; what follows the tokens of the context alone is the ending. Spaces at the end of a
-  context belong to the ending.
-- a text that is too long loses tokens in front, BOS first;
-- the characters of an ending are those of its text, without the space in front.
+  adds by default; the tokens after those of the context alone are the ending. Spaces at the end of
+  a context belong to the ending.
+- a text that is too long is cut at the front, BOS first;
+- the characters of an ending are those of its text, without the space before it.
 
 Legend: E = endings, B = endings of a batch, T = tokens, t = the last of them, whose logits are
 needed, P = predictions of all endings of a batch, V = vocabulary.
@@ -36,11 +37,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Ending:
-    """One answer to a question, with its context in front.
+    """One answer to a question, with its context before it.
 
     Args:
         ids: Token ids of context and ending.
-        start: Place of the first token of the ending, 1 or more.
+        start: Index of the first token of the ending, 1 or more.
         characters: Length of the text of the ending, 1 or more.
     """
 
@@ -64,15 +65,15 @@ class Question:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """How many questions a model answers rightly; chance is one over the number of endings.
+    """Accuracy of a model on questions; chance is one over the number of endings.
 
     Args:
-        accuracy: Fraction answered rightly by the likeliest ending, in [0, 1].
-        accuracy_error: Its standard error; None of a single question.
-        normalised: Fraction answered rightly by likelihood per character, in [0, 1].
-        normalised_error: Its standard error; None of a single question.
-        num_questions: Questions asked.
-        num_truncated: Endings whose context was cut in front to fit the model.
+        accuracy: Fraction answered correctly by likelihood, in [0, 1].
+        accuracy_error: Its standard error; None for a single question.
+        normalised: Fraction answered correctly by likelihood per character, in [0, 1].
+        normalised_error: Its standard error; None for a single question.
+        num_questions: Number of questions.
+        num_truncated: Endings whose context was cut at the front to fit the model.
     """
 
     accuracy: float
@@ -84,17 +85,17 @@ class ZeroShot:
 
 
 def encode_question(tokenizer: Any, context: str, endings: Sequence[str], label: int) -> Question:
-    """A question as tokens.
+    """Tokenise a question.
 
     Args:
         tokenizer: A transformers tokenizer.
-        context: What stands in front of every ending.
+        context: Text before every ending.
         endings: The answers to choose from, 2 or more.
-        label: Place of the right one, from 0.
+        label: Index of the correct one, from 0.
 
     Raises:
-        ValueError: The context or an ending is empty or adds no token, there are less than two
-            endings, the label is none of them, or the tokenizer puts EOS behind every text.
+        ValueError: The context or an ending is empty or adds no token, there are fewer than two
+            endings, the label is out of range, or the tokenizer adds EOS after every text.
     """
     if len(endings) < 2 or not 0 <= label < len(endings):
         raise ValueError(
@@ -103,12 +104,12 @@ def encode_question(tokenizer: Any, context: str, endings: Sequence[str], label:
         )
     stem = context.rstrip()
     if not stem:
-        raise ValueError("The context of a question is empty; the model has nothing to go by.")
+        raise ValueError("The context of a question is empty; give a context.")
     texts = [f"{context} {ending}" for ending in endings]
     stem_ids, *whole_ids = tokenizer([stem, *texts], verbose=False)["input_ids"]
     if stem_ids[-1] == tokenizer.eos_token_id:
         raise ValueError(
-            "The tokenizer puts EOS behind every text, so that no ending can follow a context; "
+            "The tokenizer adds EOS after every text, so that no ending can follow a context; "
             "load it with `add_eos_token=False`."
         )
     for ending, ids in zip(endings, whole_ids, strict=True):
@@ -122,14 +123,14 @@ def encode_question(tokenizer: Any, context: str, endings: Sequence[str], label:
 
 
 def read_questions(path: str | Path, tokenizer: Any) -> list[Question]:
-    """Questions from JSON lines, each an object with `ctx`, `endings` and `label`.
+    """Read questions from JSON lines, each an object with `ctx`, `endings` and `label`.
 
     Args:
-        path: The file; empty lines are passed over, other fields have no meaning.
+        path: The file; empty lines are skipped, other fields are ignored.
         tokenizer: A transformers tokenizer.
 
     Raises:
-        ValueError: There is no question, or a line is not one; the line is named.
+        ValueError: There is no question, or a line is not a question; the line is named.
         OSError: The file cannot be read.
     """
     questions = []
@@ -144,8 +145,10 @@ def read_questions(path: str | Path, tokenizer: Any) -> list[Question]:
             questions.append(encode_question(tokenizer, context, endings, label))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}, line {number}, is no question: {error!r}. A line is an object with the "
-                "context `ctx`, the texts `endings` and the place `label` of the right one, from 0."
+                f"{path}, line {number}, is not a question: {error!r}. A line is an object with "
+                "the "
+                "context `ctx`, the texts `endings` and the index `label` of the correct one, from "
+                "0."
             ) from error
     if not questions:
         raise ValueError(f"{path} holds no question.")
@@ -158,13 +161,13 @@ def zero_shot(
     batch_size: int = 16,
     max_tokens: int | None = None,
 ) -> ZeroShot:
-    """Ask a model; it is put in evaluation mode for the time.
+    """Measure the accuracy of a model, temporarily in evaluation mode.
 
     Args:
         model: A transformers causal language model.
         questions: From `read_questions`, 1 or more.
-        batch_size: Endings that the model sees at once, 1 or more; does not change the result.
-        max_tokens: Most tokens that the model sees of a text, 1 or more; None takes
+        batch_size: Endings per forward pass, 1 or more; does not change the result.
+        max_tokens: Longest input of the model in tokens, 1 or more; None takes
             `max_position_embeddings` of its configuration.
 
     Raises:
@@ -199,12 +202,12 @@ def zero_shot(
 
 
 def truncate(ending: Ending, max_tokens: int) -> Ending:
-    """The same ending with as much of its context as a model can see.
+    """The same ending with its context cut to fit a model.
 
     Args:
-        ending: An ending behind its context.
-        max_tokens: Most tokens that the model sees, 1 or more; the last token is not seen, only
-            predicted.
+        ending: An ending with its context.
+        max_tokens: Longest input of the model in tokens, 1 or more; the last token is only
+            predicted and not part of the input.
 
     Raises:
         ValueError: The ending alone is longer.
@@ -214,7 +217,7 @@ def truncate(ending: Ending, max_tokens: int) -> Ending:
     if surplus >= ending.start:
         raise ValueError(
             f"An ending has {len(ending.ids) - ending.start} tokens and `max_tokens` is "
-            f"{max_tokens}; ask this model shorter questions."
+            f"{max_tokens}; use shorter questions for this model."
         )
     return Ending(ending.ids[surplus:], ending.start - surplus, ending.characters)
 
@@ -224,9 +227,9 @@ def log_likelihoods(model: Any, endings: Sequence[Ending], batch_size: int) -> F
     """Log-likelihood of every ending given its context, nats, float64 on the CPU.
 
     Args:
-        model: A transformers causal language model; it is put in evaluation mode for the time.
-        endings: In any order; batches are made of endings of similar lengths.
-        batch_size: Endings that the model sees at once, 1 or more.
+        model: A transformers causal language model; temporarily in evaluation mode.
+        endings: Endings in any order; batches are made of endings of similar lengths.
+        batch_size: Endings per forward pass, 1 or more.
     """
     order = sorted(range(len(endings)), key=lambda place: -len(endings[place].ids))
     scores_E = torch.empty(len(endings), dtype=torch.float64)
@@ -243,7 +246,7 @@ def log_likelihoods(model: Any, endings: Sequence[Ending], batch_size: int) -> F
 
 def _batch_scores(model: Any, endings: Sequence[Ending]) -> Float[Tensor, " B"]:
     device = next(model.parameters()).device
-    # Padding stands behind the tokens, where a causal model does not look.
+    # Padding is after the tokens, where a causal model does not attend.
     tokens_BT = pad_sequence([torch.tensor(e.ids) for e in endings], batch_first=True).to(device)
     starts_B1 = torch.tensor([[ending.start] for ending in endings], device=device)
     lengths_B1 = torch.tensor([[len(ending.ids)] for ending in endings], device=device)

@@ -1,9 +1,9 @@
-"""The code of models whose blocks have widths of their own, as it also lies in their folders.
+"""Code of models whose blocks differ in width, also copied to their folders.
 
-A file per family, `modeling_<model type>.py`, and the generic files that it imports relatively: the
-layout of any model on the hub that brings code. What runs here is, byte for byte, what an exported
-folder carries, so that a proof of an export holds for both, and `save_pretrained` of transformers
-copies the right files by itself.
+There is a file per family, `modeling_<model type>.py`, and generic files that it imports
+relatively, as in any model on the hub with custom code. An exported folder has the same files, byte
+for byte, so that the verification of an export holds for both, and `save_pretrained` of
+transformers copies the right files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PREFIX = "secateur_"
 
 
 def is_narrow(model_type: str) -> bool:
-    """Whether the models of this type have blocks with widths of their own."""
+    """Test whether models of this type have blocks that differ in width."""
     return model_type.startswith(_PREFIX)
 
 
@@ -34,9 +34,9 @@ def stock_type(model_type: str) -> str:
 
 
 def config_class(model_type: str) -> Any:
-    """The configuration of a narrow type; from then on, transformers loads its models by this code.
+    """Configuration class of a narrow type, registered so that transformers uses this code.
 
-    Code that lies in their folders does not run then, not even with `trust_remote_code`.
+    Code in model folders is then not executed, not even with `trust_remote_code`.
 
     Raises:
         ModuleNotFoundError: There is no such type, or transformers has no models of its family.
@@ -53,6 +53,6 @@ def config_class(model_type: str) -> Any:
 
 
 def code_files(model_type: str) -> list[Path]:
-    """The files of code that the folder of a model of a narrow type carries."""
+    """The code files in the folder of a model of a narrow type."""
     entry = Path(__file__).with_name(f"modeling_{model_type}.py")
     return [entry, *map(Path, get_relative_import_files(entry))]

@@ -1,6 +1,6 @@
-"""The configuration of a Llama whose blocks differ, in the form that vLLM has built in.
+"""The configuration of a Llama whose blocks differ, in a format built into vLLM.
 
-This file lies in the folder of such a model and needs only transformers. The model itself is the
+This file is in the folder of such a model and needs only transformers. The model class is the
 server's own `DeciLMForCausalLM`; transformers has no configuration of this type.
 """
 
@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 
 class Fields(dict[str, Any]):
-    """Entries that can be read as attributes, too, as the server does."""
+    """A dictionary whose entries are also attributes, as the server reads them."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -29,7 +29,7 @@ from .secateur_narrow import (
 
 
 class SelectiveLayerNormGather(nn.Module):
-    """LayerNorm over the full width, of which only the selected entries are scaled and given out.
+    """LayerNorm over the full width that scales and returns only the selected entries.
 
     Args:
         width: Entries that are selected, in [1, size].
@@ -47,13 +47,13 @@ class SelectiveLayerNormGather(nn.Module):
         self.size, self.eps = size, eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        # One fused pass over the stream; mean and variance in passes of their own take longer.
+        # One fused pass over the stream; separate passes for mean and variance take longer.
         normed_BTD = F.layer_norm(hidden_BTD, (self.size,), eps=self.eps)
         return torch.addcmul(self.bias, gather(normed_BTD, self.index), self.weight)
 
 
 class OPTBlock(NarrowBlock):
-    """OPT's pre-norm block: its MLP is not a module of its own, and there is dropout."""
+    """OPT's pre-norm block: its MLP is not a separate module, and there is dropout."""
 
     self_attn_layer_norm: Any
     final_layer_norm: Any

@@ -29,7 +29,7 @@ from .secateur_narrow import (
 
 
 class SelectedEntries(nn.Module):
-    """Gives out the selected entries of a vector.
+    """Returns the selected entries of a vector.
 
     Args:
         width: Entries that are selected, in [1, size].
@@ -49,12 +49,12 @@ class SelectedEntries(nn.Module):
 class ParallelBlock(NarrowBlock):
     """A parallel block: x + attention(norm(x)) + mlp(norm(x)), with one norm.
 
-    The norm stays whole; attention and MLP take their own selections of its output.
+    The norm is not cut; attention and MLP each select entries of its output.
     """
 
     input_layernorm: Any
     resid_dropout: Any
-    attn_in: Any  # None where the part is gone
+    attn_in: Any  # None if the part is removed
     mlp_in: Any
 
     linears = {  # noqa: RUF012
@@ -80,8 +80,8 @@ class ParallelBlock(NarrowBlock):
             stream_BTD = self.attn_out(stream_BTD, self.resid_dropout(attended_BTW))
         if self.mlp_out is not None:
             fed_BTW = self.resid_dropout(self.mlp(self.mlp_in(normed_BTD)))
-            # The sum with the attention is known to nobody else, and nothing but this addition
-            # reads it, so autograd has not kept it.
+            # The sum with the attention is a private tensor that only this addition reads, so
+            # autograd has not saved it.
             stream_BTD = self.mlp_out(stream_BTD, fed_BTW, in_place=self.attn_out is not None)
         return stream_BTD
 

@@ -1,16 +1,16 @@
-"""Language models whose blocks have widths of their own, as written by Secateur.
+"""Language models whose blocks differ in width, as written by Secateur.
 
-This file lies in the folder of the model, beside that of its family, and needs only torch and
-transformers. It builds on transformers' own classes, so that attention, rotary embedding, caches
-and generation are theirs, and replaces what differs in a block:
+This file is in the folder of the model, beside that of its family, and needs only torch and
+transformers. It extends transformers' own classes, which provide attention, rotary embedding,
+caches and generation, and changes a block as follows:
 
-- the norms take their statistics over the full residual stream and give only the selected entries;
+- norms take their statistics over the full residual stream and return only the selected entries;
 - the linear layers are narrow;
-- their outputs are added to the selected entries of the residual stream, which stays full;
+- their outputs are added to the selected entries of the residual stream, which has its full width;
 - a block may have no attention, or no MLP.
 
 The widths are in `config.json` (`block_widths`), the selected entries in the weights, as integer
-buffers. A site that kept its full width has no buffer and runs the stock code.
+buffers. A site of full width has no buffer and runs the stock code.
 
 Legend: B = batch, T = tokens, D = width of the residual stream, W = kept entries.
 """
@@ -37,15 +37,15 @@ def gather(hidden_BTD: Tensor, index_W: Tensor) -> Tensor:
 def inverse_rms(hidden_BTW: Tensor, size: int, eps: float) -> Tensor:
     """One over the root mean square of `size` entries, shape (B, T, 1), float32.
 
-    The norm of the vector reads its entries once and writes one number per token; neither a float32
-    copy nor a normalised stream of full width is ever made.
+    The vector norm reads its entries once and writes one number per token, without a float32 copy
+    or a normalised stream of full width.
     """
     norm_BT1 = torch.linalg.vector_norm(hidden_BTW, dim=-1, keepdim=True, dtype=torch.float32)
     return torch.rsqrt(norm_BT1.square() / size + eps)
 
 
 class SelectiveRMSNormGather(nn.Module):
-    """RMSNorm over the full width, of which only the selected entries are scaled and given out.
+    """RMSNorm over the full width that scales and returns only the selected entries.
 
     The name contains `RMSNorm`, by which transformers knows how to initialise it, and does not end
     in it, by which servers know which modules to replace by a kernel for a plain norm.
@@ -65,8 +65,8 @@ class SelectiveRMSNormGather(nn.Module):
         self.size, self.eps = size, eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        # The gathered entries are a copy of our own: scaling it in place makes no further one. The
-        # products are computed in float32 and rounded one by one, as in the stock norm.
+        # The gathered entries are a private copy, so they can be scaled in place. The products are
+        # computed in float32 and rounded one by one, as in the stock norm.
         scale_BT1 = inverse_rms(hidden_BTD, self.size, self.eps)
         return gather(hidden_BTD, self.index).mul_(scale_BT1).mul_(self.weight)
 
@@ -86,16 +86,17 @@ class IndexedAdd(nn.Module):
         self.register_buffer("index", torch.arange(width) if width < size else None)
 
     def forward(self, stream_BTD: Tensor, narrow_BTW: Tensor, in_place: bool = False) -> Tensor:
-        """The stream with the output added.
+        """Add the output to the stream.
 
         Args:
             stream_BTD: The residual stream.
             narrow_BTW: Output of attention or MLP.
-            in_place: The stream may be overwritten.
+            in_place: Whether the stream may be overwritten.
         """
         if self.index is None:
             return stream_BTD + narrow_BTW
-        # The sum has the type of the stream, which autocast keeps wider than the linear layers.
+        # The sum has the type of the stream, which is wider than that of linear layers under
+        # autocast.
         narrow_BTW = narrow_BTW.to(stream_BTD.dtype)
         index_BTW = self.index.expand(narrow_BTW.shape)
         if in_place:
@@ -122,10 +123,10 @@ def _part(site: str | None) -> str:
 
 
 def _cache_slot(config: PreTrainedConfig, layer_idx: int) -> int:
-    """The place of the attention of a block in a cache, which has one place per block.
+    """The index of the attention of a block in a cache, which has one entry per block.
 
-    Attentions of one type move up into the places of those that are gone, so that the first place
-    of every type, by which caches tell how many tokens they hold, is taken.
+    Attentions of one type take the earliest free entries of their type: caches count their tokens
+    in the first entry of every type, so that it must be in use.
     """
     types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     places = [place for place, kind in enumerate(types) if kind == types[layer_idx]]
@@ -136,9 +137,9 @@ def _cache_slot(config: PreTrainedConfig, layer_idx: int) -> int:
 class NarrowBlock(nn.Module):
     """Mixin for the decoder layer of a family; it comes before the family's own class.
 
-    The constructor lets the family build its block, puts narrow layers in the place of those that
-    the tables name, and takes out the parts that are gone: all modules of such a part are None.
-    `attend` and `feed` compute what attention and MLP add to the residual stream.
+    The constructor builds the block of the family, replaces the layers named in the tables by
+    narrow ones, and sets all modules of removed parts to None. `attend` and `feed` compute the
+    outputs of attention and MLP that are added to the residual stream.
     """
 
     self_attn: Any
@@ -146,14 +147,15 @@ class NarrowBlock(nn.Module):
     attn_out: IndexedAdd | None
     mlp_out: IndexedAdd | None
 
-    # Linear layer: the sites of its inputs and of its outputs; None where they always stay.
+    # Linear layer: the sites of its inputs and of its outputs; None if they are never cut.
     linears: ClassVar[Mapping[str, tuple[str | None, str | None]]]
-    # Norm: the site of its output, and the class that does its work where the site is narrow.
+    # Norm: the site of its output, and the class that replaces it if the site is narrow.
     norms: ClassVar[Mapping[str, tuple[str, type[nn.Module]]]]
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
-        # transformers loads models on the meta device, where the stock layers that are built here
-        # and replaced at once need no memory; elsewhere it is one block at a time.
+        # transformers loads models on the meta device, where the stock layers that are built and
+        # replaced here need no memory; on other devices they need the memory of one block at a
+        # time.
         super().__init__(config, layer_idx)
         size = config.hidden_size
         widths: Any = self._checked(config.block_widths[layer_idx], layer_idx)
@@ -183,12 +185,12 @@ class NarrowBlock(nn.Module):
         self.take_place(config, layer_idx)
 
     def take_place(self, config: PreTrainedConfig, layer_idx: int) -> None:
-        """Keep keys and values where the block of this index in a model keeps them in a cache."""
+        """Use the cache entry of the block with this index."""
         if self.attn_out is not None:
             self.self_attn.layer_idx = _cache_slot(config, layer_idx)
 
     def _checked(self, widths: Mapping[str, int], layer_idx: int) -> Mapping[str, int]:
-        """The widths of this block, if they are widths of its sites."""
+        """Check and return the widths of this block."""
         full = {"attn": 1, "mlp": 1}
         for path, sites in self.linears.items():
             stock: Any = self.get_submodule(path)
@@ -204,19 +206,19 @@ class NarrowBlock(nn.Module):
         return widths
 
     def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
-        """What the attention adds to its entries of the residual stream, shape (B, T, W)."""
+        """Output of the attention for its entries of the residual stream, shape (B, T, W)."""
         raise NotImplementedError
 
     def feed(self, hidden_BTD: Tensor) -> Tensor:
-        """What the MLP adds to its entries of the residual stream, shape (B, T, W)."""
+        """Output of the MLP for its entries of the residual stream, shape (B, T, W)."""
         raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         stream_BTD: Tensor = hidden_states
-        # The stream that comes in is not ours to overwrite: it may be the embeddings of the caller,
-        # a recorded hidden state or the input of a checkpointed block. The first addition therefore
-        # makes the only copy of a block. That copy is known to nobody else, so the second addition
-        # overwrites it, unless autograd has kept it to differentiate the norm.
+        # The input stream must not be overwritten: it may be the embeddings of the caller, a
+        # recorded hidden state or the input of a checkpointed block. The first addition therefore
+        # makes a copy, the only one in a block. No other code holds that copy, so the second
+        # addition overwrites it, unless autograd has saved it to differentiate the norm.
         alone = self.attn_out is not None and not torch.is_grad_enabled()
         if self.attn_out is not None:
             stream_BTD = self.attn_out(stream_BTD, self.attend(stream_BTD, **kwargs))
@@ -249,7 +251,7 @@ class PreNormBlock(NarrowBlock):
 
 @contextmanager
 def _without_blocks(config: PreTrainedConfig) -> Iterator[None]:
-    """Let the stock constructors build everything but blocks of full width."""
+    """Make the stock constructors build everything except blocks of full width."""
     num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
     try:
         yield
@@ -278,7 +280,7 @@ class NarrowForCausalLM(PreTrainedModel):
     model_class: ClassVar[type[PreTrainedModel]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Have `save_pretrained` write the files of the code into the folder, and name them."""
+        """Make `save_pretrained` write the code files into the folder and list them."""
         super().__init_subclass__(**kwargs)
         if not hasattr(cls, "model_class"):
             return  # sent to another process, as vLLM does: its attributes, these too, come after
@@ -304,8 +306,8 @@ class NarrowConfig:
 
     Args:
         block_widths: One mapping per block, from the name of a site to its width, in [1, full
-            width]; a site that is not named has its full width. `attn: 0` and `mlp: 0` stand for
-            a block without attention or MLP. None stands for full blocks.
+            width]; a site that is not named has its full width. `attn: 0` and `mlp: 0` mean a block
+            without attention or MLP. None means full blocks.
 
     Raises:
         ValueError: The number of mappings is not the number of blocks, or no block has attention.
@@ -338,7 +340,8 @@ class NarrowConfig:
             raise ValueError("`block_widths` leaves no block with attention; leave one.")
         config: Any = self
         if types := getattr(config, "layer_types", None):
-            # A block without attention has no type; it counts as the first, see `_cache_slot`.
+            # A block without attention has no type; it gets that of the first one, see
+            # `_cache_slot`.
             first = types[attending[0]]
             config.layer_types = [
                 kind if place in attending else first for place, kind in enumerate(types)
@@ -346,7 +349,7 @@ class NarrowConfig:
 
 
 def auto_map(classes: Mapping[str, type]) -> dict[str, str]:
-    """Where an Auto class of transformers finds its class among the files of a folder."""
+    """The `auto_map` of a configuration: Auto class to the class in the files of a folder."""
     return {
         name: f"{of_name.__module__.rpartition('.')[2]}.{of_name.__name__}"
         for name, of_name in classes.items()

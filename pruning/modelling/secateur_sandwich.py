@@ -1,6 +1,6 @@
 """Narrow blocks with norms on both sides of attention and MLP, as those of Gemma.
 
-This file lies in the folder of the model, beside `secateur_narrow.py`.
+This file is in the folder of the model, beside `secateur_narrow.py`.
 
 Legend: B = batch, T = tokens, D = width of the residual stream, W = kept entries.
 """
@@ -21,7 +21,7 @@ from .secateur_narrow import (
 
 
 class SelectiveCentredRMSNormGather(SelectiveRMSNormGather):
-    """The same with Gemma's weights, which are centred at 0 and applied in float32."""
+    """The same for Gemma's weights, which are centred at 0 and applied in float32."""
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         scale_BT1 = inverse_rms(hidden_BTD, self.size, self.eps)
@@ -30,7 +30,7 @@ class SelectiveCentredRMSNormGather(SelectiveRMSNormGather):
 
 
 class NarrowCentredRMSNormOutput(nn.Module):
-    """Gemma's RMSNorm of a vector of which only some entries were computed; the others are zero.
+    """Gemma's RMSNorm of a vector with only some entries computed; the others are zero.
 
     Args:
         width: Entries of the input, in [1, size].
@@ -49,7 +49,7 @@ class NarrowCentredRMSNormOutput(nn.Module):
 
 
 class SandwichBlock(NarrowBlock):
-    """A sequential block with norms on both sides: x + norm(attention(norm(x))), and so the MLP."""
+    """A sequential block with norms on both sides: x + norm(f(norm(x))) for attention, then MLP."""
 
     input_layernorm: Any
     post_attention_layernorm: Any

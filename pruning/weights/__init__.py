@@ -1,1 +1,1 @@
-"""Zeros in weight matrices: allocation x score x refinement x compensation over one block loop."""
+"""Weight pruning: allocation x score x refinement x compensation in one loop over blocks."""

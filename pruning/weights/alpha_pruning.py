@@ -1,22 +1,22 @@
 """AlphaPruning: "Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning",
 arXiv 2410.10912.
 
-How heavy the tail of a weight matrix's spectrum is says how well trained it is, and a block with
-heavier tails (a smaller exponent) loses less of its weights. With lambda the eigenvalues of W^T W,
-sorted, the exponent of the tail that begins at xmin = lambda_k is the Hill estimate
+A heavier tail of a weight matrix's spectrum indicates better training, so a block with heavier
+tails (a smaller exponent) is pruned less. With lambda the sorted eigenvalues of W^T W, the exponent
+of the tail that begins at xmin = lambda_k is the Hill estimate
 
     alpha = 1 + m / sum(ln(lambda_i / xmin))     over the m eigenvalues i >= k,
 
-for the xmin, up to 1.5 x the peak of the histogram of log lambda, that lies closest to the power
-law in the Kolmogorov-Smirnov distance. The mean over the matrices of a block is mapped linearly to
-[1 - spread, 1 + spread], times the sparsity, so that the whole has the sparsity asked for.
+for the xmin, up to 1.5 x the peak of the histogram of log lambda, that is closest to the power law
+in the Kolmogorov-Smirnov distance. The mean over the matrices of a block is mapped linearly to
+[1 - spread, 1 + spread], times the sparsity, so that the model as a whole has the given sparsity.
 
 Worked by hand: two blocks of equal size with exponents 2 and 4, spread 0.2, sparsity 0.5: factors
 0.8 and 1.2 have the mean 1, so the sparsities are 0.4 and 0.6.
 
-Needs no data: one singular value decomposition per matrix. It knows nothing of what a block does:
-on a model whose first block is critical and has a light tail, it harms (docs/weights.md), so check
-it on held-back text.
+Needs no data: one singular value decomposition per matrix. It ignores the function of a block: on a
+model whose first block is critical and has a light tail, it harms (docs/weights.md), so check it on
+held-back text.
 
 Legend: O = output features, I = input features, E = eigenvalues, L = blocks.
 """
@@ -34,7 +34,7 @@ from secateur.pruning.weights.parts import Allocation
 from secateur.pruning.weights.pattern import Pattern, Unstructured
 
 _LEAST_EIGENVALUE = 1e-5  # smaller ones are rounding
-_HIGHEST = 0.99  # a block keeps something
+_HIGHEST = 0.99  # no block is removed entirely
 
 
 def tail_exponent(weight_OI: Float[Tensor, "O I"]) -> float | None:
@@ -44,7 +44,7 @@ def tail_exponent(weight_OI: Float[Tensor, "O I"]) -> float | None:
         weight_OI: Weights.
 
     Returns:
-        None where fewer than two eigenvalues are above 1e-5: there is no tail.
+        None if fewer than two eigenvalues are above 1e-5, so that there is no tail.
     """
     lambda_E = torch.linalg.svdvals(weight_OI.float()).double().square().flip(0)
     lambda_E = lambda_E[lambda_E > _LEAST_EIGENVALUE]
@@ -74,14 +74,14 @@ def spread_sparsity(
 ) -> list[float]:
     """Sparsity of every block, in [0, 0.99], with the weighted mean `sparsity`.
 
-    What a block at the limit of 0.99 cannot lose, the others lose in its place: in proportion to
-    their factors, or all alike where these are 0.
+    If a block reaches the limit of 0.99, the others are pruned more instead: in proportion to their
+    factors, or equally if these are 0.
 
     Args:
         alphas_L: Mean exponent of every block.
         sizes_L: Entries of every block, for the mean.
-        sparsity: Of the whole, in [0, 0.99].
-        spread: How far the factors reach to both sides of 1, in [0, 1].
+        sparsity: Sparsity of all blocks together, in [0, 0.99].
+        spread: Largest distance of the factors from 1, in [0, 1].
 
     Raises:
         ValueError: `sparsity` is outside its range.
@@ -109,10 +109,10 @@ def spread_sparsity(
 
 @dataclass(frozen=True)
 class AlphaPruning(Allocation):
-    """Blocks whose weights have heavier-tailed spectra lose less.
+    """Prune blocks less if their weights have heavier-tailed spectra.
 
     Args:
-        spread: How far the factors of the sparsity reach to both sides of 1, in [0, 1]. Published
+        spread: Largest distance of the factors of the sparsity from 1, in [0, 1]. Published
             at a sparsity of 0.7: 0.3 for magnitude, 0.2 for Wanda and SparseGPT (LLaMA 7B).
 
     Raises:
@@ -130,8 +130,8 @@ class AlphaPruning(Allocation):
             if pattern.sparsity <= _HIGHEST:
                 return None
             return (
-                f"`allocation` AlphaPruning leaves 0.01 of every block, and `sparsity` is "
-                f"{pattern.sparsity}; ask for {_HIGHEST} or less, or use Uniform."
+                f"`allocation` AlphaPruning keeps at least 0.01 of every block, and `sparsity` is "
+                f"{pattern.sparsity}; set {_HIGHEST} or less, or use Uniform."
             )
         return (
             "`allocation` AlphaPruning gives every block its own sparsity, and `pattern` "
@@ -156,6 +156,6 @@ class AlphaPruning(Allocation):
             alphas.append(sum(exponents) / len(exponents) if exponents else None)
             sizes.append(sum(weight_OI.numel() for weight_OI in weights.values()))
         lowest = min(alpha for alpha in alphas if alpha is not None)
-        # A block of which nothing is pruned has no say in what the others lose.
+        # A block that is not pruned does not affect the sparsity of the others.
         filled = [lowest if alpha is None else alpha for alpha in alphas]
         return spread_sparsity(filled, sizes, sparsity, self.spread)

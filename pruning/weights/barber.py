@@ -5,14 +5,15 @@ error between the outputs of the sparse and of the dense block on the same input
 
     score = |W_dense| sqrt(mean over batches of grad^2)
 
-and where a removed entry scores higher than a kept one of its group, the two change places: those
-pairs with the largest difference, up to a share of the entries of a matrix.
+and if a removed entry scores higher than a kept one of its group, the two are exchanged: the pairs
+with the largest difference first, up to a fraction of the entries of a matrix.
 
-Worked by hand: scores (5, 1, 2, 4) of one group, kept are 1 and 2: the largest removed, 5, changes
-places with the smallest kept, 1, then 4 with 2. With room for one pair only the first does.
+Worked by hand: scores (5, 1, 2, 4) of one group, kept are 1 and 2: the largest removed, 5, is
+exchanged with the smallest kept, 1, then 4 with 2. With a limit of one pair, only the first
+exchange is made.
 
-Differs from the paper: a number of pairs is given, not a threshold of the scores, which at small
-widths lets nothing through.
+Differs from the paper: the number of pairs is set, not a threshold of the scores, which at small
+widths no pair exceeds.
 
 Costs a dense forward, a sparse forward and a backward pass of the calibration windows.
 
@@ -37,10 +38,10 @@ from secateur.pruning.weights.pattern import Group, Pattern
 def exchange(
     keep_GE: Bool[Tensor, "G E"], score_GE: Float[Tensor, "G E"], num_pairs: int
 ) -> Bool[Tensor, "G E"]:
-    """Exchange removed and kept entries within their groups where the removed one scores higher.
+    """Exchange removed and kept entries within their groups if the removed one scores higher.
 
     Args:
-        keep_GE: True for what stays.
+        keep_GE: True for kept entries.
         score_GE: Higher is better, finite.
         num_pairs: Pairs to exchange at most, those with the largest difference.
     """
@@ -50,7 +51,7 @@ def exchange(
     infinity = float("inf")
     up_GP, grown_GP = score_GE.masked_fill(keep_GE, -infinity).topk(most, dim=1)
     down_GP, removed_GP = score_GE.masked_fill(~keep_GE, infinity).topk(most, 1, largest=False)
-    gain_GP = up_GP - down_GP  # falls along the pairs of a group
+    gain_GP = up_GP - down_GP  # decreases along the pairs of a group
     gain_P, place_P = gain_GP.flatten().topk(min(num_pairs, gain_GP.numel()))
     place_P = place_P[gain_P > 0]
     group_P = place_P // most
@@ -62,7 +63,7 @@ def exchange(
 
 @dataclass(frozen=True)
 class Barber(Refinement):
-    """Rebuilds the masks of a block by the gradients of its output's error.
+    """Rebuild the masks of a block by the gradients of its output's error.
 
     Args:
         share: Pairs to exchange at most, as a fraction of the entries of a matrix, in (0, 0.5].

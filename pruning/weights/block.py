@@ -1,4 +1,4 @@
-"""Prune one block: statistics, masks, refinement, compensation; and how much of each block goes.
+"""Prune one block (statistics, masks, refinement, compensation); allocate sparsity to blocks.
 
 Legend: N = windows, T = tokens of a window.
 """
@@ -31,15 +31,15 @@ def prune_block(
 
     Args:
         block: The block, with its weights.
-        linears: Its layers that are pruned.
-        recipe: How.
+        linears: Its layers to prune.
+        recipe: The recipe.
         sparsity: Fraction to remove, in [0, 1).
-        calls: What the block is called with, batch by batch, from the start each time.
+        calls: Returns the arguments of the block, batch by batch, from the start each time.
 
     Raises:
         ValueError: Weights or activations are not finite.
     """
-    if not linears:  # a block without an MLP, say, where MLPs are pruned
+    if not linears:  # for example a block without an MLP if only MLPs are pruned
         return PrunedBlock({}, [])
     notes: list[str] = []
     read = {linear.path for linear in linears}
@@ -87,7 +87,7 @@ def states_for(
     windows_NT: Int[Tensor, "N T"] | None,
     batch_size: int,
 ) -> CalibrationStates | NoStates:
-    """Calibration windows at the first block, if the recipe looks at any."""
+    """Calibration windows at the first block, if the recipe reads any."""
     if recipe.data_free:
         return NoStates()
     assert windows_NT is not None

@@ -20,14 +20,14 @@ def collect(
     kinds: Collection[type[Statistic]],
     calls: Iterable[BlockCall],
 ) -> dict[str, Inputs]:
-    """Path to what is known of the input of that layer; layers that read one tensor share it.
+    """Statistics of the inputs of layers, by path; layers that read one tensor share them.
 
     Args:
         block: The block.
         number: Its number, for messages.
         paths: Layers, relative to the block.
-        kinds: What to collect.
-        calls: What the block is called with, batch by batch.
+        kinds: Statistics to collect.
+        calls: Arguments of the block, batch by batch.
 
     Raises:
         ValueError: A layer was not called, or read numbers that are not finite.
@@ -68,6 +68,6 @@ def collect(
         if not found[path].is_finite():
             raise ValueError(
                 f"{number}.{path} reads numbers that are not finite; load the model in float32 or "
-                "bfloat16, or look at the weights before it."
+                "bfloat16, or check the weights before it."
             )
     return found

@@ -2,21 +2,21 @@
 
 In a gated MLP h = act(gate(x)) * up(x), down(h), with n_i the norm of h_i:
 
-    gate, up   |W_ij| n_i^alpha, compared within a column: over the output rows i that one input
-               feature j feeds (eq. 6). The norm of input j would be the same for all that compete.
+    gate, up   |W_ij| n_i^alpha, compared within a column: over the output rows i of one input
+               feature j (eq. 6). The norm of input j would be equal for all entries compared.
     down       |W_ij| n_j, compared within a row: Wanda.
 
-Norms are taken before any matrix of the block is pruned. Attention is not part of the method: it
-stays dense with `matrices=MlpOnly()`, as in the paper, and is scored by Wanda with `AllLinears()`.
+Norms are taken before any matrix of the block is pruned. Attention is not part of the method: it is
+not pruned with `matrices=MlpOnly()`, as in the paper, and is scored by Wanda with `AllLinears()`.
 
     >>> weight_OI = torch.tensor([[3.0, 1.0], [2.0, 2.0]])
     >>> dass_score(weight_OI, torch.tensor([1.0, 4.0]), alpha=0.5)
     tensor([[3., 1.],
             [4., 4.]])
 
-so that half of every column leaves row 1 in both, where magnitude would keep 3 in the first.
+so that pruning half of every column keeps row 1 in both, while magnitude would keep 3 in the first.
 
-2:4 kernels need groups along the inputs: of a DaSS model only `down` has them.
+2:4 kernels need groups along the inputs: in a DaSS model only `down` has them.
 
 Expected: MLP only at 50 %, calibrated as in docs/weights.md, the 7 M LLaMA there has perplexity
 113.94 on C4 (dense 109.27); two forward passes of the calibration windows.
@@ -47,19 +47,19 @@ def dass_score(
     Args:
         weight_OI: Weights of gate or up.
         middle_O: Norm of every entry of the gated product, up to a common factor.
-        alpha: Weight of the norms, 0 or more; 0 is magnitude.
+        alpha: Exponent of the norms, 0 or more; 0 is magnitude.
     """
     return weight_OI.abs() * middle_O.pow(alpha)[:, None]
 
 
 @dataclass(frozen=True)
 class DaSS(Score):
-    """Rows of gate and up stay in proportion to what they contribute to the gated product.
+    """Score weights of gate and up by the norm of their entry of the gated product.
 
     All other matrices are scored by Wanda. Needs a gated MLP.
 
     Args:
-        alpha: Weight of the norms of the gated product, finite and above 0; the paper has 0.5.
+        alpha: Exponent of the norms of the gated product, finite and above 0; 0.5 in the paper.
 
     Raises:
         ValueError: `alpha` is not above 0, or not finite.
@@ -92,7 +92,7 @@ class DaSS(Score):
         if linear.middle is None and isinstance(group, PerColumn):
             return (
                 "`score` DaSS scores it by Wanda, which cannot compare within columns: the norm of "
-                "the input decides nothing there. Leave `group` out."
+                "the input is equal for all of them. Leave `group` out."
             )
         return None
 

@@ -6,22 +6,22 @@ s_j the mean over windows of the sum of input j. Up to `cycles` times, one weigh
 
     grow     the removed j with the largest sign(e_i) W_ij s_j / var_j            (eq. 4)
     remove   the kept k with W_ik s_k of the other sign than e_i that has the smallest Wanda score
-             |W_ik| a_k, within the N:M group of j where there are such           (eq. 5)
+             |W_ik| a_k, within the N:M group of j if there are any              (eq. 5)
 
-A row stops as soon as a pair would not make |e_i| smaller; a weight is grown only where its group
-has one to remove.
+A row stops as soon as a pair would not make |e_i| smaller; a weight is grown only if its group has
+a weight to remove.
 
 Worked by hand: W = (1, 2, -1, 3), s = a = 1, removed are 0 and 1: e = 3. Growing 1 leaves e = 1;
-of the kept ones only 2 has the other sign; removing it leaves e = 0: the new mask keeps 1 and 3.
+of the kept weights only 2 has the other sign; removing it leaves e = 0: the new mask keeps 1 and 3.
 
-Differs from the paper: rows stop as above, where the released code goes on without asking whether
-|e_i| falls.
+Differs from the paper: rows stop as above; the released code continues even if |e_i| does not
+decrease.
 
-It looks at the mean of the output alone, and gives up weights with larger scores to bring it back:
-the error that differs from token to token grows. On the 7 M LLaMA of docs/weights.md it harms, so
+It corrects only the mean of the output, and removes weights with larger scores for it: the error
+that varies between tokens grows. On the 7 M LLaMA of docs/weights.md it harms, so
 check it on held-back text.
 
-Legend: O = output features, R = rows that are not done, I = input features.
+Legend: O = output features, R = unfinished rows, I = input features.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def regrow(
     threshold: float,
     group_size: int,
 ) -> Bool[Tensor, "O I"]:
-    """A mask whose removed weights shift the outputs less; every group keeps its number of entries.
+    """Exchange entries of a mask to reduce the shift of the outputs; group sizes are unchanged.
 
     Args:
-        mask_OI: True for what stays.
-        shift_OI: What every weight adds to the mean output of its row, W_ij s_j.
+        mask_OI: True for kept weights.
+        shift_OI: Contribution of every weight to the mean output of its row, W_ij s_j.
         variance_I: Variance of every input feature.
         score_OI: Wanda scores.
         cycles: Pairs to exchange in a row at most.
-        threshold: A row with a smaller |e| is done.
+        threshold: A row with a smaller |e| is finished.
         group_size: Consecutive inputs within which a pair is exchanged; divides I.
     """
     mask_OI = mask_OI.clone()
@@ -88,12 +88,11 @@ def regrow(
 
 @dataclass(frozen=True)
 class DSnoT(Refinement):
-    """Exchanges removed and kept weights until the mean output of every row is as before.
+    """Exchange removed and kept weights to restore the mean output of every row.
 
     Args:
         cycles: Pairs to exchange in a row at most, 1 or more.
-        threshold: A row is done at a shift of at most this, summed over the tokens of a window; 0
-            or more.
+        threshold: Largest shift of a finished row, summed over the tokens of a window; 0 or more.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -112,8 +111,9 @@ class DSnoT(Refinement):
     def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         if isinstance(group, PerColumn):
             return (
-                "`refinement` DSnoT exchanges weights of one row, and here the weights of a column "
-                "compete, which would lose their number; use Barber, or a score that compares rows."
+                "`refinement` DSnoT exchanges weights of one row, and here columns have a fixed "
+                "number of kept weights, which this would change; use Barber, or a score that "
+                "compares within rows."
             )
         return None
 

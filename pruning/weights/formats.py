@@ -1,9 +1,9 @@
 """Sparse models on disk and on the GPU.
 
-On disk they are stock models of their family: safetensors with zeros, as large as before, beside
-the packed masks, one bit per weight. The compressed formats `sparse-bitmask` and
-`sparse-24-bitmask` of the package compressed-tensors are not written: transformers 5.23 demands
-version 0.15 or newer of it, which no longer decompresses them (0.20: the matrices are random).
+On disk they are stock models of their family: safetensors with zeros, of unchanged size, and packed
+masks, one bit per weight. The compressed formats `sparse-bitmask` and
+`sparse-24-bitmask` of the package compressed-tensors are not written: transformers 5.23 requires
+version 0.15 or newer, which no longer decompresses them (in 0.20 the matrices are random).
 
 On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch.
 """
@@ -31,11 +31,11 @@ from secateur.pruning.weights.masks import FILE, WeightMasks
 from secateur.pruning.weights.sparsity import fits_2of4
 from secateur.pruning.weights.store import BlockStore
 
-MASKS = "masks"  # beside the weights, where nothing takes them for weights
+MASKS = "masks"  # a subfolder, so that nothing loads masks as weights
 
 
 def is_masked_model(folder: Path) -> bool:
-    """Whether a folder is a model with its masks, as `write_pruned_checkpoint` leaves it."""
+    """Test whether a folder is a model with its masks, written by `write_pruned_checkpoint`."""
     return (folder / "config.json").is_file() and (folder / MASKS / FILE).is_file()
 
 
@@ -47,21 +47,21 @@ def write_pruned_checkpoint(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the model that the finished blocks of a run make of a checkpoint.
+    """Write a checkpoint in which the finished blocks of a run replace the original ones.
 
     Files, shards and types are those of the checkpoint; its tensors are streamed, one file at a
-    time. The folder appears when everything is written; on any failure nothing of it remains.
+    time. The folder appears when everything is written; on any failure it is removed.
 
     Args:
         base_folder: Model folder that was pruned.
         store: The finished blocks, all of them.
-        masks: What stays; written to the folder `masks`.
-        folder: Where the sparse model goes.
-        progress: Called with the files written and the files in all.
+        masks: The masks; written to the subfolder `masks`.
+        folder: Folder of the sparse model.
+        progress: Called with the numbers of files written and of all files.
 
     Raises:
         ValueError: The blocks or masks are of another model, a block is not finished, or something
-            else lies at `folder`.
+            else exists at `folder`.
     """
     base = BaseModel(Path(base_folder))
     prefix, files = f"{base.family.blocks}.", base.weight_files
@@ -85,9 +85,9 @@ def write_pruned_checkpoint(
 def _refuse_other_base(base: BaseModel, store: BlockStore, masks: WeightMasks) -> None:
     if store.settings.get("model") != base.fingerprint:
         raise ValueError(
-            f"`store` {store.folder} holds no blocks of {base.folder}: those of another model were "
-            "pruned, or of this one in memory, or it has changed since. Give the folder that "
-            "StreamedBlocks read; a model in memory is written by its `save_pretrained`."
+            f"`store` {store.folder} holds no blocks of {base.folder}: another model was pruned, "
+            "or this one in memory, or it has changed since. Give the folder that StreamedBlocks "
+            "read; write a model in memory by its `save_pretrained`."
         )
     if missing := [name for name in masks if name not in base.tensors]:
         raise ValueError(
@@ -101,11 +101,11 @@ def to_semi_structured(model: nn.Module, masks: WeightMasks) -> list[str]:
     """Pack every matrix of a live model that a 2:4 kernel can use, for inference on CUDA.
 
     Args:
-        model: On CUDA, float16 or bfloat16.
-        masks: What stays.
+        model: A model on CUDA, float16 or bfloat16.
+        masks: Its masks.
 
     Returns:
-        The parameters that were packed.
+        The names of the packed parameters.
 
     Raises:
         ValueError: The model is not on CUDA or has another type, or no matrix qualifies.

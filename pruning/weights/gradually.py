@@ -1,9 +1,8 @@
-"""A sparsity that rises while a model trains: "To prune, or not to prune", arXiv 1710.01878, eq. 1.
+"""Gradually rising sparsity during training: "To prune, or not to prune", arXiv 1710.01878, eq. 1.
 
-Differs from the paper: a weight that was removed is zero when masks are made anew, scores lowest,
-and does not come back. Which parts help and how the sparsity is spread over the blocks is decided
-once, before the first rise and at the sparsity of the end, so that no block ever loses less than
-before.
+Differs from the paper: a removed weight is zero when masks are computed again, scores lowest, and
+stays removed. Which parts help and how the sparsity is spread over the blocks is decided once,
+before the first rise and at the final sparsity, so that the sparsity of a block never decreases.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from secateur.pruning.schedules import Cubic, Schedule
 
 @dataclass(frozen=True)
 class Gradually:
-    """The sparsity rises from 0 to that of the pattern; masks are made anew at every rise.
+    """Raise the sparsity from 0 to that of the pattern; masks are computed again at every rise.
 
     Args:
-        every_n_steps: Optimiser steps from one rise to the next, 1 or more; the first comes so
-            many steps after the start.
+        every_n_steps: Optimiser steps from one rise to the next, and before the first one, 1 or
+            more.
         over: Fraction of the steps after which the sparsity is reached, in (0, 1).
-        curve: How it gets there; `Cubic` if not given, as in the paper.
+        curve: Shape of the curve; `Cubic` if not given, as in the paper.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -42,18 +41,18 @@ class Gradually:
             raise ValueError(f"`over` must be in (0, 1), got {self.over}.")
 
     def last_step(self, steps: int) -> int:
-        """The step before which the sparsity of the pattern is reached, of so many."""
+        """The step, of `steps`, before which the sparsity of the pattern is reached."""
         return math.ceil(self.over * steps / self.every_n_steps) * self.every_n_steps
 
     def due(self, step: int, steps: int) -> int:
-        """The step of the latest rise when a step begins; 0, when nothing is removed, included."""
+        """The step of the latest rise when a step begins; 0 before the first rise."""
         return min(step - step % self.every_n_steps, self.last_step(steps))
 
     def sparsity(self, rise: int, steps: int, final: float) -> float:
-        """Fraction removed from the rise at a step on, in [0, final]."""
+        """Fraction removed after the rise at a step, in [0, final]."""
         return final * (self.curve or Cubic())(rise / self.last_step(steps))
 
     def settings(self) -> str:
-        """What tells two of them apart."""
+        """The settings as text, to compare two schedules."""
         curve = type(self.curve or Cubic()).__name__
         return f"Gradually({self.every_n_steps}, {self.over}, {curve})"

@@ -1,9 +1,9 @@
-"""What is decided before the first block: which parts help, and how much of each block goes.
+"""Decisions before the first block: which parts of a recipe help, and the sparsity of each block.
 
 Published allocations and refinements do not help every model. A trial prunes a copy of the model
 with some of the calibration windows, block by block, and measures the perplexity of windows that
 no statistic has seen. Parts are added one by one to score and pattern, compensation first, and a
-part that raises it is left out.
+part that raises the perplexity is left out.
 
 Legend: N, M = windows, T = tokens of a window.
 """
@@ -25,13 +25,13 @@ from secateur.pruning.weights.block import allocate, prune_block, states_for
 from secateur.pruning.weights.parts import Uniform
 from secateur.pruning.weights.recipe import WeightRecipe
 
-TRIAL_SHARE = 4  # one in so many of the calibration windows is used in a trial
+TRIAL_SHARE = 4  # a trial uses one in this many calibration windows
 _OFF: dict[str, Any] = {"compensation": None, "allocation": Uniform(), "refinement": None}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided of a run before its first block.
+    """Decisions on a run before its first block.
 
     Args:
         dropped: Parts that are left out: `compensation`, `allocation`, `refinement`.
@@ -44,15 +44,15 @@ class Decision:
     notes: list[str]
 
     def applied(self, recipe: WeightRecipe) -> WeightRecipe:
-        """What remains of the recipe that was asked for."""
+        """The recipe without the dropped parts."""
         return replace(recipe, **{name: _OFF[name] for name in self.dropped})
 
     def scaled(self, share: float) -> Decision:
-        """The same on the way there: all blocks at a share of their sparsity, in [0, 1]."""
+        """The same decision with the sparsity of all blocks multiplied by a factor in [0, 1]."""
         return replace(self, sparsities=[share * sparsity for sparsity in self.sparsities])
 
     def settings(self) -> dict[str, Any]:
-        """JSON values that are equal on machines that add in another order."""
+        """JSON values, rounded to be equal on machines with another order of summation."""
         return asdict(self) | {"sparsities": [round(each, 6) for each in self.sparsities]}
 
 
@@ -63,17 +63,17 @@ def decide(
     held_back_NT: Int[Tensor, "M T"] | None = None,
     batch_size: int = 8,
 ) -> Decision:
-    """Try the optional parts of a recipe, and allocate. The model is left as it is.
+    """Try the optional parts of a recipe, and allocate sparsity. The model is not changed.
 
     With windows held back, costs one trial for the score alone, on a quarter of the calibration
-    windows, and one for every optional part beside it; nothing where there is none.
+    windows, and one for every optional part; without optional parts, no trial is made.
 
     Args:
         source: The model.
-        recipe: What is asked for.
-        windows_NT: Calibration windows, if the recipe looks at any.
+        recipe: The full recipe.
+        windows_NT: Calibration windows, if the recipe reads any.
         held_back_NT: Windows to measure on; None applies all parts.
-        batch_size: Windows that a block sees at once, 1 or more.
+        batch_size: Windows per forward pass of a block, 1 or more.
 
     Raises:
         ValueError: As for `prune_weights`.
@@ -93,7 +93,7 @@ def _without_what_harms(
     held_back_NT: Int[Tensor, "M T"],
     batch_size: int,
 ) -> Decision:
-    """Which parts do not lower the perplexity of the windows held back; no sparsities yet."""
+    """Decide which parts do not lower the held-back perplexity; no sparsities yet."""
     decision = Decision([], [], [])
     optional = [name for name, off in _OFF.items() if getattr(recipe, name) != off]
     if not optional:

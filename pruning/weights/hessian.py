@@ -1,7 +1,7 @@
-"""Hessians of the error of a layer's output: damping, factors, and repair where Cholesky fails.
+"""Hessians of the error of a layer's output: damping, factors, and repair if Cholesky fails.
 
 The Hessian is H = 2 sum(x x^T) / windows, the same for every row of a layer and for every layer
-that reads the same tensor. It is used damped: a share of its mean diagonal is added to it.
+that reads the same tensor. It is damped: a fraction of its mean diagonal is added to the diagonal.
 
 Legend: S = Hessians of equal width, I = input features.
 """
@@ -22,10 +22,10 @@ from secateur.pruning.weights.parts import Matrix
 
 @dataclass(frozen=True)
 class Damped:
-    """A part that looks at Hessians, damped by a share of their mean diagonal.
+    """Base class of parts that use Hessians, damped by a fraction of their mean diagonal.
 
     Args:
-        damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
+        damping: Fraction of the mean diagonal that is added to the diagonal, finite and above 0.
 
     Raises:
         ValueError: `damping` is not above 0, or not finite.
@@ -42,7 +42,7 @@ class Damped:
 
 
 def damped(hessian_SII: Float[Tensor, "*S I I"], damping: float) -> Float[Tensor, "*S I I"]:
-    """Hessians with a share of the mean diagonal added; inputs that are never read count as 1."""
+    """Hessians with a fraction of the mean diagonal added, and diagonal 1 for unused inputs."""
     diagonal_SI = hessian_SII.diagonal(dim1=-2, dim2=-1)
     diagonal_SI = torch.where(diagonal_SI == 0, 1.0, diagonal_SI)
     diagonal_SI = diagonal_SI + damping * diagonal_SI.mean(-1, keepdim=True)
@@ -52,13 +52,13 @@ def damped(hessian_SII: Float[Tensor, "*S I I"], damping: float) -> Float[Tensor
 def inverse_factors(
     hessian_SII: Float[Tensor, "S I I"], damping: float
 ) -> tuple[Float[Tensor, "S I I"], list[float]]:
-    """Upper Cholesky factors of the inverses of damped Hessians, and the damping that each took.
+    """Upper Cholesky factors of the inverses of damped Hessians, and the damping used for each.
 
-    All are factorised in one batch; those that fail are taken again with ten times the damping.
+    All are factorised in one batch; those that fail are repeated with ten times the damping.
 
     Args:
         hessian_SII: Symmetric, finite.
-        damping: Share of the mean diagonal to begin with, above 0.
+        damping: Initial fraction of the mean diagonal, above 0.
     """
     factor_SII, used = torch.empty_like(hessian_SII), [damping] * len(hessian_SII)
     rest = list(range(len(hessian_SII)))
@@ -76,9 +76,10 @@ def inverse_factors(
 
 
 def factor_of(matrix: Matrix, damping: float) -> Float[Tensor, "I I"]:
-    """The factor of a matrix's Hessian, computed once for all that read the same; repairs noted.
+    """The factor of a matrix's Hessian, computed once for matrices with the same input; notes
+    repairs.
 
-    With it come those of the other Hessians of the block that are as wide, in one batch.
+    The other Hessians of the block with the same width are factorised in the same batch.
     """
     memo = matrix.inputs[Gram].memo
     if damping not in memo:
@@ -93,6 +94,6 @@ def factor_of(matrix: Matrix, damping: float) -> Float[Tensor, "I I"]:
 
 
 def note_repair(matrix: Matrix, damping: float, used: float) -> None:
-    """Tell the report if a factorisation took more damping than it was asked for."""
+    """Note for the report that a factorisation needed more damping than set."""
     if used > damping:
         matrix.note(f"Cholesky failed at damping {damping:g}; repaired with {used:g}.")

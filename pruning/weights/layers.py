@@ -1,4 +1,4 @@
-"""Which matrices of a block are pruned. Embeddings, norms and the output head never are."""
+"""Selections of matrices to prune. Embeddings, norms and the output head are never pruned."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from secateur.pruning.blocks.linears import PrunableLinear
 
 
 class LayerSelection(ABC):
-    """Which linear layers of the blocks are pruned."""
+    """A selection of linear layers of the blocks to prune."""
 
     @abstractmethod
     def takes(self, linear: PrunableLinear) -> bool:
-        """Whether a layer is pruned."""
+        """Test whether a layer is pruned."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class AllLinears(LayerSelection):
 
 @dataclass(frozen=True)
 class MlpOnly(LayerSelection):
-    """The layers of the MLPs; attention stays dense, as in DaSS."""
+    """The layers of the MLPs; attention is not pruned, as in DaSS."""
 
     def takes(self, linear: PrunableLinear) -> bool:
         return linear.in_mlp
@@ -34,7 +34,7 @@ class MlpOnly(LayerSelection):
 
 @dataclass(frozen=True)
 class AttentionOnly(LayerSelection):
-    """The layers of attention; MLPs stay dense."""
+    """The layers of attention; MLPs are not pruned."""
 
     def takes(self, linear: PrunableLinear) -> bool:
         return not linear.in_mlp

@@ -1,22 +1,22 @@
 """APT's compensation: "Pruning Foundation Models for High Accuracy without Retraining", 2410.15567.
 
 For a row w that keeps the set K and loses P, with H the damped Hessian of its inputs, the weights
-that reproduce the outputs of the whole row best are (theorem 3.1)
+that best reproduce the outputs of the dense row are (theorem 3.1)
 
     dw = -w_P [(H^-1)_PP]^-1 (H^-1)_P:        equivalently      w'_K = (H_KK)^-1 (H w)_K,
 
-the least-squares refit. The second form is solved here: it needs no inverse, and the set that
-stays is the smaller one at the sparsities that cost most.
+the least-squares refit. The second form is solved here: it needs no inverse, and at high sparsity
+the kept set is the smaller one.
 
-Worked by hand: w = (1, 2), H = [[2, 1], [1, 2]], the first entry goes: w'_1 = (1 x 1 + 2 x 2) / 2 =
-2.5. By the first form: dw_1 = -1 x (2/3)^-1 x (-1/3) = 0.5, the same.
+Worked by hand: w = (1, 2), H = [[2, 1], [1, 2]], the first entry is removed: w'_1 = (1 x 1 + 2 x 2)
+/ 2 = 2.5. By the first form: dw_1 = -1 x (2/3)^-1 x (-1/3) = 0.5, the same.
 
-Differs from the paper: it leaves the choice of the mask to the score.
+Differs from the paper: the score chooses the mask.
 
 Expected: never worse than the mask alone on the calibration text, layer by layer, and never worse
 than a sweep with the same mask. Costs one Cholesky factorisation of K x K per output row.
 
-Legend: O = output features, R = rows of a chunk, I = input features, K = inputs that stay.
+Legend: O = output features, R = rows of a chunk, I = input features, K = kept inputs.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from secateur.pruning.blocks.statistics import next_damping
 from secateur.pruning.weights.hessian import Damped, damped, note_repair
 from secateur.pruning.weights.parts import Compensation, Matrix
 
-_CHUNK_ENTRIES = 2**24  # of the batched K x K matrices: 64 MiB
+_CHUNK_ENTRIES = 2**24  # entries of the batched K x K matrices: 64 MiB
 
 
 def refit(
     weight_OI: Float[Tensor, "O I"], mask_OI: Bool[Tensor, "O I"], hessian_II: Float[Tensor, "I I"]
 ) -> Float[Tensor, "O I"]:
-    """The weights on a mask whose outputs are closest to those of all weights.
+    """The weights under a mask whose outputs are closest to those of the dense weights.
 
     Args:
         weight_OI: Weights.
-        mask_OI: True for what stays; rows may keep different numbers.
+        mask_OI: True for kept weights; rows may keep different numbers.
         hessian_II: Positive definite.
 
     Raises:
@@ -52,8 +52,8 @@ def refit(
     result_OI = torch.zeros_like(weight_OI)
     if most == 0:
         return result_OI
-    # Kept places first, in order; rows that keep fewer than `most` are filled up with others, whose
-    # equations are replaced by x = 0.
+    # Kept positions first, in order; rows that keep fewer than `most` are padded with other
+    # positions, whose equations are replaced by x = 0.
     place_OK = mask_OI.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     real_OK = mask_OI.gather(1, place_OK)
     rows = max(1, _CHUNK_ENTRIES // most**2)
@@ -70,10 +70,10 @@ def refit(
 
 @dataclass(frozen=True)
 class LeastSquares(Damped, Compensation):
-    """What stays of a row is refitted to the outputs of the whole row, exactly.
+    """Refit the kept weights of a row to the outputs of the dense row, exactly.
 
     Args:
-        damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
+        damping: Fraction of the mean diagonal that is added to the diagonal, finite and above 0.
 
     Raises:
         ValueError: `damping` is not above 0, or not finite.

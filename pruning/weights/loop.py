@@ -1,9 +1,9 @@
-"""The one loop of weight pruning: block by block, statistics, masks, compensation, and on.
+"""The loop of weight pruning over blocks: statistics, masks, compensation, next block.
 
-Calibration windows enter block 0 as the embeddings leave them. In every block they run once while
-statistics are collected, with the block as it is (its inputs come from blocks that are pruned
-already); the parts of the recipe choose masks and weights; then they run again, through the pruned
-block, and are the input of the next.
+Calibration windows start as outputs of the embeddings. They run through every block once to collect
+statistics, with the block not pruned yet (its inputs come from pruned blocks); the parts of the
+recipe choose masks and weights; then they run through the pruned block, to give the inputs of the
+next.
 
 Memory: one block; the calibration states, windows x T x D numbers; the statistics of one block (a
 Hessian is I x I, float32, one per tensor that is read); and working copies of one matrix. With
@@ -39,18 +39,18 @@ from secateur.pruning.weights.recipe import WeightRecipe
 from secateur.pruning.weights.store import BlockStore
 
 Progress = Callable[[int, int], None]
-"""Called with the blocks that are done and the blocks in all."""
+"""A function called with the numbers of finished blocks and of all blocks."""
 
 
 @dataclass(frozen=True)
 class WeightPruning:
-    """What a run did.
+    """The result of a run.
 
     Args:
-        masks: What stays.
-        recipe: What was applied, without the parts that were dropped.
-        sparsities: Sparsity that every block was given.
-        notes: Sentences about what went otherwise than asked: parts dropped, repairs.
+        masks: The masks.
+        recipe: The recipe that was applied, without dropped parts.
+        sparsities: Sparsity of every block.
+        notes: Sentences about deviations from the recipe: dropped parts, repairs.
     """
 
     masks: WeightMasks
@@ -74,20 +74,20 @@ def prune_weights(
 
     Args:
         source: Its blocks. Those of a live model are changed; streamed ones go to the store.
-        recipe: How.
-        windows_NT: Calibration windows, token ids; 128 or more are usual. None goes with recipes
-            that look at no data, such as `Magnitude` alone.
-        held_back_NT: Windows that no statistic sees. With them, allocation, refinement and
-            compensation are first tried on some of the calibration windows, and what raises the
-            perplexity of the windows held back is dropped and noted. None applies all parts.
+        recipe: The recipe.
+        windows_NT: Calibration windows, token ids; usually 128 or more. None is for recipes that
+            read no data, such as `Magnitude` alone.
+        held_back_NT: Windows that no statistic uses. With them, allocation, refinement and
+            compensation are first tried on some of the calibration windows, and parts that raise
+            the perplexity of the held-back windows are dropped and noted. None applies all parts.
         decision: Parts to leave out and sparsities of the blocks, from `decide`; None decides now.
-        batch_size: Windows that a block sees at once, 1 or more.
-        store: Keeps every finished block, so that a run that was killed goes on at the next one.
+        batch_size: Windows per forward pass of a block, 1 or more.
+        store: Keeps every finished block, so that a run that was killed resumes at the next one.
         progress: Called after every block.
 
     Raises:
-        ValueError: The parts do not go together or not with the model, the calibration windows do
-            not fit, weights or activations are not finite, there is no place for the result, or the
+        ValueError: The parts are incompatible with each other or the model, the calibration windows
+            do not fit, weights or activations are not finite, streamed blocks have no store, or the
             store holds the blocks of another run: of another model, recipe, text or batch size.
     """
     recipe.check(source.linears)
@@ -120,7 +120,7 @@ def run_settings(
     held_back_NT: Int[Tensor, "M T"] | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    """What decides the result of `prune_weights`, as JSON values; arguments are the same."""
+    """All that the result of `prune_weights` depends on, as JSON values; same arguments."""
     return recipe.settings() | {
         "model": source.fingerprint(),
         "windows": None if windows_NT is None else data_fingerprint(windows_NT),

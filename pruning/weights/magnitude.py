@@ -22,7 +22,7 @@ from secateur.pruning.weights.pattern import NM, Group, Pattern, PerMatrix, PerR
 
 @dataclass(frozen=True)
 class Magnitude(Score):
-    """The largest weights stay, compared within a matrix; within an N:M group along the inputs."""
+    """Keep the largest weights, compared within a matrix; within an N:M group along the inputs."""
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
 

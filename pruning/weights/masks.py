@@ -1,7 +1,7 @@
-"""The masks of a model: which weights stay. One bit per weight on disk.
+"""The masks of a model: which weights are kept. One bit per weight on disk.
 
-Masks outlive the pruning: training re-applies them after every step, checkpoints keep them, and an
-export is checked against them.
+Masks are needed after the pruning: training re-applies them after every step, checkpoints store
+them, and an export is checked against them.
 
 Legend: O = output features, I = input features, P = bytes of a packed mask.
 """
@@ -24,7 +24,7 @@ FILE = "masks.safetensors"
 
 
 def pack(mask_OI: Bool[Tensor, "O I"]) -> UInt8[Tensor, " P"]:
-    """Eight entries per byte, row by row, the first one in the highest bit."""
+    """Pack eight entries per byte, row by row, the first one in the highest bit."""
     return torch.from_numpy(np.packbits(mask_OI.cpu().numpy()))
 
 
@@ -35,10 +35,10 @@ def unpack(packed_P: UInt8[Tensor, " P"], shape: tuple[int, int]) -> Bool[Tensor
 
 
 class WeightMasks:
-    """What stays of the weights of a model, one bit per weight.
+    """The masks of the weights of a model, one bit per weight.
 
-    A mask is asked for by the name of its parameter: `masks["model.layers.0.mlp.up_proj.weight"]`
-    is a bool tensor (O, I), True for what stays, on the CPU.
+    Masks are indexed by the names of parameters: `masks["model.layers.0.mlp.up_proj.weight"]` is a
+    bool tensor (O, I), True for kept weights, on the CPU.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class WeightMasks:
         self._packed[name] = pack(mask_OI), (mask_OI.shape[0], mask_OI.shape[1])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._packed))  # however it came about: in one run or in two
+        return iter(sorted(self._packed))  # the same order, whether made in one run or in two
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -69,7 +69,7 @@ class WeightMasks:
 
     @torch.no_grad()
     def lost(self, model: nn.Module) -> dict[str, int]:
-        """Parameter name to the number of removed weights that are not zero, where there are any.
+        """Parameter name to the number of removed weights that are not zero, if there are any.
 
         Raises:
             ValueError: The model lacks a parameter, or it has another shape.
@@ -81,7 +81,7 @@ class WeightMasks:
         return {name: count for name, count in counts.items() if count}
 
     def save(self, folder: str | Path) -> None:
-        """Write `masks.safetensors` into a folder, which is made if needed."""
+        """Write `masks.safetensors` into a folder, which is created if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {name: shape for name, (_, shape) in self._packed.items()}

@@ -1,9 +1,9 @@
-"""The axes of weight pruning: what an allocation, a score, a refinement and a compensation are.
+"""The axes of weight pruning: base classes of allocation, score, refinement and compensation.
 
-Each part is one small class. They meet in `secateur.pruning.weights.recipe`, and the loop of
-pruning/weights/loop.py calls them, block by block, in this order: the allocation once, before all
-blocks; then per block the score (which makes masks), the refinement (which changes masks) and the
-compensation (which changes the weights that stay).
+Each part is one small class. `secateur.pruning.weights.recipe` combines them, and the loop of
+pruning/weights/loop.py calls them in this order: the allocation once, before all blocks; then per
+block the score (which makes masks), the refinement (which changes masks) and the compensation
+(which changes the kept weights).
 
 Legend: O = output features, I = input features.
 """
@@ -29,16 +29,16 @@ class Matrix:
     """One weight matrix while its block is pruned.
 
     Args:
-        linear: Which one it is.
-        weight_OI: Its weights as they were, float32.
-        inputs: What is known of what it reads.
-        middle: What is known of the gated product of which its output is a factor, if it is one.
-        pattern: How much of it goes.
-        group: Which of its entries compete.
-        note: Takes a sentence for the report.
-        mask_OI: True for what stays; set by the score, changed by the refinement.
-        alike: What is known of the inputs of the block's matrices that are as wide, its own among
-            it, each once; or nothing.
+        linear: Its layer.
+        weight_OI: Its original weights, float32.
+        inputs: Statistics of its inputs.
+        middle: Statistics of the gated product of which its output is a factor, if it is one.
+        pattern: How many of its entries are removed.
+        group: Which of its entries are compared.
+        note: Called with a sentence for the report.
+        mask_OI: True for kept weights; set by the score, changed by the refinement.
+        alike: Distinct input statistics of the block's matrices of the same width, its own
+            included; or nothing.
         swept: Damping, mask and weights of the sweep that chose the mask, if one did.
     """
 
@@ -56,12 +56,12 @@ class Matrix:
 
 @dataclass
 class BlockTask:
-    """A block while it is pruned; its own weights are dense until the end.
+    """A block while it is pruned; the weights of the module are dense until the end.
 
     Args:
         block: The module.
-        matrices: Its matrices that are pruned.
-        calls: What it is called with, one entry per batch of calibration windows.
+        matrices: Its matrices to prune.
+        calls: Its arguments, one entry per batch of calibration windows.
     """
 
     block: nn.Module
@@ -71,11 +71,11 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A block that is finished.
+    """The result of pruning one block.
 
     Args:
-        masks: Layer, relative to the block, to mask (O, I), True for what stays; on the CPU.
-        notes: Sentences about what went otherwise than asked.
+        masks: Layer, relative to the block, to mask (O, I), True for kept weights; on the CPU.
+        notes: Sentences about deviations from the recipe.
     """
 
     masks: dict[str, Tensor]
@@ -83,25 +83,25 @@ class PrunedBlock:
 
 
 class Allocation(ABC):
-    """How the sparsity of the whole is spread over the blocks."""
+    """How the sparsity is spread over the blocks."""
 
     @abstractmethod
     def refuse(self, pattern: Pattern) -> str | None:
-        """Why it does not go with a pattern, and the cure; None if it does."""
+        """Why it does not support a pattern, and the cure; None if it does."""
 
     @abstractmethod
     def sparsities(
         self, blocks: Callable[[], Iterator[Mapping[str, Tensor]]], sparsity: float
     ) -> list[float] | None:
-        """Sparsity of every block, in [0, 1); None where all have that of the pattern.
+        """Sparsity of every block, in [0, 1); None if all have that of the pattern.
 
         Args:
-            blocks: Goes through the blocks, in order: name, such as `3.mlp.up_proj`, to weight
+            blocks: Iterates over the blocks, in order: name, such as `3.mlp.up_proj`, to weight
                 (O, I) of the matrices that are pruned.
-            sparsity: Of all these matrices together.
+            sparsity: Sparsity of all these matrices together.
 
         Raises:
-            ValueError: A matrix cannot be judged; names it.
+            ValueError: A matrix cannot be evaluated; names it.
         """
 
 
@@ -119,7 +119,7 @@ class Uniform(Allocation):
 
 
 class Score(ABC):
-    """Which entries of a matrix stay.
+    """Which entries of a matrix are kept.
 
     Attributes:
         needs: Statistics to collect of the inputs.
@@ -129,19 +129,19 @@ class Score(ABC):
 
     @abstractmethod
     def group(self, linear: PrunableLinear, pattern: Pattern) -> Group:
-        """Which entries compete in this layer where the pattern does not say."""
+        """Which entries are compared in this layer if the pattern does not define it."""
 
     @abstractmethod
     def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
-        """Why a layer cannot be scored like that, and the cure; None if it can."""
+        """Why a layer cannot be scored in this way, and the cure; None if it can."""
 
     @abstractmethod
     def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:
-        """True for what stays, by the pattern of the matrix."""
+        """The mask by the pattern of the matrix: True for kept weights."""
 
 
 class Refinement(ABC):
-    """Changes masks without training; every group keeps its number of entries.
+    """Change masks without training; every group keeps its number of entries.
 
     Attributes:
         needs: Statistics to collect of the inputs.
@@ -155,11 +155,11 @@ class Refinement(ABC):
 
     @abstractmethod
     def refine(self, task: BlockTask) -> list[Bool[Tensor, "O I"]]:
-        """Better masks, one per matrix of the block."""
+        """Refined masks, one per matrix of the block."""
 
 
 class Compensation(ABC):
-    """Changes the weights that stay so that they make up for those that go.
+    """Change the kept weights to make up for the removed ones.
 
     Attributes:
         needs: Statistics to collect of the inputs.

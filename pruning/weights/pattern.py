@@ -1,8 +1,8 @@
-"""How many entries of a matrix go, and which of them compete: patterns of zeros and their groups.
+"""Patterns of zeros: how many entries of a matrix are removed, and which are compared.
 
 A pattern splits a matrix into groups of equal size and removes the same number of entries, those of
-the lowest score, from every group. Entries of equal score go in the order of their places, so that
-equal scores give equal masks on every machine.
+the lowest score, from every group. Entries of equal score are removed in the order of their
+positions, so that equal scores give equal masks on every machine.
 
 Legend: O = output features, I = input features, G = groups, E = entries of a group, R = entries
 removed of a group.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Group(ABC):
-    """Which entries of a matrix compete with each other."""
+    """Which entries of a matrix are compared with each other."""
 
     @abstractmethod
     def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
@@ -32,7 +32,7 @@ class Group(ABC):
 
 @dataclass(frozen=True)
 class PerRow(Group):
-    """The inputs of one output feature compete."""
+    """Compare the inputs of one output feature."""
 
     def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
         return x_OI
@@ -43,7 +43,7 @@ class PerRow(Group):
 
 @dataclass(frozen=True)
 class PerColumn(Group):
-    """The output features that one input feature feeds compete."""
+    """Compare the output features of one input feature."""
 
     def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
         return x_OI.T
@@ -54,7 +54,7 @@ class PerColumn(Group):
 
 @dataclass(frozen=True)
 class PerMatrix(Group):
-    """All entries of a matrix compete."""
+    """Compare all entries of a matrix."""
 
     def split(self, x_OI: Shaped[Tensor, "O I"]) -> Shaped[Tensor, "G E"]:
         return x_OI.reshape(1, -1)
@@ -67,7 +67,7 @@ class Pattern(ABC):
     """How many entries of every group are removed.
 
     Attributes:
-        group: Which entries compete; None leaves it to the score, as its paper has it.
+        group: Which entries are compared; None uses the group of the score, as in its paper.
         sparsity: Fraction removed, in [0, 1).
     """
 
@@ -76,7 +76,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def split(self, x_OI: Shaped[Tensor, "O I"], group: Group) -> Shaped[Tensor, "G E"]:
-        """The entries of a matrix, one row per set of competitors."""
+        """The entries of a matrix, one row per group that is compared."""
 
     @abstractmethod
     def join(
@@ -86,20 +86,20 @@ class Pattern(ABC):
 
     @abstractmethod
     def num_removed(self, entries: int) -> int:
-        """Entries that go from a group of so many."""
+        """Number of entries to remove from a group of a given size."""
 
     @abstractmethod
     def column_step(self, group: Group, columns: int) -> int:
-        """Columns to decide at once where columns are decided from left to right.
+        """Number of columns to decide at once in a sweep from left to right.
 
         Args:
             group: Which entries compete.
-            columns: Columns that are swept as one block.
+            columns: Columns of one block of the sweep.
         """
 
     @abstractmethod
     def sweep_columns(self, columns: int) -> int:
-        """At most so many columns, such that no group is cut by the end of them."""
+        """The largest number of columns, at most `columns`, that divides no group."""
 
     @abstractmethod
     def with_sparsity(self, sparsity: float) -> Pattern:
@@ -114,11 +114,11 @@ class Pattern(ABC):
         """Why a matrix of shape (O, I) cannot have the pattern, and the cure; None if it can."""
 
     def mask(self, score_OI: Shaped[Tensor, "O I"], group: Group) -> Bool[Tensor, "O I"]:
-        """True for the entries that stay: the highest scores of every group.
+        """Compute the mask: True for the highest scores of every group.
 
         Args:
-            score_OI: Higher stays.
-            group: Which entries compete.
+            score_OI: Scores; higher means keep.
+            group: Which entries are compared.
         """
         score_GE = self.split(score_OI, group)
         keep_GE = keep_highest(score_GE, self.num_removed(score_GE.shape[1]))
@@ -126,10 +126,10 @@ class Pattern(ABC):
 
 
 def keep_highest(score_GE: Shaped[Tensor, "G E"], num_removed: int) -> Bool[Tensor, "G E"]:
-    """False for the `num_removed` lowest scores of every row, of equal ones the first."""
+    """Mask, False for the `num_removed` lowest scores of every row, the first of equal ones."""
     if num_removed == 0:
         return torch.ones_like(score_GE, dtype=torch.bool)
-    score_GE = score_GE.contiguous()  # columns are no runs of memory
+    score_GE = score_GE.contiguous()  # columns are not contiguous in memory
     lowest_GR = score_GE.topk(num_removed, dim=1, largest=False, sorted=False).values
     limit_G1 = lowest_GR.amax(1, keepdim=True)
     below_GE, equal_GE = score_GE < limit_G1, score_GE == limit_G1
@@ -142,11 +142,11 @@ def keep_highest(score_GE: Shaped[Tensor, "G E"], num_removed: int) -> Bool[Tens
 class Unstructured(Pattern):
     """Zeros anywhere, the same number in every group.
 
-    A group of E entries loses floor(E x sparsity) of them: 0.7 of 256 are 179.
+    floor(E x sparsity) of the E entries of a group are removed: 0.7 of 256 are 179.
 
     Args:
         sparsity: Fraction removed, in [0, 1).
-        group: Which entries compete; None leaves it to the score, as its paper has it.
+        group: Which entries are compared; None uses the group of the score, as in its paper.
 
     Raises:
         ValueError: `sparsity` is not in [0, 1).
@@ -168,7 +168,7 @@ class Unstructured(Pattern):
         return group.join(x_GE, shape)
 
     def num_removed(self, entries: int) -> int:
-        return int(entries * self.sparsity + 1e-6)  # 0.29 of 100 are 29, whatever floats say
+        return int(entries * self.sparsity + 1e-6)  # 0.29 of 100 are 29, despite rounding
 
     def column_step(self, group: Group, columns: int) -> int:
         return columns
@@ -185,7 +185,7 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """`n` of every `m` consecutive entries are removed: 2:4 is `NM(2, 4)`, 4:8 is `NM(4, 8)`.
+    """Remove `n` of every `m` consecutive entries: 2:4 is `NM(2, 4)`, 4:8 is `NM(4, 8)`.
 
     Kernels for 2:4 need the groups along the inputs (`PerRow`).
 
@@ -193,7 +193,7 @@ class NM(Pattern):
         n: Entries removed of every group, 1 or more and less than `m`.
         m: Consecutive entries of a group, 2 or more; divides the axis that it runs along.
         group: Whether groups run along the inputs (`PerRow`) or along the outputs (`PerColumn`);
-            None leaves it to the score, as its paper has it.
+            None uses the group of the score, as in its paper.
 
     Raises:
         ValueError: `n` or `m` is out of its range, or `group` is `PerMatrix`.
@@ -211,7 +211,7 @@ class NM(Pattern):
             )
         if isinstance(self.group, PerMatrix):
             raise ValueError(
-                "`group` PerMatrix does not go with NM: its groups are consecutive entries of a "
+                "`group` PerMatrix cannot be used with NM: its groups are consecutive entries of a "
                 "row or a column. Use PerRow or PerColumn."
             )
 

@@ -21,15 +21,15 @@ from secateur.pruning.weights.wanda import Wanda
 
 @dataclass(frozen=True)
 class WeightRecipe:
-    """How weights are pruned.
+    """The choices of weight pruning, one per axis.
 
     Args:
-        pattern: How many entries of every group go: `Unstructured` or `NM`.
-        score: Which ones stay: `Magnitude`, `Wanda`, `DaSS` or `ObsSaliency`.
+        pattern: How many entries of every group are removed: `Unstructured` or `NM`.
+        score: Which weights are kept: `Magnitude`, `Wanda`, `DaSS` or `ObsSaliency`.
         allocation: How the sparsity is spread over the blocks: `Uniform` or `AlphaPruning`.
-        refinement: Changes the masks: `DSnoT` or `Barber`; None leaves them.
-        compensation: Changes the weights that stay: `SparseGPTSweep` or `LeastSquares`; None
-            leaves them.
+        refinement: Changes the masks: `DSnoT` or `Barber`; None leaves them unchanged.
+        compensation: Changes the kept weights: `SparseGPTSweep` or `LeastSquares`; None leaves them
+            unchanged.
         matrices: Which matrices are pruned: `AllLinears`, `MlpOnly` or `AttentionOnly`.
     """
 
@@ -42,31 +42,31 @@ class WeightRecipe:
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
-        """Statistics to collect of the inputs of every matrix that is pruned."""
+        """Statistics to collect of the inputs of every pruned matrix."""
         parts = (self.score, self.refinement, self.compensation)
         return frozenset().union(*(part.needs for part in parts if part is not None))
 
     @property
     def data_free(self) -> bool:
-        """Whether no part looks at calibration windows."""
+        """Whether no part reads calibration windows."""
         return not self.needs and self.refinement is None
 
     def group(self, linear: PrunableLinear) -> Group:
-        """Which entries of a layer compete."""
+        """Which entries of a layer are compared."""
         return self.pattern.group or self.score.group(linear, self.pattern)
 
     def pruned(self, linears: Sequence[PrunableLinear]) -> list[PrunableLinear]:
-        """Those of the layers that are pruned."""
+        """The layers that are pruned."""
         return [linear for linear in linears if self.matrices.takes(linear)]
 
     def check(self, blocks: Sequence[Sequence[PrunableLinear]]) -> None:
-        """Refuse what cannot work, before any work.
+        """Refuse a recipe that cannot be applied, before any work.
 
         Args:
             blocks: The layers of every block, from `linears_of`.
 
         Raises:
-            ValueError: Parts do not go together, or not with the model; names the matrix.
+            ValueError: Parts are incompatible with each other or the model; names the matrix.
         """
         if reason := self.allocation.refuse(self.pattern):
             raise ValueError(reason)
@@ -82,16 +82,16 @@ class WeightRecipe:
                 raise ValueError(f"{linear.name} cannot be pruned like this: {reason}")
 
     def check_windows(self, windows_NT: Int[Tensor, "N T"] | None) -> None:
-        """Refuse to do without calibration windows where a part looks at them.
+        """Refuse missing calibration windows if a part reads them.
 
         Raises:
             ValueError: There are none, and a part needs them.
         """
         if windows_NT is None and not self.data_free:
             raise ValueError(
-                "`windows_NT` is needed: parts of this recipe look at calibration windows."
+                "`windows_NT` is needed: parts of this recipe read calibration windows."
             )
 
     def settings(self) -> dict[str, str]:
-        """Every part with its settings, for telling two recipes apart and for reports."""
+        """Every part with its settings, to compare recipes and for reports."""
         return {each.name: repr(getattr(self, each.name)) for each in fields(self)}

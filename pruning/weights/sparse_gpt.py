@@ -1,25 +1,26 @@
 """SparseGPT: "Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774.
 
-Columns are decided from left to right. What a removed weight contributed is taken over by the
-columns to its right, in closed form: with H = 2 sum(x x^T) / windows, damped by a share of its mean
-diagonal, and U the upper Cholesky factor of H^-1 (U^T U = H^-1),
+Columns are decided from left to right. The columns to the right of a removed weight compensate for
+it in closed form: with H = 2 sum(x x^T) / windows, damped by a fraction of its mean diagonal, and U
+the upper Cholesky factor of H^-1 (U^T U = H^-1),
 
-    err_j  = (w_j - w'_j) / U_jj            what column j loses
-    w_k   -= err_j U_jk      for k > j      pushed to the right (eq. 3, algorithm 1)
-    score  = w_j^2 / U_jj^2                 of the weights as they are by then (eq. 2)
+    err_j  = (w_j - w'_j) / U_jj            error of column j
+    w_k   -= err_j U_jk      for k > j      compensated to the right (eq. 3, algorithm 1)
+    score  = w_j^2 / U_jj^2                 of the weights updated so far (eq. 2)
 
-An input that is never read has a diagonal of 1, and its weights count as zero: they go first.
+An input that is always zero gets a diagonal of 1, and its weights count as zero: they are removed
+first.
 
-Two parts share this sweep: `ObsSaliency` chooses masks by it and `SparseGPTSweep` the weights for
-any mask. Together they are SparseGPT, in one sweep.
+Two parts share this sweep: `ObsSaliency` chooses masks by it, and `SparseGPTSweep` computes weights
+for any mask. Together they are SparseGPT, in one sweep.
 
 Worked by hand: rows w = (1, 2), H = [[2, 1], [1, 2]] undamped. H^-1 = [[2, -1], [-1, 2]] / 3, so
 U = [[sqrt(2/3), -sqrt(1/6)], [0, sqrt(1/2)]]. Removing w_0 costs err = 1 / sqrt(2/3), and w_1
 becomes 2 + sqrt(3/2) sqrt(1/6) = 2.5: exactly the least-squares refit, 2 + H_10 / H_11.
 
-Differs from the released code: an unstructured group of r rows x 128 columns loses exactly
-floor(128 r sparsity) weights, not one more; a weight that is zero to begin with goes first, also if
-the sweep has changed it by then; layers that read the same tensor share H and U.
+Differs from the released code: exactly floor(128 r sparsity) weights of an unstructured group of r
+rows x 128 columns are removed, not one more; an initially zero weight is removed first, even if the
+sweep has changed it; layers that read the same tensor share H and U.
 
 Expected: LLaMA-2 7B at 50 % has perplexity 6.51 (dense 5.12; published). Costs the product x x^T of
 all tokens, about I/4 of a forward pass through the layer per output feature, and I^3 per layer.
@@ -46,7 +47,7 @@ _COLUMNS = 128  # columns of a block, as in the paper
 
 
 Choose = Callable[[Tensor, Tensor, slice], Tensor]
-"""From weights (O, C), diagonal of the factor (C,) and columns to a mask (O, C)."""
+"""A function from weights (O, C), diagonal of the factor (C,) and columns to a mask (O, C)."""
 
 
 def sweep(
@@ -56,19 +57,19 @@ def sweep(
     step: int = _COLUMNS,
     columns: int = _COLUMNS,
 ) -> tuple[Float[Tensor, "O I"], Bool[Tensor, "O I"]]:
-    """Decide columns from left to right and push on what they lose.
+    """Decide columns from left to right, and compensate to the right.
 
     Args:
         weight_OI: Weights.
         factor_II: Upper Cholesky factor of the inverse Hessian.
-        choose: Decides `step` columns by their weights as they are by then.
+        choose: Decides `step` columns by their weights updated so far.
         step: Columns to decide at once, 1 to `columns`, a divisor of it.
-        columns: Columns whose losses reach the columns to the right of them in one product.
+        columns: Columns of a block; later blocks are compensated for it in one product.
 
     Returns:
         New weights, zero where the mask is False, and the mask.
     """
-    # One column of the weights is one run of memory.
+    # A column of the weights is contiguous in memory.
     w_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     mask_IO = torch.ones(w_IO.shape, dtype=torch.bool, device=w_IO.device)
     diagonal_I = factor_II.diagonal()
@@ -88,7 +89,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class ObsSaliency(Damped, Score):
-    """Weights stay whose removal could not be made up for, chosen column by column in a sweep.
+    """Keep weights whose removal could not be compensated, chosen column by column in a sweep.
 
     Compared over all rows x 128 columns; within an N:M group along the inputs.
 
@@ -127,7 +128,7 @@ class ObsSaliency(Damped, Score):
 
 @dataclass(frozen=True)
 class SparseGPTSweep(Damped, Compensation):
-    """Every column hands what it loses to the columns to its right, in closed form.
+    """Compensate the error of every column in the columns to its right, in closed form.
 
     Args:
         damping: Share of the mean diagonal that is added to the Hessian, finite and above 0.
@@ -140,12 +141,12 @@ class SparseGPTSweep(Damped, Compensation):
         if matrix.swept is not None:
             damping, swept_OI, weight_OI = matrix.swept
             if damping == self.damping and torch.equal(swept_OI, mask_OI):
-                return weight_OI  # the sweep that chose the mask left these
+                return weight_OI  # weights of the sweep that chose the mask
         factor_II = factor_of(matrix, self.damping)
         weight_OI, _ = sweep(_read_weight(matrix), factor_II, lambda w, d, own: mask_OI[:, own])
         return weight_OI
 
 
 def _read_weight(matrix: Matrix) -> Float[Tensor, "O I"]:
-    """The weights, zero where the input is never read."""
+    """The weights, with zeros for inputs that are always zero."""
     return matrix.weight_OI.masked_fill(matrix.inputs[Gram].unread_I, 0)

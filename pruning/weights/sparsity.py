@@ -1,6 +1,6 @@
-"""What was really achieved: zeros per matrix, block and model, and where a 2:4 kernel can be used.
+"""Achieved sparsity: zeros per matrix, block and model, and matrices that suit a 2:4 kernel.
 
-Everything is counted on masks and on the shapes of the model; nothing is taken from the recipe.
+Everything is counted on masks and shapes of the model, independently of the recipe.
 
 Legend: O = output features, I = input features.
 """
@@ -23,12 +23,12 @@ from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.families import family_of
 from secateur.pruning.weights.masks import WeightMasks
 
-# Shapes that the 2:4 kernels of torch take in half precision: multiples of these.
+# The 2:4 kernels of torch need shapes that are multiples of these in half precision.
 KERNEL_ROWS, KERNEL_COLUMNS = 32, 64
 
 
 def fits_2of4(mask_OI: Bool[Tensor, "O I"]) -> bool:
-    """Whether a 2:4 kernel can use a matrix: by its zeros along the inputs and by its shape."""
+    """Test whether a 2:4 kernel can use a matrix, by its zeros along the inputs and its shape."""
     rows, columns = mask_OI.shape
     if rows % KERNEL_ROWS or columns % KERNEL_COLUMNS:
         return False
@@ -42,8 +42,8 @@ class MatrixZeros:
     Args:
         block: Number of its block.
         path: Module, relative to the block.
-        entries: Weights in all.
-        removed: Weights that are removed.
+        entries: Number of weights.
+        removed: Number of removed weights.
         fits_2of4: Whether a 2:4 kernel can use it.
     """
 
@@ -66,7 +66,7 @@ class SparsityReport:
     Args:
         matrices: Every linear layer of every block, pruned or not.
         parameters: Parameters of the whole model, tied ones once.
-        notes: What went otherwise than asked.
+        notes: Deviations from the recipe.
     """
 
     matrices: Sequence[MatrixZeros]
@@ -88,7 +88,7 @@ class SparsityReport:
 
     @property
     def pruned_sparsity(self) -> float:
-        """Fraction removed of those matrices that were pruned at all."""
+        """Fraction removed of the matrices that were pruned."""
         return _sparsity([matrix for matrix in self.matrices if matrix.removed])
 
     @property
@@ -97,7 +97,7 @@ class SparsityReport:
         return sum(matrix.removed for matrix in self.matrices) / self.parameters
 
     def describe(self) -> str:
-        """For people: one row per kind of matrix, one column per block, then the totals."""
+        """A text table: one row per kind of matrix, one column per block, then the totals."""
         paths = list(dict.fromkeys(matrix.path for matrix in self.matrices))
         cells = {(matrix.path, matrix.block): matrix for matrix in self.matrices}
         blocks = sorted({matrix.block for matrix in self.matrices})
@@ -146,12 +146,12 @@ class SparsityReport:
 def sparsity_report(
     model: PreTrainedModel, masks: WeightMasks, notes: Sequence[str] = ()
 ) -> SparsityReport:
-    """Count the zeros that masks make.
+    """Count the zeros of masks.
 
     Args:
         model: The model, live or on the meta device; only its shapes are read.
         masks: What stays.
-        notes: What went otherwise than asked.
+        notes: Deviations from the recipe.
     """
     prefix = family_of(model.config).blocks
     matrices = []
@@ -172,8 +172,8 @@ def plot_sparsity(report: SparsityReport, path: Path) -> None:
     """Write a PNG of the fraction removed of every matrix, block by block.
 
     Args:
-        report: What was achieved.
-        path: The file to write; its folder is made if needed.
+        report: The achieved sparsity.
+        path: The file to write; its folder is created if needed.
     """
     paths = list(dict.fromkeys(matrix.path for matrix in report.matrices))
     blocks = sorted({matrix.block for matrix in report.matrices})

@@ -1,8 +1,8 @@
-"""Finished blocks on disk: what a run that was killed goes on from, and what a model is made of.
+"""Finished blocks on disk, to resume a killed run from and to write the model from.
 
 One file per block, `block-00003.safetensors`: the new weights and the packed masks of its matrices.
-A file appears when it is complete. `run.json` says what run they belong to: model, recipe, windows
-and whatever else decides it. `prune_weights` writes that; blocks of another run are refused.
+A file appears when it is complete. `run.json` identifies their run: model, recipe, windows and all
+other settings that affect the result. `prune_weights` writes it; blocks of another run are refused.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ class BlockStore:
     """The finished blocks of a run.
 
     Args:
-        folder: Where they are; made if needed.
-        settings: What else decides the run, beside what `prune_weights` knows; JSON values.
+        folder: Their folder; created if needed.
+        settings: Settings that affect the run besides those of `prune_weights`; JSON values.
 
     Raises:
-        ValueError: The folder holds the blocks of a run with other settings, or what it says about
-            them is damaged.
+        ValueError: The folder holds the blocks of a run with other settings, or its `run.json` is
+            damaged.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings: dict[str, Any] = {}
-        """All that is known to decide the run."""
+        """All known settings that affect the run."""
         self._whole: set[int] = set()  # blocks whose checksums were compared
         if self._blocks():
             try:
                 self.settings = dict(json.loads((self.folder / RUN).read_text(encoding="utf-8")))
             except (OSError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{self.folder / RUN} does not tell what run the blocks beside it belong to: "
-                    f"{error}. Delete {self.folder}; they are pruned again."
+                    f"{self.folder / RUN} does not identify the run of the blocks beside it: "
+                    f"{error}. Delete {self.folder}; the blocks are then pruned again."
                 ) from error
         self.claim(settings or {})
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Say what decides the run that the blocks belong to.
+        """Record the settings of the run of these blocks.
 
         Args:
-            settings: JSON values; they are added to those that were told before.
+            settings: JSON values; they are added to earlier ones.
 
         Raises:
             ValueError: There are finished blocks already, of a run with other settings.
@@ -71,7 +71,7 @@ class BlockStore:
             if found := differences(saved, settings):
                 raise ValueError(
                     f"{self.folder} holds the blocks of another run, which may not have ended: "
-                    f"{'; '.join(found)}. Go on with its settings, or delete the folder."
+                    f"{'; '.join(found)}. Resume with its settings, or delete the folder."
                 )
         self.settings |= settings
         text = json.dumps(self.settings, indent=1)
@@ -85,7 +85,7 @@ class BlockStore:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def save(self, index: int, block: nn.Module, pruned: PrunedBlock) -> None:
-        """Keep a block that is finished."""
+        """Save a finished block."""
         tensors = {}
         for path, mask_OI in pruned.masks.items():
             tensors[f"{path}.weight"] = weight_of(block, path).detach().contiguous()
@@ -97,7 +97,7 @@ class BlockStore:
 
     @torch.no_grad()
     def load(self, index: int, block: nn.Module) -> PrunedBlock | None:
-        """Put the weights of a finished block into the block; None if it is not finished.
+        """Load the weights of a finished block into the block; None if it is not finished.
 
         Raises:
             ValueError: The file of the block is damaged.
@@ -129,7 +129,7 @@ class BlockStore:
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
-        """The file of a block, whose checksum is found right before it is read for the first time.
+        """Open the file of a block; its checksum is verified before the first read.
 
         Raises:
             ValueError: The file is damaged.
@@ -143,12 +143,12 @@ class BlockStore:
                 yield file
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged: {error}. Delete it; the block is pruned again."
+                f"{path} is damaged: {error}. Delete it; the block is then pruned again."
             ) from error
 
 
 def delete_blocks(folder: Path) -> None:
-    """Delete the finished blocks in a folder; what somebody else has put beside them stays."""
+    """Delete the finished blocks in a folder; other files are kept."""
     for pattern in (_BLOCK, _PARTIAL.format("*"), RUN):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
@@ -157,7 +157,7 @@ def delete_blocks(folder: Path) -> None:
 
 
 def _check(file: Any, index: int) -> None:
-    """Compare a file with the checksum that it carries.
+    """Compare a file with the checksum that it contains.
 
     Raises:
         ValueError: They differ.
@@ -165,11 +165,11 @@ def _check(file: Any, index: int) -> None:
     told = file.metadata()
     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if tensor_checksum(tensors, f"{index} {told['notes']}") != told["checksum"]:
-        raise ValueError("its checksum is another one")
+        raise ValueError("its checksum differs")
 
 
 def _replace(path: Path, write: Any) -> None:
-    """A file that is either the old one or the complete new one, whenever the run is killed."""
+    """Replace a file atomically: even if the run is killed, it is the old or the new one."""
     partial = path.with_name(_PARTIAL.format(path.name))
     try:
         write(partial)

@@ -6,7 +6,7 @@ Score |W_ij| a_j with a_j the norm of input feature j (eq. 1), compared per outp
     >>> wanda_score(weight_OI, torch.tensor([0.1, 1.0, 1.0, 5.0]))
     tensor([[0.4000, 3.0000, 2.0000, 5.0000]])
 
-so that half of the row leaves -3 and 1, not 4 and -3.
+so that pruning half of the row keeps -3 and 1, not 4 and -3.
 
 Expected: LLaMA-2 7B at 50 % has perplexity 6.42 on WikiText-2 with 4096 tokens of context (dense
 5.12; published), two forward passes of the calibration windows.
@@ -42,7 +42,7 @@ def wanda_score(
 
 @dataclass(frozen=True)
 class Wanda(Score):
-    """Weights stay that are large and read large inputs, compared within an output row."""
+    """Keep large weights of large inputs, compared within an output row."""
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({SquareSums})
 
@@ -53,7 +53,7 @@ class Wanda(Score):
         if isinstance(group, PerColumn):
             return (
                 "`score` Wanda with `group` PerColumn compares weights that read the same input, "
-                "so its norm decides nothing; use Magnitude, or PerRow."
+                "whose norm is equal for all of them; use Magnitude, or PerRow."
             )
         return None
 

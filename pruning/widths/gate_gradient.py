@@ -4,7 +4,7 @@ A gate g = 1 on entry i of a site multiplies x_i at all tokens t of a window, so
 
     dL/dg_i = sum_t x_ti dL/dx_ti,
 
-which is to first order the change of the loss when the gate closes, over all weights of the entry.
+whose size is, to first order, the change of the loss when the gate closes.
 L is the mean negative log-likelihood of the predictions of one window. `GateGradient` is the mean
 of |dL/dg| over windows, `Fisher` that of (dL/dg)^2, the diagonal of the empirical Fisher
 information: with the gradients of windows as samples, it estimates the second-order change of the

@@ -194,9 +194,9 @@ def test_a_removed_block_leaves_the_optimiser_as_well(inputs: Path, tmp_path: Pa
         assert torch.equal(optimizer.state[parameter]["exp_avg"], before[old])
     module.remove_units([Unit(2)], {})  # by its number in the base model
     assert module.kept_blocks == [0]
-    with pytest.raises(ValueError, match=r"Blocks \['2'\] are not among what is left"):
+    with pytest.raises(ValueError, match=r"Blocks \['2'\] are not among the remaining blocks"):
         module.remove_units([Unit(2)], {})
-    with pytest.raises(ValueError, match="No block would stay"):
+    with pytest.raises(ValueError, match="No block would remain"):
         module.remove_units([Unit(0)], {})
 
 

@@ -43,7 +43,7 @@ def test_a_model_that_shares_the_configuration_keeps_it() -> None:
         ([3], "Block 3 is out of range: the model has 3 blocks, 0 to 2"),
         ([-1], "Block -1 is out of range"),
         ([1, 1], "Block 1 is named more than once"),
-        ([0, 1, 2], "No block would stay of 3; remove 2 at most"),
+        ([0, 1, 2], "No block would remain of 3; remove at most 2"),
     ],
 )
 def test_blocks_that_cannot_go(blocks: list[int], message: str) -> None:
@@ -83,7 +83,7 @@ def test_two_halves_are_a_block() -> None:
     assert [removal["blocks"] for removal in secateur["removals"]] == [[2], [], [], [3]]
     halves = [removal.get("halves") for removal in secateur["removals"]]
     assert halves == [None, ["0.attn"], ["3.mlp"], None]
-    with pytest.raises(ValueError, match="No attention would stay in the model"):
+    with pytest.raises(ValueError, match="No attention would remain in the model"):
         remove_blocks(ours, [Unit(1, "attn"), Unit(2, "attn")])
     assert HalfBlocks().of(ours) == HalfBlocks().of(theirs)
 

@@ -133,9 +133,9 @@ def test_the_command_reads_lists_and_ranges(tmp_path: Path) -> None:
     for choice, message in (
         (["--remove", "80"], "Block 80 is out of range: the model has 80 blocks, 0 to 79"),
         (["--remove", "1", "1-2"], "Block 1 is named more than once"),
-        (["--remove", "9-7"], "'9-7' is no block; give 7, or 21-29 for a range"),
-        (["--remove", "0-999999999"], "'0-999999999' is no block; .* a range of at most 10000"),
-        (["--remove", "two"], "'two' is no block"),
+        (["--remove", "9-7"], "'9-7' is not a block; give 7, or 21-29 for a range"),
+        (["--remove", "0-999999999"], "'0-999999999' is not a block; .* a range of at most 10000"),
+        (["--remove", "two"], "'two' is not a block"),
         (["--remov", "3"], "there is no option `--remov`. Did you mean `--remove`?"),
         ([], "one of the arguments --remove --keep is required"),
     ):
@@ -165,8 +165,8 @@ def test_types_ties_and_mixed_files_are_kept(tmp_path: Path) -> None:
         ({"remove": [1], "keep": [0]}, "Give either `remove` or `keep`"),
         ({"remove": [5]}, "Block 5 is out of range"),
         ({"keep": [1, 1]}, "Block 1 is named more than once"),
-        ({"keep": []}, "No block would stay of 5"),
-        ({"remove": range(5)}, "No block would stay of 5"),
+        ({"keep": []}, "No block would remain of 5"),
+        ({"remove": range(5)}, "No block would remain of 5"),
     ],
 )
 def test_lists_that_make_no_sense(
@@ -230,7 +230,7 @@ def test_a_removal_of_nothing_and_a_folder_that_is_no_model_are_refused(
     base: Path, tmp_path: Path
 ) -> None:
     for which in ({"remove": []}, {"keep": range(5)}):
-        with pytest.raises(ValueError, match="All 5 blocks would stay; name one that goes"):
+        with pytest.raises(ValueError, match="All 5 blocks would be kept; name one to remove"):
             prune_blocks(base, tmp_path / "short", **which)
     with pytest.raises(ValueError, match="nowhere' does not exist; check the path"):
         prune_blocks(tmp_path / "nowhere", tmp_path / "short", remove=[1])

@@ -50,10 +50,10 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
     [
         (["--window-tokens", "100000"], "less than one window"),
         (["--windows", "0"], "`num_windows` must be 1 or more, got 0"),
-        (["--task", "text.txt"], "is no question"),
+        (["--task", "text.txt"], "is not a question"),
         (["--task", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--text", "a=text.txt", "a=text.txt"], "two text are called a"),
-        (["--dtype", "bf16"], "'bf16' is no torch type, such as bfloat16"),
+        (["--dtype", "bf16"], "'bf16' is not a torch type, such as bfloat16"),
         (["--device", "gpu"], "'gpu' is not a device here"),
         (["--json", "no/such/report.json"], "there is no folder .*no/such"),
     ],

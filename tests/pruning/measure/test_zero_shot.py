@@ -128,11 +128,11 @@ def test_questions_are_read_from_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2, is no question: JSONDecodeError"),
-        ("[]", "line 2, is no question: TypeError"),
-        ('{"ctx": "a", "endings": ["b", "c"]}', "line 2, is no question: KeyError.'label'"),
+        ("{", "line 2, is not a question: JSONDecodeError"),
+        ("[]", "line 2, is not a question: TypeError"),
+        ('{"ctx": "a", "endings": ["b", "c"]}', "line 2, is not a question: KeyError.'label'"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "got 2 endings and label 2"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": "1"}', "line 2, is no question: Type"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": "1"}', "line 2, is not a question: Type"),
         ('{"ctx": "a", "endings": "bc", "label": 1}', "`endings` must be a list of texts"),
         ('{"ctx": "a", "endings": ["b"], "label": 0}', "got 1 endings and label 0"),
         ('{"ctx": "a", "endings": ["b", ""], "label": 0}', "The ending '' adds no token"),
@@ -157,5 +157,5 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         zero_shot(model, questions(), batch_size=0)
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer("A tree")["input_ids"][-1])
-    with pytest.raises(ValueError, match="puts EOS behind every text.*`add_eos_token=False`"):
+    with pytest.raises(ValueError, match="adds EOS after every text.*`add_eos_token=False`"):
         encode_question(tokenizer, "A tree", ["bears", "that is"], 0)

@@ -84,7 +84,7 @@ def test_it_gives_every_block_its_own_sparsity() -> None:
 def test_nm_has_only_one_sparsity() -> None:
     assert AlphaPruning().refuse(Unstructured(0.5)) is None
     assert AlphaPruning().refuse(Unstructured(0.99)) is None
-    assert "`sparsity` is 0.995; ask for 0.99" in str(AlphaPruning().refuse(Unstructured(0.995)))
+    assert "`sparsity` is 0.995; set 0.99" in str(AlphaPruning().refuse(Unstructured(0.995)))
     with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 0.99\], got 0.995"):
         spread_sparsity([2.0, 4.0], [1, 1], 0.995, 0.2)
     assert "NM has only one; use Unstructured" in str(AlphaPruning().refuse(NM(2, 4)))

@@ -157,12 +157,12 @@ def test_a_run_that_was_killed_goes_on_at_its_block(tmp_path: Path) -> None:
             BlockStore(tmp_path / "killed").weight(1, "mlp.up_proj.weight")
         content[place] ^= 1
     store.path(1).write_bytes(store.path(0).read_bytes())  # another block
-    with pytest.raises(ValueError, match="block-00001.* is damaged: its checksum is another one"):
+    with pytest.raises(ValueError, match="block-00001.* is damaged: its checksum differs"):
         again_with()
     store.path(1).write_bytes(content)
     again_with()
     (store.folder / "run.json").write_text('{"pat')
-    with pytest.raises(ValueError, match="run.json does not tell what run .* Delete "):
+    with pytest.raises(ValueError, match="run.json does not identify the run .* Delete "):
         BlockStore(tmp_path / "killed")
 
 
@@ -185,7 +185,7 @@ def test_blocks_go_into_the_model_that_they_are_of(tmp_path: Path) -> None:
     store = BlockStore(tmp_path / "store")
     recipe = WeightRecipe(HALF, Magnitude())
     found = prune_weights(StreamedBlocks(base), recipe, store=store)
-    with pytest.raises(ValueError, match="holds no blocks of .*1: those of another model"):
+    with pytest.raises(ValueError, match="holds no blocks of .*1: another model"):
         write_pruned_checkpoint(other, store, found.masks, tmp_path / "sparse")
     found.masks.add("model.layers.9.mlp.up_proj.weight", torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="name 1 tensors .* lacks, 'model.layers.9.mlp.up_proj"):
@@ -332,10 +332,10 @@ def test_without_windows_held_back_all_parts_are_applied() -> None:
     [
         (WeightRecipe(NM(2, 4)), "0.mlp.down_proj cannot be pruned.*`m` 4 does not divide"),
         (WeightRecipe(NM(2, 4), allocation=AlphaPruning()), "`allocation` AlphaPruning gives"),
-        (WeightRecipe(Unstructured(0.5, PerColumn())), "so its norm decides nothing"),
+        (WeightRecipe(Unstructured(0.5, PerColumn())), "whose norm is equal for all of them"),
         (WeightRecipe(Unstructured(0.5, PerRow()), DaSS()), "this is magnitude"),
         (WeightRecipe(Unstructured(0.5, PerColumn()), DaSS()), "Leave `group` out"),
-        (WeightRecipe(HALF, DaSS(), refinement=DSnoT()), "weights of a column"),
+        (WeightRecipe(HALF, DaSS(), refinement=DSnoT()), "columns have a fixed number"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(recipe: WeightRecipe, message: str) -> None:

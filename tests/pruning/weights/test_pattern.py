@@ -92,7 +92,7 @@ def test_nm_out_of_range_is_refused(n: int, m: int) -> None:
 
 
 def test_nm_over_a_whole_matrix_is_refused() -> None:
-    with pytest.raises(ValueError, match="PerMatrix does not go with NM"):
+    with pytest.raises(ValueError, match="PerMatrix cannot be used with NM"):
         NM(2, 4, PerMatrix())
 
 
