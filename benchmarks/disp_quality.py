@@ -89,7 +89,7 @@ class Recipe:
 
 RECIPES = {
     "masks": Recipe("masks", 1000, 0, ("--model.settle=null",)),
-    "frozen": Recipe("excess", 700, 300),
+    "frozen": Recipe("excess", 630, 270),
     "recovered": Recipe("recovered", 0, 700, ("--model.settle.train=AllWeights",)),
     "quick": Recipe("quick", 0, 120, ("--model.settle.train=AllWeights",)),
     "untrained": Recipe("untrained"),
