@@ -21,24 +21,17 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+import secateur.pruning.weights
 from secateur.callbacks._held_masks import HeldMasks, take_out_updates
 from secateur.callbacks._trial import is_trial
 from secateur.callbacks._weight_blocks import shown_progress, store_of
 from secateur.callbacks.prune import Prune, check_at_least
 from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.blocks.source import LiveBlocks
+from secateur.pruning.commands import import_all
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.protocols import TrainsWeights
-from secateur.pruning.weights import (  # noqa: F401 # the command line knows by name what is imported
-    alpha_pruning,
-    barber,
-    dass,
-    dsnot,
-    least_squares,
-    magnitude,
-    sparse_gpt,
-)
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.weights.guard import Decision, decide
 from secateur.pruning.weights.layers import AllLinears, LayerSelection
@@ -52,6 +45,8 @@ from secateur.pruning.weights.store import BlockStore, delete_blocks
 from secateur.pruning.weights.wanda import Wanda
 
 _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
+
+import_all(secateur.pruning.weights)
 
 
 class PruneWeights(Prune):

@@ -17,7 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import secateur.pruning.widths
 from secateur.callbacks.prune import Prune, check_at_least
+from secateur.pruning.commands import import_all
 from secateur.pruning.export.cut import cut
 from secateur.pruning.families import skeleton
 from secateur.pruning.measure.perplexity import perplexity
@@ -25,12 +27,13 @@ from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.protocols import TrainsWeights
 from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.gradually import Gradually
-from secateur.pruning.widths import width_magnitude  # noqa: F401 # its scores are known by name
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.refit import Refit
 from secateur.pruning.widths.scores import WidthScore
+
+import_all(secateur.pruning.widths)
 
 
 class PruneWidths(Prune):

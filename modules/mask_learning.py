@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+import secateur.pruning.widths
 from secateur.modules.device_memory import check_memory, optimizer_bytes
 from secateur.modules.frozen_base import FrozenBase, freeze
 from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
@@ -53,6 +54,7 @@ from secateur.modules.settling import (
 )
 from secateur.modules.teacher import predicting_states
 from secateur.pruning.chains import Step
+from secateur.pruning.commands import import_all
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import check_folder, deliver, report_alignment
 from secateur.pruning.export.ranks import AllRanks, OneRank
@@ -66,13 +68,14 @@ from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.protocols import calibration_windows
 from secateur.pruning.sites import Site, split
-from secateur.pruning.widths import width_magnitude  # noqa: F401 # its scores are known by name
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.gates import GateSampler
 from secateur.pruning.widths.hypernetwork import GRUHypernetwork, Hypernetwork
 from secateur.pruning.widths.learning import GateLearning, Importance, masks_of
 from secateur.pruning.widths.memory import ORIGINAL, Run
+
+import_all(secateur.pruning.widths)
 
 _WARM_UP = 0.1  # fraction of the settled steps in which the learning rate rises
 

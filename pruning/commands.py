@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Any, NoReturn
 
 
@@ -25,6 +28,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question that ends a message, with a space before it; empty if no known name is similar."""
     near = nearest(name, known)
     return f" Did you mean `{near}`?" if near else ""
+
+
+def import_all(package: ModuleType) -> None:
+    """Import all modules of a package: the command line finds imported classes by short name."""
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -41,7 +41,7 @@ from secateur.pruning.measure.perplexity import window_nll
 from secateur.pruning.modes import evaluation, frozen
 from secateur.pruning.sites import Site
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.scores import WidthScore
+from secateur.pruning.widths.scores import WidthScore, scores_per_cost
 
 
 def gate_gradients(
@@ -69,22 +69,6 @@ def gate_gradients(
     return torch.cat([gradient_B1I.squeeze(1) for gradient_B1I in gradients], dim=1).cpu()
 
 
-def scores_per_cost(
-    values_N: Float[Tensor, " N"], sites: Sequence[Site], marginal_S: Float[Tensor, " S"]
-) -> Float[Tensor, " N"]:
-    """ln(value) - ln(marginal cost) of every gate, float64.
-
-    Args:
-        values_N: Value of every entry, 0 or more.
-        sites: The sites, in order.
-        marginal_S: Cost of one more entry of every site.
-    """
-    size_S = torch.tensor([site.size for site in sites])
-    tiny = torch.finfo(torch.float32).tiny
-    cost_N = marginal_S.double().clamp_min(tiny).repeat_interleave(size_S)
-    return values_N.double().clamp_min(tiny).log() - cost_N.log()
-
-
 @dataclass(frozen=True)
 class _WindowGradients(WidthScore):
     """A score that averages a function of the gate gradients over windows."""
@@ -103,24 +87,17 @@ class _WindowGradients(WidthScore):
         windows_WT: Int[Tensor, "W T"] | None = None,
         batch_size: int = 8,
     ) -> Float[Tensor, " N"]:
-        name = type(self).__name__
-        if windows_WT is None or len(windows_WT) == 0:
-            raise ValueError(f"{name} needs calibration windows; give 1 or more, usually 32.")
+        text_WT = self.text(windows_WT)
         hooks = GateHooks(model, family)
         try:
             gates = gates or [torch.ones(site.size) for site in hooks.sites]
             total_N = torch.zeros(sum(site.size for site in hooks.sites))
             with evaluation(model), frozen(model):
-                for windows_BT in windows_WT.split(batch_size):
+                for windows_BT in text_WT.split(batch_size):
                     total_N += self.of(gate_gradients(model, hooks, gates, windows_BT)).sum(0)
         finally:
             hooks.remove()
-        if not bool(total_N.isfinite().all()):
-            raise ValueError(
-                f"{name} found gradients that are not finite; load the model in float32 or "
-                "bfloat16, or look at its weights."
-            )
-        return total_N / len(windows_WT)
+        return self.finite(total_N / len(text_WT))
 
     def scores(
         self,

@@ -22,7 +22,11 @@ class WidthScore(ABC):
     """One number per gate, in the order of `find_sites`; higher means keep.
 
     A score works in two steps. `values` measures every entry; values may be averaged over batches,
-    training steps and ranks. `scores` makes them comparable between sites, for `Budget.finalise`.
+    training steps and ranks. `scores` makes them comparable between sites, for `Budget.finalise`:
+    `scores_per_cost` where values are changes of the loss, `ranks_within_sites` where they are not.
+
+    An entry of a site is a feature that several projections of a block read or write, see
+    `pruning/families.py`; a part as a whole (`Budget(parts=True)`) is a site with one entry.
 
     Attributes:
         reads_text: Whether `values` needs calibration windows.
@@ -44,7 +48,8 @@ class WidthScore(ABC):
         Args:
             model: The dense model; it is not changed.
             family: The row of its family, `with_parts` or without.
-            gates: The present gates, one vector of shape (I,) per site; None opens all.
+            gates: The present gates, one vector of shape (I,) per site; None opens all. Values of
+                closed entries are measured too, and not used.
             windows_WT: Token ids of calibration text; None for scores that read no text.
             batch_size: Windows per forward pass, 1 or more.
 
@@ -69,6 +74,46 @@ class WidthScore(ABC):
         Raises:
             ValueError: The score cannot compare these sites.
         """
+
+    def text(self, windows_WT: Int[Tensor, "W T"] | None) -> Int[Tensor, "W T"]:
+        """Return the calibration windows of a score that reads text.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if windows_WT is None or len(windows_WT) == 0:
+            name = type(self).__name__
+            raise ValueError(f"{name} needs calibration windows; give 1 or more, usually 32.")
+        return windows_WT
+
+    def finite(self, values_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Return values that are finite.
+
+        Raises:
+            ValueError: One is not.
+        """
+        if not bool(values_N.isfinite().all()):
+            raise ValueError(
+                f"{type(self).__name__} found values that are not finite; load the model in "
+                "float32 or bfloat16, or look at its weights."
+            )
+        return values_N
+
+
+def scores_per_cost(
+    values_N: Float[Tensor, " N"], sites: Sequence[Site], marginal_S: Float[Tensor, " S"]
+) -> Float[Tensor, " N"]:
+    """ln(value) - ln(marginal cost) of every gate, float64.
+
+    Args:
+        values_N: Value of every entry, 0 or more.
+        sites: The sites, in order.
+        marginal_S: Cost of one more entry of every site.
+    """
+    size_S = torch.tensor([site.size for site in sites])
+    tiny = torch.finfo(torch.float32).tiny
+    cost_N = marginal_S.double().clamp_min(tiny).repeat_interleave(size_S)
+    return values_N.double().clamp_min(tiny).log() - cost_N.log()
 
 
 def ranks_within_sites(values_N: Float[Tensor, " N"], sites: Sequence[Site]) -> Float[Tensor, " N"]:

@@ -14,10 +14,9 @@ from secateur.pruning.widths.gate_gradient import (
     Fisher,
     GateGradient,
     gate_gradients,
-    scores_per_cost,
 )
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.scores import ranks_within_sites
+from secateur.pruning.widths.scores import ranks_within_sites, scores_per_cost
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 from tests.tiny import VOCABULARY, tiny_llama, tiny_model
 
@@ -122,7 +121,7 @@ def test_gradients_need_text_and_finite_weights() -> None:
         Fisher().values(model, family)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="GateGradient found gradients that are not finite"):
+    with pytest.raises(ValueError, match="GateGradient found values that are not finite"):
         GateGradient().values(model, family, windows_WT=windows())
 
 
