@@ -1,6 +1,6 @@
-"""The models and texts of the measurements, and the protocol that fixes how texts are read.
+"""Models and texts of the measurements, and the protocol for reading texts.
 
-The folder is named by the environment variable SECATEUR_DATA and holds models/ and text/.
+The environment variable SECATEUR_DATA names the folder with models/ and text/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WINDOW_TOKENS = 256
 
 
 def data_folder() -> Path:
-    """The folder that SECATEUR_DATA names.
+    """The folder named by SECATEUR_DATA.
 
     Raises:
         SystemExit: The variable is not set to a folder.
@@ -41,7 +41,7 @@ def evaluation_windows(
 
     Args:
         model: Folder of the model whose tokenizer is used.
-        first: Number of windows per text; None takes all.
+        first: Number of windows per text; None uses all.
         window_tokens: Tokens of a window, 2 or more.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -58,7 +58,7 @@ def evaluation_windows(
 
 
 def mask_training_windows(model: str, seed: int = 0, window_tokens: int = WINDOW_TOKENS) -> Tensor:
-    """Windows (N, T) of the mask-training text, in the order of their shuffle by a seed.
+    """Windows (N, T) of the mask-training text, shuffled by a seed.
 
     Args:
         model: Folder of the model whose tokenizer is used; every document begins with its BOS.
@@ -75,7 +75,7 @@ def mask_training_windows(model: str, seed: int = 0, window_tokens: int = WINDOW
 
 
 def write_figures(figures: dict[str, Any], path: Path | None) -> None:
-    """Print the figures, and write them as one flat JSON object where a path is given."""
+    """Print the figures, and write them as one flat JSON object if a path is given."""
     text = json.dumps(figures, indent=1)
     print(text)
     if path is not None:

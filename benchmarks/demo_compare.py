@@ -1,8 +1,7 @@
 """Dense, learned, magnitude and random masks side by side, all at the same fraction of block FLOPs.
 
-Reads the run that `configs/demo/disp.yaml` left, makes the two plans that learn nothing and the
-learned one without refit and gains, exports them, and measures all models in one go on the
-validation text of the run.
+Reads the run of `configs/demo/disp.yaml`, makes magnitude and random plans and the learned plan
+without refit and gains, exports them, and measures all models on the validation text of the run.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="output folder of the mask-learning run")
     parser.add_argument("dense", type=Path, help="folder of the dense model")
-    parser.add_argument("text", help="text that the run was given as data.train")
+    parser.add_argument("text", help="text of the run, its data.train")
     parser.add_argument("--windows", type=int, default=128, help="validation windows")
     parser.add_argument("--window-tokens", type=int, default=128, help="tokens of a window")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -1,4 +1,4 @@
-"""Text that every CPython has, and a tokenizer trained on it, for `make demo`.
+"""Text that is part of every CPython, and a tokenizer trained on it, for `make demo`.
 
 The text is the language reference in `pydoc_data` and the docstrings of the standard library,
 one file per topic or module.
@@ -22,7 +22,7 @@ def reference_texts() -> dict[str, str]:
 
 
 def docstring_texts() -> dict[str, str]:
-    """All docstrings of every module of the standard library that has a good deal of them."""
+    """All docstrings of every module of the standard library with long docstrings."""
     texts = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
         if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
@@ -43,7 +43,7 @@ def docstring_texts() -> dict[str, str]:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a BOS in front of every document."""
+    """A byte-level BPE tokenizer that adds BOS before every document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

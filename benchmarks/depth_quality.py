@@ -2,8 +2,9 @@
 
 The opponents are the published programs on the same model, calibration windows and texts: 10
 windows of 128 tokens, no protected ends; perplexity of the first 372 windows of c4 and of all 393
-of wikitext2. Every model is scored once and every distinct set of blocks measured once. The file of
-figures grows row by row, and rows that are in it are not measured again: a killed run goes on.
+of wikitext2. Every model is scored once and every distinct set of blocks measured once. Figures are
+added to the file row by row, and rows in it are not measured again, so that a killed run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> None:
         return measured[key]
 
     def compensated(chosen: BlockChoice) -> dict[str, Any]:
-        """What Prune&Comp makes of a choice; perplexity of the texts only where it is kept."""
+        """The result of Prune&Comp on a choice; perplexity of the texts only if it is kept."""
         shorter = copy.deepcopy(model)
         found = remove_compensated(shorter, chosen.blocks, windows_NT)
         figures: dict[str, Any] = {"compensated_calibration": found.compensated}

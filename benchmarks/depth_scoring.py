@@ -1,18 +1,18 @@
-"""Time and memory of depth pruning against the plain ways of doing the same.
+"""Time and memory of depth pruning against straightforward implementations.
 
-Scoring: perplexity without each block of a random Llama of 16 blocks, hidden states kept, against
-one whole forward pass per block with that block bypassed; interleaved, medians of wall seconds, and
-of CPU seconds of the process, which others on the machine disturb less. Both give the same scores.
-By calls of blocks alone, L (L - 1) against L (L + 1) / 2, 16 blocks allow 1.76.
+Scoring: perplexity without each block of a random Llama of 16 blocks, with stored hidden states,
+against one full forward pass per block with that block bypassed; interleaved, medians of wall
+seconds, and of CPU seconds of the process, which depend less on other programs. Both give the same
+scores. By calls of blocks alone, L (L - 1) against L (L + 1) / 2, 16 blocks allow 1.76.
 
-Memory of Taylor scores: what the code says from shapes, at this size and at that of a 7B model;
-tests/pruning/depth compares it with what is live at small size.
+Memory of Taylor scores: computed from shapes, at this size and at that of a 7B model;
+tests/pruning/depth compares it with measured memory at small size.
 
 Latency: the model without a quarter of its blocks against the dense one, prefill and decode, beside
 the ideal, which is the fraction of the parameters that multiply (blocks and output head).
 
-Surgery: how much a process of its own grows at most while it removes a block from a checkpoint in
-one and in many shards (Linux only).
+Surgery: peak memory growth of a separate process while it removes a block from a checkpoint in one
+and in many shards (Linux only).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEVEN_B = LlamaConfig()  # the defaults are those of LLaMA 7B
 
 
 def random_llama(args: argparse.Namespace) -> Any:
-    """A Llama of random weights, always the same."""
+    """A Llama with random weights from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=args.blocks,
@@ -55,7 +55,7 @@ def random_llama(args: argparse.Namespace) -> Any:
 
 
 def plain_scores(model: Any, windows_NT: Tensor) -> list[float]:
-    """Perplexity without each block: one whole forward pass for each."""
+    """Perplexity without each block: one full forward pass for each."""
     values = []
     for block in range(model.config.num_hidden_layers):
         with bypassed(model, [block]):
@@ -64,7 +64,7 @@ def plain_scores(model: Any, windows_NT: Tensor) -> list[float]:
 
 
 def scoring(model: Any, windows_NT: Tensor, repeats: int) -> dict[str, float]:
-    """Seconds of both ways of scoring, and how far their scores are apart."""
+    """Seconds of both ways of scoring, and the difference of their scores."""
     ways: dict[str, Callable[[], list[float]]] = {
         "plain": lambda: plain_scores(model, windows_NT),
         "kept_states": lambda: Perplexity()(model, windows_NT).values.tolist(),
@@ -111,7 +111,7 @@ def latency(model: Any, args: argparse.Namespace) -> dict[str, float]:
 
 
 def surgery_growth_mb(base: Path, folder: Path) -> float:
-    """MB that a fresh process grows by at most while it removes block 1."""
+    """Peak memory growth in MB of a fresh process that removes block 1."""
     queue: Any = multiprocessing.get_context("spawn").Queue()
     process = multiprocessing.get_context("spawn").Process(
         target=_remove_and_report, args=(base, folder, queue)
@@ -123,8 +123,8 @@ def surgery_growth_mb(base: Path, folder: Path) -> float:
 
 
 def _remove_and_report(base: Path, folder: Path, queue: Any) -> None:
-    prune_blocks(base, folder, remove=[1])  # whatever is loaded or built once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    prune_blocks(base, folder, remove=[1])  # warm up: imports and caches
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status_mb("VmRSS")
     prune_blocks(base, folder, remove=[1])
     queue.put(_status_mb("VmHWM") - before)

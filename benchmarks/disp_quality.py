@@ -8,9 +8,9 @@ model, texts and windows. The budget is counted on the exported model. Cost is t
 over that of the reference's 1000 steps, which is that of 1130 plain steps; plain steps are timed in
 the same process (`plain_steps.py`).
 
-Recipes: `masks` learns masks and nothing else; `frozen` trains no weight (masks, refit, gains);
+Recipes: `masks` only learns masks; `frozen` trains no weights (masks, refit, gains);
 `recovered` trains weights of the cut model; `quick` does so in a quarter of the reference's time;
-`untrained` takes no step of training: importance (`PruneWidths`, `Fisher`) and refit.
+`untrained` makes no training steps: importance (`PruneWidths`, `Fisher`) and refit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REFERENCE_PLAIN_STEPS = 1130  # the time of its 1000 steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to a smaller model.
+    """A recipe for a smaller model.
 
     Args:
         key: Name of its figure, before `_over_reference`.
@@ -60,14 +60,14 @@ class Recipe:
     settings: tuple[str, ...] = ()
 
     def arguments(self, model: str, keep: float, seed: int, steps: int | None) -> list[str]:
-        """What train.py is told; `steps` in place of the recipe's, in the same shares."""
+        """Arguments of train.py; `steps` replaces the recipe's total, in the same proportion."""
         total = self.mask_steps + self.settled_steps
         clock = _object(f"{PlainSteps.__module__}.{PlainSteps.__name__}", model=model)
         if not total:
             first = _object("PruneWidths", budget={"keep": keep}, calibration_seed=seed)
             own = ["--config=configs/widths/importance.yaml"]
         else:
-            # The ranking that gates start from meets the budget.
+            # The initial ranking of the gates meets the budget.
             first = _object("AnnealSparsity", over=0.0)
             own = [
                 "--config=configs/disp.yaml",
@@ -114,7 +114,7 @@ def perplexities(folder: Path | str, tokenizer: str) -> tuple[dict[str, float], 
 
 
 def run(arguments: list[str], model: str, seed: int, root: Path) -> dict[str, float]:
-    """One run of the command line; its cost."""
+    """Run the command line once; return its cost."""
     with timed_refits() as refits:
         program = train(
             [
@@ -152,7 +152,7 @@ def main() -> None:
     """Run a recipe, export and measure, seed by seed."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Options that are not known go to train.py.",
+        epilog="Unknown options are passed to train.py.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", choices=RECIPES, default="frozen", help="way (default: frozen)")

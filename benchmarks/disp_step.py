@@ -1,10 +1,10 @@
 """Time and memory of a mask-learning step over a plain step of the same frozen model.
 
 The opponent is a forward pass with labels and a backward pass to the embeddings of the stock
-transformers model, weights frozen: what any method must do that learns from the loss of a frozen
+transformers model, weights frozen: the minimum for any method that learns from the loss of a frozen
 model. A third step is one after the masks have settled, with distillation and gains. All run in one
 process, interleaved; the figures are medians. Memory is the growth of the peak resident set over
-the loaded model, in a process of its own for each.
+the loaded model, each in a separate process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def plain_step(folder: str) -> Callable[[Tensor], None]:
 
 
 class _Settled(MaskLearning):
-    """Always at the first step after the masks have settled."""
+    """A module that is always at the first step after the masks have settled."""
 
     @property
     def global_step(self) -> int:
@@ -47,9 +47,9 @@ class _Settled(MaskLearning):
 
 
 def mask_step(folder: str, kind: type[MaskLearning] = MaskLearning) -> Callable[[Tensor], None]:
-    """A whole step of MaskLearning: sample, forward, loss, backward, optimiser."""
+    """A full step of MaskLearning: sample, forward, loss, backward, optimiser."""
     module = kind(folder)
-    # Of 1000 steps one is timed over and over: the first, unless `kind` says otherwise.
+    # One of 1000 steps is timed repeatedly: the first, unless `kind` sets another.
     module.trainer = Trainer(logger=False, enable_checkpointing=False, max_steps=1000)
     module.configure_model()
     optimizer = module.configure_optimizers()["optimizer"]

@@ -1,15 +1,15 @@
-"""Speed of exported models with widths per block against what their FLOPs promise.
+"""Speed of exported models with widths per block, compared with their FLOPs.
 
 A random Llama is cut by random plans, with any widths and with aligned ones. In one run, in turns:
 
 - dense: the model before pruning;
 - ideal: a dense Llama of the same block FLOPs and the same heads, with uniform, narrower widths;
 - ours: the exported folder, loaded;
-- naive: the same function written plainly, with an `index_select` in front of every projection, an
-  out-of-place `index_add` behind it, and indices that are moved to the device on every call.
+- naive: a straightforward implementation, with an `index_select` before every projection, an
+  out-of-place `index_add` after it, and indices that are moved to the device on every call.
 
-With --cpu-time and one thread, prefill and decode are measured in seconds of the processor: other
-programs on the machine count no more then, and neither does how well two threads share a layer.
+With --cpu-time and one thread, prefill and decode are measured in processor seconds, which do not
+depend on other programs or on how two threads share a layer.
 
 Then the time and memory of loading, per byte of the file and over those of the dense model, and the
 speed of surgery over that of copying the file.
@@ -52,7 +52,7 @@ from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
 
 HEAD_SIZE = 64
-VOCABULARY = 512  # small: embeddings and head are no part of the question
+VOCABULARY = 512  # small: embeddings and head are not of interest
 MULTIPLE = 64  # of aligned widths
 
 
@@ -74,7 +74,7 @@ def shape(width: int, mlp: int, blocks: int, heads: int) -> LlamaConfig:
 def random_plan(
     model: LlamaForCausalLM, folder: Path, keep: float, multiple: int, seed: int = 0
 ) -> Plan:
-    """A plan on budget whose widths differ between blocks and sites, as learned ones do."""
+    """A plan on budget with widths that differ between blocks and sites, as in learned plans."""
     sites = find_sites(model, FAMILIES["llama"])
     generator = torch.Generator().manual_seed(seed)
     scores_N = torch.cat(
@@ -91,7 +91,7 @@ def random_plan(
 def ideal_of(plan: Plan, config: LlamaConfig, flops: int) -> LlamaForCausalLM:
     """A dense Llama of the same block FLOPs and heads; the residual stream has the mean width.
 
-    Its widths are multiples of 64 and of 8: the shapes that hardware likes.
+    Its widths are multiples of 64 and of 8, which suit hardware.
     """
     widths = [w for s, w in zip(plan.sites, plan.widths, strict=True) if s.name != "mlp_mid"]
     stream = max(64, round(sum(widths) / len(widths) / 64) * 64)
@@ -103,11 +103,11 @@ def ideal_of(plan: Plan, config: LlamaConfig, flops: int) -> LlamaForCausalLM:
 
 
 class _Select(nn.Module):
-    """A projection that picks its own input entries."""
+    """A projection that selects its input entries itself."""
 
     def __init__(self, linear: nn.Linear, index_W: Tensor) -> None:
         super().__init__()
-        self.linear, self.index = linear, [index_W.cpu()]  # a list: no buffer, stays on the CPU
+        self.linear, self.index = linear, [index_W.cpu()]  # in a list: not a buffer
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         picked_BTW = hidden_BTD.index_select(-1, self.index[0].to(hidden_BTD.device))
@@ -115,7 +115,7 @@ class _Select(nn.Module):
 
 
 class _NaiveBlock(nn.Module):
-    """A block of an exported model in the plainest form; it shares the narrow linear layers."""
+    """A straightforward block of an exported model; it shares the narrow linear layers."""
 
     def __init__(self, block: Any, plan: Plan, number: int, size: int, eps: float) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _NaiveBlock(nn.Module):
 
 
 def naive_of(folder: Path, plan: Plan, dtype: torch.dtype) -> Any:
-    """The exported model with every block in the plain form."""
+    """The exported model with straightforward blocks."""
     model = load(folder, dtype)
     size, eps = model.config.hidden_size, model.config.rms_norm_eps
     model.model.layers = nn.ModuleList(
@@ -177,15 +177,15 @@ def status(name):  # kilobytes
 def load():
     return AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 
-def touch(model):  # files are mapped: a page is read when it is first looked at
+def touch(model):  # files are memory-mapped: a page is read on first access
     for parameter in model.parameters():
         parameter.detach().view(-1)[::256].sum()
     return model
 
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
-with torch.device("meta"):  # what is imported on the way is not what loading takes
+with torch.device("meta"):  # exclude the time of imports
     AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 before = status("VmHWM")
 model = touch(load())
 peak = (status("VmHWM") - before) * 1024
@@ -225,7 +225,7 @@ def loading_figures(dense: Path, small: Path) -> dict[str, float]:
 
 
 def surgery_figures(base: Path, plan: Plan, scratch: Path) -> dict[str, float]:
-    """Bytes of the base model per second that surgery goes through, over those of a copy."""
+    """Bytes of the base model that surgery processes per second, over those of a copy."""
     times: dict[str, list[float]] = {"copy": [], "surgery": []}
     for _ in range(5):
         start = time.perf_counter()
@@ -241,7 +241,7 @@ def surgery_figures(base: Path, plan: Plan, scratch: Path) -> dict[str, float]:
 
 
 def check_equal(ours: Any, naive: Any, device: torch.device) -> None:
-    """The plain form computes the same, or the comparison means nothing."""
+    """Check that the straightforward model computes the same."""
     tokens_BT = torch.arange(16, device=device)[None]
     with torch.inference_mode():
         ours_BTV, naive_BTV = (model(tokens_BT).logits.float() for model in (ours, naive))
@@ -306,7 +306,7 @@ def measure_plan(
 
 
 def worst(figures: Mapping[str, Any], widths: str, prefix: str, suffix: str) -> dict[str, float]:
-    """The largest figure over the plans with such widths, none where there is no such plan."""
+    """The largest figure over the plans with such widths; empty if there is no such plan."""
     found = [
         value
         for key, value in figures.items()
@@ -360,7 +360,7 @@ def main() -> None:
                     figures |= {f"{label}_{key}": value for key, value in found.items()}
             shutil.rmtree(scratch / "base")
     summary: dict[str, float] = {}
-    for widths in ("aligned", "random"):  # the keys of the aligned ones have no suffix
+    for widths in ("aligned", "random"):  # keys of aligned plans have no suffix
         summary |= worst(figures, widths, "prefill", "ours_over_ideal")
         summary |= worst(figures, widths, "decode", "ours_over_ideal")
         summary |= worst(figures, widths, "prefill", "over_dense_minus_kept")

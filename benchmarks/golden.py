@@ -3,11 +3,11 @@
     python -m benchmarks.golden record golden.json      # before
     python -m benchmarks.golden compare golden.json     # after, on the same machine
 
-Runs `train.py fit` on a small random model of every family, and on stories260K where SECATEUR_DATA
-names the folder of models; each run is a process of its own on one thread. Recorded are the figures
-of metrics.csv as they are written there, a SHA-256 of every tensor of the plan and of the exported
-model, and the fields of the exported config.json. `compare` makes the same runs, prints what
-differs and exits with 1 if anything does. Both take a few minutes.
+Runs `train.py fit` on a small random model of every family, and on stories260K if SECATEUR_DATA
+names the folder of models; each run is a separate process with one thread. It records the figures
+of metrics.csv as text, a SHA-256 of every tensor of the plan and of the exported model, and the
+fields of the exported config.json. `compare` makes the same runs, prints the differences and exits
+with 1 if there are any. Both take a few minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-# Nothing of this project is imported: the script has to work wherever its packages are moved.
+# Nothing of this project is imported: the script must work after packages are moved.
 REPOSITORY = Path(__file__).parents[1]
 WORDS = "cut prune twig bud bark root sap bough stem leaf thorn graft crown knot shoot fork"
 
@@ -54,13 +54,13 @@ ADD, SET = "--trainer.callbacks+=", "--trainer.callbacks."
 TRAIN, EXPORT = ["--model=CausalLM", "--model.warmup_steps=2"], ADD + "ExportModel"
 BLOCKS = [ADD + "PruneBlocks", SET + "target=Blocks", SET + "target.count=1"]
 WEIGHTS = [ADD + "PruneWeights", SET + "pattern=NM", SET + "pattern.n=2", SET + "pattern.m=4"]
-KINDS = {  # of ten steps that learn masks, the last three are those that settle them
+KINDS = {  # the last three of ten steps of mask learning are those after settling
     "masks": ["--model=MaskLearning", ADD + "AnnealSparsity", EXPORT, "--trainer.max_steps=10"],
     "blocks": [*TRAIN, *BLOCKS, EXPORT, "--trainer.max_steps=4"],
     "weights": [*TRAIN, *WEIGHTS, EXPORT, "--trainer.max_steps=0"],
     "pretraining": [*TRAIN, "--trainer.max_steps=10"],
 }
-ALL_KINDS = ("llama", "gemma2", "stories260K")  # the others take part in the first two
+ALL_KINDS = ("llama", "gemma2", "stories260K")  # other families run only the first two kinds
 ALL_RUNS = ["--data=TextData", "--data.window_tokens=16", "--data.batch_size=4"]
 ALL_RUNS += ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
 
@@ -79,7 +79,7 @@ def make_inputs(folder: Path) -> dict[str, Path]:
     for family, fields in FAMILIES.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | fields))
-        with torch.no_grad():  # norms of ones and biases of zeros would hide mistakes
+        with torch.no_grad():  # norms of one and biases of zero would hide mistakes
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
         model.save_pretrained(folder / family)
@@ -90,7 +90,7 @@ def make_inputs(folder: Path) -> dict[str, Path]:
 
 
 def run(kind: str, base: Path, text: Path, root: Path) -> dict[str, Any]:
-    """Make one run with its outputs below `root`; return what is recorded of it."""
+    """Make one run with its outputs below `root`; return its figures."""
     model = [f"--model.base={base}"]
     if kind == "pretraining":
         architecture = (base / "config.json").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def run(kind: str, base: Path, text: Path, root: Path) -> dict[str, Any]:
 
 
 def figures(root: Path) -> Iterator[tuple[str, Any]]:
-    """Names and values of what is recorded of a finished run."""
+    """Names and values of the figures of a finished run."""
     for path in root.glob("metrics/**/metrics.csv"):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -125,7 +125,7 @@ def figures(root: Path) -> Iterator[tuple[str, Any]]:
 
 
 def measure(processes: int) -> dict[str, Any]:
-    """Make all runs, so many at once; return what is recorded of them."""
+    """Make all runs, `processes` at once; return their figures."""
     found = {}
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
         folder, text = Path(place), Path(place) / "text.json"

@@ -1,15 +1,15 @@
-"""How many killed runs end otherwise than a run that was left alone.
+"""Number of killed and resumed runs whose result differs from an uninterrupted run.
 
-A tiny model learns masks and is exported, once without interruption; then again and again, each
-time killed (SIGKILL) at a random moment: within a step, while a checkpoint is written, or while the
+A tiny model learns masks and is exported, once without interruption; then repeatedly, each time
+killed (SIGKILL) at a random moment: within a step, while a checkpoint is written, or while the
 model is exported. Each killed run is resumed by the same command, which has `--ckpt_path last`, and
 its plan and its model folder are compared byte by byte with those of the uninterrupted run.
 
 `--variants` does the same, once each, to runs of `benchmarks.resume_variants`, and kills the export
 of one run at places that are spread over all that it writes.
 
-Runs are forks of one process that has imported everything, so a kill costs seconds. What SIGKILL
-does not show is the loss of what the file system had not yet written, as in a power cut.
+Runs are forks of one process that has imported everything, so a kill costs seconds. SIGKILL does
+not test the loss of data that the file system has not written yet, as in a power cut.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PHASES: dict[str, tuple[tuple[type, ...], str]] = {
     "checkpoint": ((SaveCheckpoint,), "_save"),
     "export": ((ExportModel,), "on_fit_end"),
 }
-"""What begins each phase, which lasts until the next one begins."""
+"""The first event of each phase; a phase lasts until the next one begins."""
 EXPORT_KILLS = 14
 _WRITES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")
 CALLBACKS = ("AnnealSparsity", "SaveCheckpoint", "ExportModel")
@@ -140,8 +140,9 @@ def measure(folder: Path, kills: int, max_steps: int = 12, seed: int = 0) -> dic
     """
     draw = random.Random(seed)
     make_inputs(folder)
-    write_text(folder / "text.json", documents=5)  # epochs of 5 batches, which kills fall across
-    # Relative paths, in a folder of its own for each run: equal commands, which model cards show.
+    write_text(folder / "text.json", documents=5)  # epochs of 5 batches, several per run
+    # Relative paths, in a separate folder for each run, so that the commands in model cards are
+    # equal.
     arguments = [
         *learn_masks(Path(), Path("run"), max_steps, CALLBACKS),
         "--trainer.logger=false",
@@ -158,7 +159,7 @@ def measure(folder: Path, kills: int, max_steps: int = 12, seed: int = 0) -> dic
             whole[i + 1][1] - began for i, (name, began) in enumerate(whole) if name == phase
         ]
         died, attempt = None, 0
-        while died is None:  # a run that was faster than the first may be over
+        while died is None:  # a run that is faster than the first may have ended
             occurrence = draw.randrange(len(lengths))
             work = _beside(folder, f"killed_{number}_{attempt}")
             died = kill(arguments, work, phase, occurrence, draw.uniform(0, lengths[occurrence]))

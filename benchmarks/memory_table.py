@@ -1,10 +1,10 @@
-"""Predicted memory of mask learning against measured, at a size that two cores can do.
+"""Predicted and measured memory of mask learning, at a size for two cores.
 
-A random Llama is written to a temporary folder. Each setting runs in a process of its own: a first
+A random Llama is written to a temporary folder. Each setting runs in a separate process: a first
 step of a tiny model loads the libraries, then the model is read and two steps of `MaskLearning` are
-made, forward, backward and optimiser. Measured is the growth of the peak resident set, and the peak
-of live tensor bytes in a step, counted by following storages in the real run. The figures are
-measured over predicted; a ratio near 1 says that the table of docs/memory.md can be trusted.
+made, forward, backward and optimiser. The growth of the peak resident set is measured, and the peak
+of live tensor bytes in a step, counted by tracking storages in the real run. The figures are
+measured over predicted; a ratio near 1 confirms the table of docs/memory.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_model(folder: Path, width: int, blocks: int) -> None:
 
 
 def step_of(folder: Path, setting: Setting, tokens: int) -> tuple[Callable[[], None], MaskLearning]:
-    """A whole step of MaskLearning."""
+    """A full step of MaskLearning."""
     module = MaskLearning(
         str(folder),
         hypernetwork=SharedHeads,
@@ -159,7 +159,7 @@ def main() -> None:
                     checkpointing=setting.checkpointing,
                 ),
             )
-            # Followed in a step are its own tensors: neither weights nor states, which lie there.
+            # Only tensors created in the step are tracked, not weights and optimiser states.
             step = need.total - need.lasting
             ratios["resident"].append(found["resident"] / need.total)
             ratios["step"].append(found["live"] / step)

@@ -1,9 +1,9 @@
-"""The time of a run in plain steps, taken while it runs.
+"""The time of a run in plain steps, measured during the run.
 
 A plain step is a forward pass with labels and a backward pass to the embeddings of the same frozen
-stock model, on a batch of 8 x 256 tokens. Steps are timed before, on the way and after, in the same
-process, so that what else the machine does weighs on both alike; a run costs its own seconds on the
-CPU over their median.
+stock model, on a batch of 8 x 256 tokens. Steps are timed before, during and after the run, in the
+same process, so that other load of the machine affects both alike; the cost of a run is its CPU
+seconds over their median.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BATCH_SIZE = 8
 
 
 class PlainSteps(Callback):
-    """Times a run, from the model that is read to the model that is left, without the export.
+    """Time a run, from reading the model to the final model, without the export.
 
-    It stands before ExportModel in the list of callbacks, and after the others.
+    Put it before ExportModel in the list of callbacks, and after the others.
 
     Args:
         model: Folder of the model.
@@ -50,7 +50,7 @@ class PlainSteps(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Time a plain step now and then; the clock stands still."""
+        """Time a plain step every few steps, with the clock stopped."""
         if trainer.global_step % self.every_n_steps == 0:
             begin = time.process_time()
             self._time(2)
@@ -70,13 +70,13 @@ class PlainSteps(Callback):
         for number in range(count):
             begin = time.process_time()
             self._step(self._input_BT)
-            if number:  # the first after other work is slower
+            if number:  # the first step after other work is slower
                 self.times.append(time.process_time() - begin)
 
 
 @contextmanager
 def timed_refits() -> Iterator[list[float]]:
-    """The seconds on the CPU of every refit that is made in a `with` block."""
+    """The CPU seconds of every refit in a `with` block."""
     seconds: list[float] = []
 
     def timed(*args: Any) -> list[LayerRefit]:

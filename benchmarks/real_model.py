@@ -3,11 +3,11 @@
 The model is SmolLM2-135M-Instruct in bfloat16 (`benchmarks/smollm2.py`) unless `--model` names
 another folder. Text is cut into windows of 512 tokens, a step has four. Rows of the figures:
 
-- masks: 200 steps of masks, nothing else (`--model.settle null`);
+- masks: 200 steps of mask learning only (`--model.settle null`);
 - frozen: masks, refit and gains, in at most the time of the reference's 200 steps;
 - recovered: the same, with weights of the cut model trained instead of gains;
-- depth: whole blocks removed, the least influential first, and refitted; nothing is trained;
-- widths: masks by importance, refitted; nothing is trained. The opponent of depth.
+- depth: whole blocks removed, the least influential first, and refitted, without training;
+- widths: masks by importance, refitted, without training. The opponent of depth.
 
 Perplexity is that of the first 100 windows of c4 and wikitext2, accuracy that of the first 200
 questions of PIQA, ARC-easy and HellaSwag. Excess is ln(perplexity) - ln(dense perplexity) in nats,
@@ -57,10 +57,10 @@ from secateur.pruning.widths.refit import refit
 WINDOW_TOKENS, BATCH_SIZE = 512, 4
 TASKS = {"piqa": "piqa_val", "arc_easy": "arc_easy_test", "hellaswag": "hellaswag_val_first1500"}
 # The released code of DISP-LLM after 200 steps at kept 0.5, measured on this model and these
-# windows: gates are kept where P(keep) is 0.5 or more (0.488 of the parameters).
+# windows: gates are kept if P(keep) is 0.5 or more (0.488 of the parameters).
 REFERENCE = {"c4": 134.8, "wikitext2": 221.1}
 REFERENCE_KEPT, REFERENCE_STEPS, REFERENCE_STEP = 0.5, 200, 1.13  # plain steps of a step
-# 16 rounds of 8 windows: as long as 32 plain steps.
+# 16 rounds of 8 windows take as long as 32 plain steps.
 SEARCH = GradualRanking(rounds=16, batches_per_round=2, batch_size=BATCH_SIZE)
 REFIT_WINDOWS = 128
 
@@ -71,7 +71,7 @@ class Recipe:
 
     Args:
         steps: Optimiser steps.
-        settings: What differs from configs/disp.yaml.
+        settings: Settings that differ from configs/disp.yaml.
     """
 
     steps: int
@@ -79,7 +79,7 @@ class Recipe:
 
 
 REFIT = f"--model.settle.refit_windows={REFIT_WINDOWS}"
-# As many steps as fit, with the ranking and the refit, into the time of the reference's 200.
+# As many steps as fit, with ranking and refit, into the time of the reference's 200.
 RECIPES = {
     "masks": Recipe(200, ("--model.settle=null",)),
     "frozen": Recipe(120, (REFIT,)),
@@ -90,11 +90,11 @@ RECIPES = {
 
 
 class Bench:
-    """A dense model, its texts and questions, and the length of a plain step.
+    """A dense model, its texts and questions, and the duration of a plain step.
 
     Args:
         folder: The model.
-        items: Questions of a task that are asked, 0 or more.
+        items: Number of questions per task, 0 or more.
     """
 
     def __init__(self, folder: str, items: int) -> None:
@@ -125,7 +125,7 @@ class Bench:
         return {name: perplexity(model, own).value for name, own in self.texts.items()}
 
     def note(self, name: str, model: PreTrainedModel) -> None:
-        """Measure a model; a name ends in the fraction that is kept."""
+        """Measure a model; its name ends in the kept fraction."""
         found = self.dense_perplexity if model is self.dense else self.perplexities(model)
         self.figures |= {f"perplexity_{text}_{name}": value for text, value in found.items()}
         for task, questions in self.questions.items():
@@ -144,7 +144,7 @@ class Bench:
             embedded = model.get_input_embeddings()(input_BT).detach().requires_grad_()
             model(inputs_embeds=embedded, labels=input_BT, use_cache=False).loss.backward()
             seconds.append(time.process_time() - start)
-        return statistics.median(seconds[1:])  # the first after other work is slower
+        return statistics.median(seconds[1:])  # the first step after other work is slower
 
     def speeds(self, models: dict[str, PreTrainedModel], repeats: int) -> None:
         """Prefill of 4 x 256 tokens and decoding at batch 1, over the dense model."""
@@ -162,25 +162,25 @@ class Bench:
                 self.figures |= {f"decode_over_dense_{name}": seconds[1] / of_dense[1]}
 
     def ranked(self, budget: Budget) -> Ranking:
-        """The gates by importance, as every run of masks begins."""
+        """The gates ranked by importance, as at the start of every mask-learning run."""
         return SEARCH.choose(self.dense, budget, Fisher(), self.windows_WT)
 
     def widths(self, budget: Budget, ranking: Ranking) -> Plan:
-        """What a ranking leaves for a budget."""
+        """The plan of a ranking for a budget."""
         sites = find_sites(self.dense, budget.family(self.dense.config))
         table = budget.cost.table(self.dense)
         kept = budget.finalise(ranking.positions_N(), sites, table)
         return plan_from_indices(self.dense, "", kept, {})
 
     def without_blocks(self, blocks: int) -> Plan:
-        """What is left without the least influential blocks."""
+        """The plan without the least influential blocks."""
         windows_WT = self.windows_WT[:16]
         chosen = OneShot(BlockInfluence())(self.dense, windows_WT, Blocks(blocks)).blocks
         gone = [(block, part) for block in chosen for part in PARTS]
         return plan_without(self.dense, "", gone, {})
 
     def refitted(self, plan: Plan) -> PreTrainedModel:
-        """The model that a plan leaves, refitted on the training text after that of the ranking."""
+        """The model cut by a plan, refitted on training text after that of the ranking."""
         narrow = cut(self.dense, plan)
         text_WT: Tensor = self.windows_WT[SEARCH.num_windows :][:REFIT_WINDOWS]
         refit(self.dense, narrow, plan, text_WT)
@@ -214,7 +214,7 @@ def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[
 
 
 def trained(bench: Bench, what: str, keep: float, root: Path, extra: Sequence[str]) -> None:
-    """Run a recipe and measure what it exports, against the reference where there is one."""
+    """Run a recipe and measure its export, against the reference if there is one."""
     before = bench.plain_step_seconds()
     start = time.process_time()
     learn(bench.folder, keep, RECIPES[what], root, extra)
@@ -239,7 +239,7 @@ def speed(bench: Bench, keeps: Sequence[float], repeats: int) -> None:
 
 
 def depth(bench: Bench, keeps: Sequence[float], repeats: int) -> None:
-    """Depth and widths at equal FLOPs: quality against measured speed; nothing is trained."""
+    """Depth and widths at equal FLOPs: quality against measured speed, without training."""
     ranking, blocks = bench.ranked(Budget(min(keeps))), bench.dense.config.num_hidden_layers
     models = {}
     for keep in keeps:
@@ -255,9 +255,9 @@ def depth(bench: Bench, keeps: Sequence[float], repeats: int) -> None:
 
 
 def main() -> None:
-    """Measure the parts that are asked for, and report."""
+    """Measure the requested parts, and report."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Options that are not known go to train.py."
+        description=__doc__, epilog="Unknown options are passed to train.py."
     )
     parts = [*RECIPES, "speed", "depth"]
     parser.add_argument("--what", nargs="+", choices=parts, default=parts, help="parts to run")

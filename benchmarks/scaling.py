@@ -1,15 +1,15 @@
-"""What sharding and growth cost: overhead at one rank, growth, checkpoints, the hypernetwork.
+"""Cost of sharding and of model size: overhead at one rank, scaling, checkpoints, hypernetwork.
 
 - The opponent of the strategy is the same run without it: two fits of mask learning on one rank, in
-  one process, turn by turn; medians of the steps.
+  one process, in turns; medians of the steps.
 - Step and checkpoint are timed on random Llamas of growing depth and width; an exponent is the
   slope of log time over log size.
 - The share of a checkpoint is that of a 500-step interval, at the size of the demo (width 128, 4
   blocks, 16 x 128 tokens).
 - At the shapes of LLaMA-2 7B, 13B and 70B, memory of the hypernetwork (weights, gradients and two
   averages of Adam, float32) is counted, over that of the frozen model in bf16. Its time (forward,
-  backward, AdamW) is measured on an eighth of the sites and multiplied; so is that of the frozen
-  blocks (forward, and backward to their inputs, float32), on one block and few tokens. The share
+  backward, AdamW) is measured on an eighth of the sites and extrapolated; so is that of the frozen
+  blocks (forward, and backward to their inputs, float32), from one block and few tokens. The share
   is that of a step of 2048 tokens on this processor.
 """
 
@@ -154,7 +154,7 @@ def hypernetwork_seconds(config: Any, kind: Callable[[list[int]], nn.Module]) ->
 
 
 def frozen_seconds(config: Any, tokens: int) -> float:
-    """Forward and backward of the frozen blocks on `STEP_TOKENS`, from one block and fewer."""
+    """Forward and backward of the frozen blocks on `STEP_TOKENS`, extrapolated from one block."""
     one = copy.deepcopy(config)
     one.num_hidden_layers, one.vocab_size = 1, 32
     block = LlamaModel(one).requires_grad_(False)
@@ -167,7 +167,7 @@ def frozen_seconds(config: Any, tokens: int) -> float:
 
 
 def seconds(work: Callable[[], None], repeats: int = 3) -> float:
-    """Median time of some work, after one turn that does not count."""
+    """Median time of some work, after one turn that is not counted."""
     work()
     times = []
     for _ in range(repeats):

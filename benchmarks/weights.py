@@ -1,18 +1,18 @@
-"""Time and memory of Wanda, DaSS and SparseGPT, over what cannot be avoided and over a plain loop.
+"""Time and memory of Wanda, DaSS and SparseGPT, over the minimum and over a plain loop.
 
-What cannot be avoided are two forward passes of the calibration windows through every block and,
-for SparseGPT, one product x x^T of every tensor that its matrices read; they are timed alone, in
-the same run. `overhead_share` is the rest, over the total, the worst of the methods.
+The minimum is two forward passes of the calibration windows through every block and, for SparseGPT,
+one product x x^T of every input tensor of its matrices; it is timed separately, in the same run.
+`overhead_share` is the rest over the total, for the worst of the methods.
 
-The plain loop is how it is usually written: one window at a time, statistics and, for SparseGPT,
-a Hessian and its factor for every matrix, symmetric or not, shared or not. It prunes with the same
-parts.
+The plain loop is the usual implementation: one window at a time, statistics and, for SparseGPT, a
+Hessian and its factor for every matrix, without using symmetry or shared inputs. It prunes with the
+same parts.
 
-Seconds are those on the wall; `overhead_share_cpu` is the same share of the seconds that the
-process spent on the CPU, all threads together, which what else runs on the machine disturbs less.
+Seconds are wall time; `overhead_share_cpu` is the same share of the CPU time of the process, all
+threads together, which depends less on other programs.
 
-Memory is what lives beside the model: every storage is followed from its birth to its end. The
-formula is that of the block loop (pruning/weights/loop.py): states, statistics and working
+Memory is that of all tensors besides the model: every storage is tracked from creation to release.
+The formula is that of the block loop (pruning/weights/loop.py): states, statistics and working
 copies of one block.
 """
 
@@ -85,7 +85,7 @@ def unavoidable(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
 
 @torch.no_grad()
 def plain(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> None:
-    """One window at a time, and everything for every matrix of its own."""
+    """One window at a time, with separate statistics for every matrix."""
     source = LiveBlocks(model)
     states = CalibrationStates(source, windows_NT, 1)
     for index, block in enumerate(source.blocks):
@@ -149,19 +149,20 @@ def seconds(run: Callable[[Any], None], width: int | None) -> tuple[float, float
 
 @torch.no_grad()
 def peak_growth_mb(model: Any, recipe: WeightRecipe, windows_NT: Tensor) -> float:
-    """Most bytes of tensors that were alive at once beside the model and the windows, in MB."""
+    """Peak MB of live tensors besides the model and the windows."""
     with LiveBytes([*model.parameters(), *model.buffers(), windows_NT]) as live:
         ours(model, recipe, windows_NT)
     return live.peak / 2**20
 
 
 def formula_mb(model: Any, recipe: WeightRecipe, windows: int, tokens: int) -> float:
-    """Calibration states, and what a batch on its way or a matrix in work takes, if that is more.
+    """Calibration states, plus the larger of the memory of a batch and of a matrix being pruned.
 
     States: windows x T x D numbers. A batch: three tensors of the width of the MLP, five of that of
-    the model. Hessians: three of D x D and one of M x M. While a block is pruned: masks, of a byte
-    per weight; with Hessians the weights that the sweep found, the factors of the narrow Hessians
-    and six copies of the wide one while it is factorised; otherwise six of a matrix that is sorted.
+    the model. Hessians: three of D x D and one of M x M. While a block is pruned: masks, one byte
+    per weight; with Hessians the weights of the sweep, the factors of the narrow Hessians and six
+    copies of the wide one while it is factorised; otherwise six copies of a matrix while it is
+    sorted.
     """
     width, middle = model.config.hidden_size, model.config.intermediate_size
     block = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -176,7 +177,7 @@ def formula_mb(model: Any, recipe: WeightRecipe, windows: int, tokens: int) -> f
 
 
 def summary(name: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
-    """Medians of the rounds: seconds of each run, and what is not unavoidable, over the total."""
+    """Medians of the rounds: seconds of each run, and the overhead over the total."""
     median = {run: statistics.median(wall for wall, _ in values) for run, values in times.items()}
     figures = {f"{name}_{run}_seconds": value for run, value in median.items()}
     for place, clock in enumerate(("", "_cpu")):

@@ -2,7 +2,7 @@
 
 Calibrated on the first 128 windows of the mask-training text (256 tokens, fp32); measured on c4
 (first 372 windows), wikitext2 (all 393) and tinystories (first 212). Run it in pieces: figures are
-merged into the file of `--json`, and what is in it already is not measured again.
+merged into the file of `--json`, and figures in it are not measured again.
 
 The figure of merit is `best_over_sparsegpt_<point>`: the mean over the texts of ln(perplexity) of
 the best combination minus that of SparseGPT alone, in nats; below 0 on every text is better.
@@ -65,7 +65,7 @@ REFERENCE = {
 
 
 def combinations(pattern: Pattern) -> dict[str, WeightRecipe]:
-    """Name to recipe, for one pattern; what cannot go together is not there."""
+    """Name to recipe, for one pattern, without incompatible combinations."""
     magnitude, wanda = WeightRecipe(pattern, Magnitude()), WeightRecipe(pattern, Wanda())
     dass = WeightRecipe(pattern, DaSS(), matrices=MlpOnly())
     sparsegpt = WeightRecipe(pattern, ObsSaliency(), compensation=SparseGPTSweep())
@@ -126,7 +126,7 @@ def main() -> None:
         return
     protocol = {"model": Path(folder).name, "windows_per_text": args.windows or "protocol"}
     if figures and {key: figures.get(key) for key in protocol} != protocol:
-        parser.error(f"{args.json} was measured otherwise; give another file.")
+        parser.error(f"{args.json} was measured with other settings; give another file.")
     figures |= protocol
 
     def measured(name: str, prune: Callable[[Any], None]) -> None:
@@ -182,7 +182,7 @@ def summary(figures: dict[str, Any], texts: list[str]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """What is measured so far as a Markdown table, the reference's figures in brackets."""
+    """The measured figures as a Markdown table, with those of the reference in brackets."""
     points = list(POINTS)
     lines = [f"| | {' | '.join(points)} |", f"|---|{'---|' * len(points)}"]
     for name in combinations(Unstructured(0.5)):
