@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from secateur.pruning.costs import Parameters
 from secateur.pruning.export.rewrite import prune_checkpoint
@@ -22,7 +23,7 @@ from secateur.pruning.modelling.modeling_secateur_llama import (
     SecateurLlamaConfig,
     SecateurLlamaForCausalLM,
 )
-from secateur.pruning.modelling.secateur_narrow import SelectiveRMSNormGather
+from secateur.pruning.modelling.secateur_narrow import LeanRMSNorm, SelectiveRMSNormGather
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
@@ -162,6 +163,23 @@ def test_the_norm_is_exact_to_the_last_entry() -> None:
         norm.index.copy_(torch.tensor([1, 2]))
     found = norm(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]))
     torch.testing.assert_close(found, torch.tensor([[[16.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_the_whole_stream_is_the_stock_one(dtype: torch.dtype) -> None:
+    stock, lean = LlamaRMSNorm(8).to(dtype), LeanRMSNorm(8, LlamaRMSNorm(8).variance_epsilon)
+    lean.to(dtype).load_state_dict({"weight": torch.linspace(0.5, 2, 8)})
+    stock.load_state_dict(lean.state_dict())
+    stream_BTD = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = []
+    for norm in (stock, lean):
+        own_BTD = stream_BTD.clone().requires_grad_()
+        out_BTD = norm(own_BTD)
+        out_BTD.square().sum().backward()
+        with torch.no_grad():
+            found.append((out_BTD.detach(), norm(own_BTD), own_BTD.grad, norm.weight.grad))
+        assert torch.equal(own_BTD, stream_BTD)
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
