@@ -477,7 +477,7 @@ class MaskLearning(LanguageModelling):
         freeze(narrow)
         self.settled = settle.train.of(narrow)
         if self.frozen.gradient_checkpointing:
-            recompute(narrow, getattr(self.settled, "hooks", None))
+            recompute(narrow)
         self.hypernetwork.requires_grad_(False)
         if self._nothing is not None:
             self._nothing.requires_grad_(False)

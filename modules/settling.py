@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,12 +23,13 @@ from transformers import PreTrainedModel
 
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.verify import verify_cut
-from secateur.pruning.families import family_of, skeleton
+from secateur.pruning.families import blocks_of, family_of, skeleton
 from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.plan import Plan, full_plan
 from secateur.pruning.sites import gain_sizes
+from secateur.pruning.widths.gained_linear import gained_linear
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.refit import Refit
 
@@ -62,13 +64,31 @@ class Settled(nn.Module, ABC):
 
 
 class _Gains(Settled):
-    """Gains on both sides of every projection of a cut model."""
+    """Gains on both sides of every projection of a cut model, which computes with them from now on.
+
+    Its parameters stay those of the cut model, so that it can be cut again, with gains folded in.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.requires_grad_(False))
-        self.sizes = gain_sizes(skeleton(model.config), family_of(model.config))
+        family = family_of(model.config)
+        self.sizes = gain_sizes(skeleton(model.config), family)
         self.gains = nn.Parameter(torch.ones(sum(self.sizes.values()), device=model.device))
-        self.hooks = GateHooks(model)
+        self._applied = self.named()
+        for index, block in enumerate(blocks_of(model, family)):
+            for projection in family.projections_of(block):
+                layer: Any = block.get_submodule(projection.path)
+                layer.forward = partial(self._forward, layer, f"{index}.{projection.path}")
+
+    def _forward(self, layer: nn.Linear, name: str, x_NI: Tensor) -> Tensor:
+        gains = self._applied
+        return gained_linear(layer, x_NI, gains[f"{name}.input"], gains[f"{name}.output"])
+
+    def applied(self) -> AbstractContextManager[None]:
+        # Once per step, since every split costs a vector of all gains on the way back. They stay
+        # for blocks that are computed again in the backward pass.
+        self._applied = self.named()
+        return nullcontext()
 
     def trained(self) -> list[nn.Parameter]:
         return [self.gains]
@@ -77,11 +97,8 @@ class _Gains(Settled):
         nn.init.ones_(self.gains)
 
     def named(self) -> dict[str, Tensor]:
-        """The gains by name, as `GateHooks` and plans need them."""
+        """The gains by name, as plans need them."""
         return named_gains(self.gains, self.sizes)
-
-    def applied(self) -> AbstractContextManager[None]:
-        return self.hooks.applied(None, self.named())
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
