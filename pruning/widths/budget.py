@@ -323,18 +323,19 @@ class Budget:
         cost = float(table(widths_S))
         # A chunk can be added only if all earlier chunks of its site are included: once a chunk
         # does not fit, its site gets no more.
-        closed = torch.zeros(len(sites), dtype=torch.bool)
-        marginal_S = table.marginal(widths_S)
-        for site, size in zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True):
-            if closed[site]:
+        rest = list(zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True))
+        open_sites = {site for site, _ in rest}
+        marginal = table.marginal(widths_S).tolist()
+        for site, size in rest:
+            if site not in open_sites:
                 continue
-            if cost + size * float(marginal_S[site]) > limit:
-                closed[site] = True
-                if bool(closed.all()):
+            if cost + size * marginal[site] > limit:
+                open_sites.remove(site)
+                if not open_sites:
                     break
                 continue
             widths_S[site] += size
-            cost, marginal_S = float(table(widths_S)), table.marginal(widths_S)
+            cost, marginal = float(table(widths_S)), table.marginal(widths_S).tolist()
         return widths_S
 
     @property
