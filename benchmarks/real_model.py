@@ -5,7 +5,7 @@ another folder. Text is cut into windows of 512 tokens, a step has four. Rows of
 
 - masks: 200 steps of mask learning only (`--model.settle null`);
 - frozen: masks, refit and gains, in at most the time of the reference's 200 steps;
-- recovered: the same, with weights of the cut model trained instead of gains;
+- recovered: masks by importance, refit, and low-rank updates of the cut model, in that time;
 - depth: whole blocks removed, the least influential first, and refitted, without training;
 - widths: masks by importance, refitted, without training. The opponent of depth.
 
@@ -83,9 +83,7 @@ REFIT = f"--model.settle.refit_windows={REFIT_WINDOWS}"
 RECIPES = {
     "masks": Recipe(200, ("--model.settle=null",)),
     "frozen": Recipe(120, (REFIT,)),
-    "recovered": Recipe(
-        120, (REFIT, "--model.settle.fraction=0.75", "--model.settle.train=LowRank")
-    ),
+    "recovered": Recipe(110, (REFIT, "--model.settle.fraction=1", "--model.settle.train=LowRank")),
 }
 
 
