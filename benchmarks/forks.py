@@ -1,4 +1,4 @@
-"""Forks of a process that has imported everything: to start, stop and kill a run costs seconds."""
+"""Forks of a process that has imported everything, so that runs start within seconds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 Announce = Callable[[str], None]
-"""Tells the parent the name of what begins now, a word."""
+"""A function that sends the parent the name of the phase that starts, one word."""
 
 
 @dataclass
 class Fork:
-    """A process that does some work, and what it has announced so far.
+    """A process that does some work, and the phases that it has announced so far.
 
     Args:
         process: Its process id.
-        pipe: Where its announcements arrive.
+        pipe: Pipe from which its announcements are read.
     """
 
     process: int
@@ -35,7 +35,7 @@ class Fork:
     _rest: str = ""
 
     def read(self, seconds: float) -> bool:
-        """Wait for news, up to a time; False once the process has ended."""
+        """Wait for announcements, up to a time limit; False once the process has ended."""
         if not select.select([self.pipe], [], [], max(0.0, seconds))[0]:
             return True
         if not (news := os.read(self.pipe, 65536)):
@@ -48,10 +48,10 @@ class Fork:
         """Wait until it has ended.
 
         Args:
-            seconds: How long, at most; None waits for ever.
+            seconds: Time limit; None waits forever.
 
         Returns:
-            Its exit code, negative for a signal; None if it was killed for want of an end.
+            Its exit code, negative for a signal; None if it was killed after the time limit.
         """
         deadline = time.monotonic() + seconds if seconds else None
         while self.read(60 if deadline is None else deadline - time.monotonic()):
@@ -62,7 +62,7 @@ class Fork:
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
     def kill(self) -> int | None:
-        """SIGKILL; returns the exit code, which is another if the process had ended before."""
+        """Send SIGKILL; return the exit code, which differs if the process had ended before."""
         with suppress(ProcessLookupError):
             os.kill(self.process, signal.SIGKILL)
         return self.end()
@@ -85,8 +85,8 @@ def fork(work: Callable[[Announce], object], folder: Path) -> Fork:
         for stream in (1, 2):
             os.dup2(log, stream)
         os.chdir(folder)
-        # Torch renews the thread pool that a fork has lost on its next use; were the first uses at
-        # once in several threads, as in surgery, one of them would find none.
+        # Torch recreates the thread pool, lost in a fork, on its next use; if the first uses were
+        # simultaneous in several threads, as in surgery, one of them would fail.
         torch.set_num_threads(torch.get_num_threads())
         work(lambda name: os.write(end, f"{name} {time.monotonic()}\n".encode()))
         code = 0

@@ -1,15 +1,15 @@
-"""What becomes of inputs that are damaged, incomplete, mixed up or made to mislead.
+"""Test commands on inputs that are damaged, incomplete, mixed up or malicious.
 
-A tiny base model is pruned, and the folders that this leaves (base, plan, checkpoints, cache of
-tokens, export) are given to commands, each time with one change, see `benchmarks.mutations`. A
-command has to refuse a change in one to three lines that name a setting or a file, or to give what
-it gives without the change. Counted is what does otherwise:
+A tiny base model is pruned, and the resulting folders (base, plan, checkpoints, cache of tokens,
+export) are given to commands, each time with one change, see `benchmarks.mutations`. A command has
+to refuse the change in one to three lines that name a setting or a file, or to give the same result
+as without the change. All other outcomes are counted:
 
-* `wrong`: it ended well, with another result;
+* `wrong`: it succeeded, with another result;
 * `unclear`: it ended with a traceback, or with a message that does not help;
 * `hung`: it did not end;
-* `ran_code`: it ran code that lay in an input;
-* `half_written`: it was refused and left something of a result, or changed an input.
+* `ran_code`: it executed code from an input;
+* `half_written`: it failed and left part of a result, or changed an input.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from tests.runs import call, content, learn_masks, on_text, write_text
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 COUNTS = ("wrong", "unclear", "hung", "ran_code", "half_written")
-_CPU_SECONDS, _SECONDS = 60, 600  # which no command needs, on however busy a machine
-_MEMORY_BYTES = 1 << 35  # of addresses, most of which are never touched
+_CPU_SECONDS, _SECONDS = 60, 600  # limits that no command reaches, even on a busy machine
+_MEMORY_BYTES = 1 << 35  # of address space, most of which is never used
 _REMAINS = re.compile(r"partial|replaced|/\.making")
 
 
@@ -51,10 +51,10 @@ class Use:
 
     Args:
         folder: The input.
-        arguments: Of the command.
-        result: What it leaves: files and folders.
-        sealed: Patterns of names of those files in the input of which every byte is checked.
-        compared: Patterns of those files in the result that have to be the same.
+        arguments: Arguments of the command.
+        result: Files and folders that it writes.
+        sealed: Name patterns of input files of which every byte is checked.
+        compared: Name patterns of result files that must be equal.
     """
 
     folder: str
@@ -125,15 +125,15 @@ USES: Mapping[str, Use] = {
 
 @dataclass
 class Outcome:
-    """What became of one change.
+    """The outcome of one change.
 
     Args:
         use: Name of the command and input.
         kind: Name of the kind of change.
-        said: What was changed.
-        faults: Names of the counts that it belongs to; none if all is well.
+        said: Description of the change.
+        faults: Names of the counts that it belongs to; empty for a correct outcome.
         refused: Whether the command has refused it.
-        message: What the command said.
+        message: Message of the command.
     """
 
     use: str
@@ -145,7 +145,7 @@ class Outcome:
 
 
 def make_inputs(folder: Path) -> None:
-    """Fill a folder with a base model in two files, text, and what a run leaves of them."""
+    """Fill a folder with a base model in two files, text, and the results of a run."""
     tiny_llama().save_pretrained(folder / "base", max_shard_size="70KB")
     tiny_tokenizer().save_pretrained(folder / "base")
     write_text(folder / "text.json", documents=12)
@@ -154,11 +154,11 @@ def make_inputs(folder: Path) -> None:
         call(_MASKS)
     shutil.copytree(folder / "run" / "model", folder / "export")
     shutil.copytree(folder / "run" / "plan", folder / "plan")
-    (folder / "run" / "checkpoints" / "step=6.ckpt").unlink()  # as if the run had been stopped
+    (folder / "run" / "checkpoints" / "step=6.ckpt").unlink()  # like a run that was stopped
 
 
 def run(arguments: tuple[str, ...], folder: Path) -> int | None:
-    """Run a command in a folder; returns its exit code, None if it did not end."""
+    """Run a command in a folder; return its exit code, None if it did not end."""
 
     def work(_: Callable[[str], object]) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
@@ -171,7 +171,7 @@ def run(arguments: tuple[str, ...], folder: Path) -> int | None:
 
 
 def judge(use: Use, work: Path, expected: Mapping[str, bytes], ran: Path) -> Outcome:
-    """Run a command on an input that was changed, and judge what comes of it."""
+    """Run a command on a changed input, and classify the outcome."""
     outcome = Outcome("", "", "")
     before = content(work)
     code = run(use.arguments, work)
@@ -201,7 +201,7 @@ def judge(use: Use, work: Path, expected: Mapping[str, bytes], ran: Path) -> Out
 
 
 def _result(use: Use, found: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Those files of a result that have to be the same."""
+    """The files of a result that must be equal."""
     own = {name: c for name, c in found.items() if name.startswith(use.result)}
     return {
         name: c
@@ -211,7 +211,7 @@ def _result(use: Use, found: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _clear(message: str, use: Use) -> bool:
-    """Whether a message is short and names a setting or a file."""
+    """Test whether a message is short and names a setting or a file."""
     lines = message.splitlines()
     names = re.search(r"`-{0,2}[\w.]+`|[\w=-]+\.(json|safetensors|ckpt|npy)\b", message)
     return (
@@ -223,13 +223,13 @@ def _clear(message: str, use: Use) -> bool:
 
 
 def measure(folder: Path, seed: int, count: int, only: str = "") -> list[Outcome]:
-    """Change inputs and see what becomes of them.
+    """Change inputs, run the commands, and return the outcomes.
 
     Args:
         folder: An empty folder.
-        seed: Of what is changed.
+        seed: Seed of the changes.
         count: Number of changes, 1 or more: all kinds of all inputs take turns.
-        only: Part of the names of the commands that take part; empty for all.
+        only: Part of the names of the commands to test; empty for all.
     """
     inputs, ran = folder / "inputs", folder / "ran"
     inputs.mkdir()
@@ -245,7 +245,7 @@ def measure(folder: Path, seed: int, count: int, only: str = "") -> list[Outcome
         shutil.rmtree(work)
     draw, outcomes = random.Random(seed), []
     while len(outcomes) < count:
-        # Both numbers go round, and come together anew each time.
+        # Cycle through both lists, with a new combination each time.
         name = [*uses][len(outcomes) % len(uses)]
         kind = [*kinds][(len(outcomes) // len(uses) + len(outcomes)) % len(kinds)]
         use, said = uses[name], None
@@ -278,9 +278,9 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300, help="number of changes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is changed")
-    parser.add_argument("--only", default="", help="part of the names of commands that take part")
-    parser.add_argument("--all", type=Path, help="write what became of every change to this file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the changes")
+    parser.add_argument("--only", default="", help="part of the names of the commands to test")
+    parser.add_argument("--all", type=Path, help="write the outcome of every change to this file")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)

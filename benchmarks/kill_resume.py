@@ -6,7 +6,7 @@ model is exported. Each killed run is resumed by the same command, which has `--
 its plan and its model folder are compared byte by byte with those of the uninterrupted run.
 
 `--variants` does the same, once each, to runs of `benchmarks.resume_variants`, and kills the export
-of one run at places that are spread over all that it writes.
+of one run at positions spread over all its writes.
 
 Runs are forks of one process that has imported everything, so a kill costs seconds. SIGKILL does
 not test the loss of data that the file system has not written yet, as in a power cut.
@@ -54,9 +54,9 @@ def start(
     """Run the command line in a fork of this process, in a folder and with a log there.
 
     Args:
-        arguments: Of the command line.
-        folder: Where the run works.
-        watch: Called in the fork before the run.
+        arguments: Arguments of the command line.
+        folder: Working folder of the run.
+        watch: Function called in the fork before the run.
     """
 
     def work(announce: Announce) -> None:
@@ -85,8 +85,8 @@ def kill(
     """Start a run and kill it some seconds after a phase has begun.
 
     Args:
-        arguments: Of the command line.
-        folder: Where the run works.
+        arguments: Arguments of the command line.
+        folder: Working folder of the run.
         phase: One of `PHASES`.
         occurrence: Which of its occurrences, from 0.
         delay: Seconds after its beginning.
@@ -133,7 +133,7 @@ def measure(folder: Path, kills: int, max_steps: int = 12, seed: int = 0) -> dic
         folder: An empty folder.
         kills: Number of runs that are killed, 1 or more.
         max_steps: Optimiser steps of a run; every third is saved.
-        seed: Of the moments.
+        seed: Seed of the moments.
 
     Returns:
         Figures: `different_plans` and `different_models` of `kills`, and where the runs died.
@@ -177,8 +177,8 @@ def measure_variants(folder: Path, names: Sequence[str], seed: int = 0) -> dict[
 
     Args:
         folder: An empty folder.
-        names: Of `VARIANTS`.
-        seed: Of the moments.
+        names: Names of `VARIANTS`.
+        seed: Seed of the moments.
 
     Returns:
         Figures: `different_plans` (plans and masks) and `different_models` of `variants`.
@@ -211,16 +211,16 @@ def measure_variants(folder: Path, names: Sequence[str], seed: int = 0) -> dict[
 
 
 def _kept(name: str) -> bool:
-    """Whether a file is compared: what is measured of a run differs by the times in it."""
+    """Test whether a file is compared; measurements contain times and differ."""
     return not name.endswith((".png", ".txt"))
 
 
 def measure_exports(folder: Path, kills: int = EXPORT_KILLS) -> dict[str, Any]:
-    """Kill the export of one run at places that are spread over all that it writes.
+    """Kill the export of one run at positions spread over all its writes.
 
     Args:
         folder: A folder that `make_bases` has filled.
-        kills: Number of places.
+        kills: Number of positions.
 
     Returns:
         Figures: `different_exports` of `export_kills`, and the `writes` of an export.
@@ -253,7 +253,7 @@ def measure_exports(folder: Path, kills: int = EXPORT_KILLS) -> dict[str, Any]:
 
 
 def _at_writes(act: Callable[[int], object]) -> None:
-    """Call a function with the number of every write below `run` from the export on, before it."""
+    """Call a function before every write below `run` from the export on, with its number."""
     root, number, begun = str(Path("run").absolute()), 0, False
     export, serialize = ExportModel.on_fit_end, safetensors.torch.serialize_file
 
@@ -278,7 +278,7 @@ def _at_writes(act: Callable[[int], object]) -> None:
         begun = True
         export(*args)
 
-    def counted(*args: Any, **kwargs: Any) -> Any:  # it writes without Python's knowledge
+    def counted(*args: Any, **kwargs: Any) -> Any:  # writes outside of Python
         if begun:
             write()
         return serialize(*args, **kwargs)
@@ -289,7 +289,7 @@ def _at_writes(act: Callable[[int], object]) -> None:
 
 
 def _beside(folder: Path, name: str, inputs: Sequence[str] = ("base",)) -> Path:
-    """An empty folder beside the inputs, which sees them under the same relative paths."""
+    """An empty folder beside the inputs, so that their relative paths are the same."""
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir()
     for shared in (*inputs, "text.json"):

@@ -1,8 +1,8 @@
-"""Ways in which what a folder holds can be wrong: each changes one thing, drawn at random.
+"""Random errors in the contents of a folder: each mutation changes one thing.
 
-A folder that nobody has sealed can also be changed into another one that is just as right, such as
-a model with another weight. What is drawn here always is a mistake: a file of which every byte is
-checked may change anywhere, another one only where its structure, its names or its types break.
+A folder without checksums can also be changed into another valid one, such as a model with a
+different weight. Mutations here are always errors: a file of which every byte is checked may change
+anywhere, another one only so that its structure, names or types break.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from secateur.pruning.files.checkpoints import read_seal, seal, write_whole
 
 Mutation = Callable[[Path, random.Random, Callable[[Path], bool]], str | None]
-"""Changes a folder: the folder, the draw, and whether every byte of a file is checked. Returns what
-it did, None where there was nothing to change in this way.
+"""A function that changes a folder, from the folder, the random generator, and a test whether every
+byte of a file is checked. It returns a description of the change, None if nothing can be changed in
+this way.
 """
 
-# Names of models, of code and of remains of other programs that may lie in any folder.
+# Names of models, of code and of leftovers of other programs that may be in any folder.
 _EXTRA_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -36,7 +37,7 @@ _EXTRA_FILES = (
     "train.npy.bak",
 )
 _DECIDES = ("callbacks", "loops", "lr_schedulers", "optimizer_states", "secateur", "state_dict")
-"""What a checkpoint goes on from, beside the position in the data."""
+"""State from which a checkpoint resumes, besides the position in the data."""
 _EXTRA_FIELDS: tuple[tuple[str, Any], ...] = (
     ("attn_implementation", "someone/kernel"),
     (
@@ -63,10 +64,10 @@ _PLANT = "import pathlib\npathlib.Path({ran!r}).touch()\n"
 
 
 def mutations(ran: Path) -> dict[str, Mutation]:
-    """The kinds of mistakes by name.
+    """The kinds of mutations by name.
 
     Args:
-        ran: What code that is planted makes when it runs.
+        ran: File that planted code creates when it runs.
     """
     return {
         "flip": flip,
@@ -96,7 +97,7 @@ def truncate(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) 
     """Cut the end off a file."""
     files = [path for path in _files(folder) if sealed(path) or path.suffix != ".txt"]
     path = draw.choice(files)
-    content = path.read_bytes().rstrip()  # an end of line is no loss
+    content = path.read_bytes().rstrip()  # losing the end of line is harmless
     length = draw.choice([0, draw.randrange(len(content)), len(content) - 1])
     path.write_bytes(content[:length])
     return f"{path.name} ends after {length} of {len(content)} bytes"
@@ -177,7 +178,7 @@ def missing(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -
         header, data = _read_tensors(path)
         name = draw.choice(_tensors(header))
         start, end = header.pop(name)["data_offsets"]
-        for key, entry in header.items():  # the file is whole: nobody wrote the tensor
+        for key, entry in header.items():  # the file is intact, but lacks the tensor
             if key != _METADATA and entry["data_offsets"][0] >= end:
                 entry["data_offsets"] = [place - end + start for place in entry["data_offsets"]]
         _write_tensors(path, header, data[:start] + data[end:])
@@ -196,7 +197,7 @@ def missing(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -
 
 
 def lie(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -> str | None:
-    """Say something else of a tensor, or in a field of JSON, than what is so."""
+    """Change the description of a tensor, or the value of a JSON field, to a wrong one."""
     files = [p for p in _files(folder) if p.suffix in (".ckpt", ".json", ".safetensors")]
     if not files:
         return None
@@ -207,7 +208,7 @@ def lie(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -> st
         header, data = _read_tensors(path)
         entry = header[name := draw.choice(_tensors(header))]
         field = draw.choice(["dtype", "shape", "data_offsets"])
-        if field == "dtype":  # of another size, or of the same
+        if field == "dtype":  # of another size or of the same size
             entry[field] = draw.choice(["F16", "F64", "I8", "U32", "X9"])
         else:
             entry[field] = [value + draw.choice([-1, 1, 7]) for value in entry[field]]
@@ -231,8 +232,8 @@ def lie(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -> st
 
 
 def _change_checkpoint(path: Path, draw: random.Random, remove: bool) -> str | None:
-    """Remove an entry of a checkpoint, or give it another type, and seal it again: so looks what
-    another program or version may have written.
+    """Remove an entry of a checkpoint, or change its type, and renew its seal, as if another
+    program or version had written it.
     """
     checkpoint = torch.load(path, weights_only=True)
     owner, key = _place({k: checkpoint[k] for k in _DECIDES}, draw, mappings=True)

@@ -1,7 +1,7 @@
-"""Runs that differ in what a checkpoint has to hold: masks, weights, cuts, and all of their kinds.
+"""Runs that differ in the contents of their checkpoints: masks, weights and cuts of all kinds.
 
-A variant is the arguments of a command line in a folder that has `base`, `narrow`, `gemma2`, `opt`,
-`phi` and `text.json`; its output goes to `run`.
+A variant has the arguments of a command line, for a folder that has `base`, `narrow`, `gemma2`,
+`opt`, `phi` and `text.json`; its output goes to `run`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Variant:
     """A run.
 
     Args:
-        arguments: Of the command line.
-        late: Whether it is killed in the last third of its steps, where masks have settled, and not
-            in the first two.
+        arguments: Arguments of the command line.
+        late: Whether it is killed in the last third of its steps, after the masks have settled, and
+            not in the first two.
     """
 
     arguments: tuple[str, ...]
@@ -43,7 +43,7 @@ def _masks(*settings: str, base: str = "base", late: bool = False) -> Variant:
 
 
 def _open(*settings: str, base: str = "base", late: bool = False) -> Variant:
-    """Masks whose gates start open: nothing is ranked first."""
+    """Mask learning from open gates, without a ranking."""
     begun = _masks(base=base)
     kept = [a for a in begun.arguments if not a.startswith("--model.learning")]
     return Variant((*kept, "--model.learning={start: null}", *settings), late)
@@ -165,14 +165,14 @@ BASES = ("base", "narrow", "gemma2", "opt", "phi")
 
 
 def make_bases(folder: Path) -> None:
-    """Fill a folder with what the variants start from."""
+    """Fill a folder with the inputs of the variants."""
     tiny_folder(folder / "base", num_hidden_layers=4, intermediate_size=36)
     for family in BASES[2:]:
         tiny_family_folder(folder / family, family)
         tiny_tokenizer().save_pretrained(folder / family)
     base = BaseModel(folder / "base")
     family_row, model = base.family.with_parts(), base.skeleton()
-    # Unlike widths, and a block without attention.
+    # Different widths, and a block without attention.
     kept = [
         torch.arange(
             0 if (site.block, site.part) == (0, "attn") else max(1, site.size - site.block)

@@ -1,26 +1,26 @@
 """Speed of pruned models in vLLM: throughput, time to first token, time per token.
 
 usage: python -m benchmarks.served_speed --json FILE                random weights
-       python -m benchmarks.served_speed --real FOLDER --json FILE  a model of one's own, a Llama
+       python -m benchmarks.served_speed --real FOLDER --json FILE  your own model, a Llama
 
 Models keep a fraction of the block FLOPs of the dense one, by random choice, in three ways:
 
-- `widths`: all five sites narrow, other widths in every block; by the modelling file, in vLLM's
+- `widths`: all five sites narrow, different widths in every block; by the modelling file, in vLLM's
   transformers backend. Opponent: the dense model in that backend.
-- `native`: MLPs narrow, attentions and MLPs gone; as `nemotron-nas`, which vLLM has built in.
-  Opponent: the dense model as vLLM has it built in.
-- `depth`: blocks gone; a stock model. Opponent: as for `native`.
+- `native`: MLPs narrow, attentions and MLPs removed; as `nemotron-nas`, built into vLLM.
+  Opponent: the dense model as built into vLLM.
+- `depth`: blocks removed; a stock model. Opponent: as for `native`.
 
-The dense model in the backend is compared with the one that is built in, too. Model and opponent
-are asked in turns, both servers up, so that a machine that slows down slows both; the ratios are
-medians over the turns, with the smallest and the largest beside them. Prompts are random and never
-come twice, and prefix caching is off. Where others use the machine, the ratios of processor time
-(`..._cpu`) say more than those of time; let there be one thread then, as waiting threads count too.
+The dense model in the backend is also compared with the built-in one. Model and opponent are
+measured in turns with both servers running, so that a machine that slows down affects both; the
+ratios are medians over the turns, reported with minimum and maximum. Prompts are random and never
+repeated, and prefix caching is off. On a shared machine, the ratios of processor time (`..._cpu`)
+are more reliable than those of time; use one thread then, as waiting threads count too.
 
 Keys: `served_over_dense_KEEP` and `native_over_dense_KEEP`, output tokens per second over those of
-the opponent at the highest number of requests at once.
+the opponent at the highest number of simultaneous requests.
 
-The servers' environment is .venv-serving, which tests/serving/install makes if it is not there.
+The servers' environment is .venv-serving, which tests/serving/install creates if it does not exist.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ BACKEND = ("--model-impl", "transformers")
 
 @dataclass(frozen=True)
 class Load:
-    """What servers are asked.
+    """The requests to servers.
 
     Args:
         prompt_tokens: Tokens of every prompt.
         new_tokens: Tokens of every answer, 2 or more.
-        at_once: Numbers of requests at once.
-        vocabulary: Tokens are drawn below this.
+        at_once: Numbers of simultaneous requests.
+        vocabulary: Upper limit of token ids, exclusive.
     """
 
     prompt_tokens: int
@@ -83,7 +83,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Up:
-    """A server that runs.
+    """A running server.
 
     Args:
         url: Its address.
@@ -107,7 +107,7 @@ class Up:
 
 
 def native_plan(folder: Path, keep: float, multiple: int, seed: int = 0) -> Plan:
-    """A plan on budget that leaves the residual stream whole: MLPs narrow, parts gone."""
+    """A plan on budget that does not cut the residual stream: MLPs narrow, parts removed."""
     model = BaseModel(folder).skeleton()
     family = family_of(model.config).with_parts()
     sites = find_sites(model, family)
@@ -131,14 +131,14 @@ def make_folders(base: Path, place: Path, keep: float, multiple: int) -> dict[st
     prune_checkpoint(base, native_plan(base, keep, multiple), folders["native"])
     blocks = skeleton.config.num_hidden_layers
     gone = round(blocks * (1 - keep))
-    start = (blocks - gone) // 2  # the middle, as searches find it
+    start = (blocks - gone) // 2  # from the middle, as searches choose
     prune_blocks(base, folders["depth"], remove=[*range(start, start + gone)])
     return folders
 
 
 @contextmanager
 def started(server: VLLM, python: Path, folder: Path, dtype: str) -> Iterator[Up]:
-    """A server that answers."""
+    """Start a server and wait until it answers."""
     before = children()
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -149,7 +149,7 @@ def started(server: VLLM, python: Path, folder: Path, dtype: str) -> Iterator[Up
 
 
 def children() -> set[int]:
-    """Processes that this one has started."""
+    """Child processes of this process."""
     tasks = Path("/proc/self/task").glob("*/children")
     return {int(pid) for path in tasks for pid in path.read_text().split()}
 
@@ -179,7 +179,7 @@ def ask(url: str, load: Load) -> tuple[float, float]:
 
 
 def measure(up: Up, load: Load, at_once: int) -> dict[str, float]:
-    """Figures of so many requests at once."""
+    """Figures for a number of simultaneous requests."""
     began, cpu = time.monotonic(), up.cpu_seconds()
     with ThreadPoolExecutor(at_once) as pool:
         answers = [*pool.map(lambda _: ask(up.url, load), range(at_once))]
@@ -194,7 +194,7 @@ def measure(up: Up, load: Load, at_once: int) -> dict[str, float]:
 
 
 def compare(name: str, model: Up, opponent: Up, load: Load, repeats: int) -> dict[str, float]:
-    """Figures of a model, and its throughput over that of an opponent asked in turns with it."""
+    """Figures of a model, and its throughput over that of an opponent measured in turns."""
     found: dict[str, float] = {}
     for at_once in load.at_once:
         turns = [
@@ -238,7 +238,7 @@ def measure_all(base: Path, place: Path, load: Load, args: argparse.Namespace) -
             for name, (own, folder) in models.items():
                 with started(own, args.python, folder, args.dtype) as model:
                     found |= compare(name, model, opponent, load, args.repeats)
-                if args.json:  # should a later one fail
+                if args.json:  # in case a later one fails
                     args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     most = max(load.at_once)
     for key, name in (("served", "widths"), ("native", "native"), ("depth", "depth")):
@@ -272,7 +272,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.python.exists():
         subprocess.run([ROOT / "tests" / "serving" / "install"], check=True)
-    # Two servers share the machine: neither may bind its threads to cores.
+    # Two servers share the machine, so neither may bind threads to cores.
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
