@@ -204,7 +204,7 @@ def test_every_argument_of_a_public_class_is_documented(public: type) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["fit", "--model.help=MaskLearning"], ["in (0, 1]", "Where gates start"]),
+        (["fit", "--model.help=MaskLearning"], ["in (0, 1]", "Initial gates"]),
         (["fit", "--model.help=CausalLM"], ["Steps over which the learning rate rises"]),
         (["fit", "--data.help=TextData"], ["2 or more, at most the positions of the model"]),
         (
@@ -257,7 +257,7 @@ def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
         ("--trainer.max_steps=-1", "`--trainer.max_steps` must be set"),
         (
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-            "has ModelCheckpoint, .* Take SaveCheckpoint: .*keep_best`",
+            "has ModelCheckpoint, .* Use SaveCheckpoint: .*keep_best`",
         ),
         ("--ckpt_path=best", "`--ckpt_path` is best, but .*/run/checkpoints names none"),
         ("--data.train=/no/such/text.json", "`--data.train`: there is no file /no/such/text.json"),

@@ -200,7 +200,9 @@ def test_a_resumed_run_goes_on_choosing_and_a_new_one_starts_anew(tmp_path: Path
 
 def test_a_figure_of_another_name_is_refused(tmp_path: Path) -> None:
     course(SaveCheckpoint(keep=1, keep_best=1, monitor="val_perplexity"), tmp_path, {1: 5.0})
-    with pytest.raises(ValueError, match="`monitor` is 'loss', and .* chosen by 'val_perplexity'"):
+    with pytest.raises(
+        ValueError, match="`monitor` is 'loss', and .* selected by 'val_perplexity'"
+    ):
         course(SaveCheckpoint(keep_best=1, monitor="loss"), tmp_path, {2: 5.0}, start=1)
     assert names(tmp_path) == {"step=1.ckpt", "best.json"}
 
