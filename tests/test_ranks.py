@@ -224,7 +224,7 @@ def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     + [("clipped_zero2", "one_clipped"), ("clipped_zero3", "one_clipped")]
     + [("four", "one_four"), ("eight", "one_eight")],
 )
-def test_two_ranks_learn_what_one_learns(runs: Runs, name: str, opponent: str) -> None:
+def test_two_ranks_learn_the_same_as_one(runs: Runs, name: str, opponent: str) -> None:
     one, here, there = runs.state(opponent), runs.state(name), runs.state(name, 1)
     assert_near(here, one)
     for key, value in here.items():
@@ -256,9 +256,7 @@ def test_two_ranks_train_one_model(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_weights_that_ranks_divide_become_what_one_rank_makes_of_them(
-    runs: Runs, name: str
-) -> None:
+def test_sharded_weights_train_as_on_one_rank(runs: Runs, name: str) -> None:
     one = runs.saved(f"one_{name}", 4)
     assert max(weight.numel() for weight in one["state_dict"].values()) > 100_000 or name == "lora"
     found = runs.saved(name, 4)
@@ -281,7 +279,7 @@ def test_weights_that_ranks_divide_become_what_one_rank_makes_of_them(
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_one_rank_goes_on_with_weights_that_ranks_have_divided(runs: Runs, name: str) -> None:
+def test_one_rank_resumes_a_run_of_sharded_weights(runs: Runs, name: str) -> None:
     one, found = runs.saved(f"one_{name}", 4), runs.saved(f"one_from_{name}", 4)
     assert_near(found["state_dict"], one["state_dict"])
     assert_same_optimizer(found, one)
@@ -296,7 +294,7 @@ def test_divided_weights_of_a_narrow_type_go_on_bit_for_bit(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
-def test_a_run_of_two_ranks_goes_on_with_one(runs: Runs, name: str) -> None:
+def test_a_run_of_two_ranks_resumes_on_one(runs: Runs, name: str) -> None:
     assert_near(runs.state(f"one_from_{name}"), runs.state("one"))
 
 
@@ -313,7 +311,7 @@ def assert_same_optimizer(found: dict[str, Any], wanted: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_checkpoint_does_not_tell_how_many_ranks_wrote_it(runs: Runs, name: str) -> None:
+def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(runs: Runs, name: str) -> None:
     mine, one = runs.saved(name, STEPS), runs.saved("one", STEPS)
     assert mine["state_dict"].keys() == one["state_dict"].keys()
     assert not any(key.startswith("model.") for key in mine["state_dict"])

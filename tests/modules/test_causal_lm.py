@@ -255,7 +255,7 @@ def test_a_target_that_names_nothing_is_refused() -> None:
         LoRA(targets=["self_attn.q_proj", "self_attn.w_proj"]).inject(tiny_llama())
 
 
-def test_a_missing_peft_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peft_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="`lora` needs the package peft"):
         LoRA().inject(tiny_llama())
@@ -301,7 +301,7 @@ def data_of(run: Trainer) -> Any:
     return [windows[place] for place in range(len(windows))]
 
 
-def test_a_chain_is_told_from_its_first_model_on(inputs: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_chain_starts_at_its_first_model(inputs: Path, tmp_path: Path) -> None:
     for name, base in (("first", inputs / "base"), ("second", tmp_path / "first" / "model")):
         module = CausalLM(base=str(base), teacher=str(inputs / "base"), loss=LossWeights(0.0, 1.0))
         run = trainer(tmp_path, max_steps=1)

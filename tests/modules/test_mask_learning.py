@@ -300,7 +300,7 @@ def test_a_nan_stops_the_run_before_the_step_with_its_cause(
     assert all(int(step) == 2 for step in states)
 
 
-def test_a_nan_budget_is_told_apart_from_a_nan_loss(
+def test_a_nan_budget_and_a_nan_loss_have_different_messages(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make(learning=PENALTY)

@@ -53,7 +53,7 @@ def packed(inputs: Path, quantisation: Quantisation) -> Any:
     return model.requires_grad_(False)
 
 
-def test_what_is_packed_are_the_projections_of_the_blocks(
+def test_only_projections_of_blocks_are_packed(
     packed: Any, inputs: Path, quantisation: Quantisation
 ) -> None:
     for name, parameter in packed.named_parameters():
@@ -99,7 +99,7 @@ def test_every_gate_has_a_gradient_before_and_after_an_evaluation(packed: Any) -
         assert torch.equal(first, second)
 
 
-def test_packed_weights_take_what_the_prediction_says(
+def test_memory_of_packed_weights_is_as_predicted(
     quantisation: Quantisation, tmp_path: Path
 ) -> None:
     tiny_folder(tmp_path, hidden_size=384, intermediate_size=1000, num_hidden_layers=1)
@@ -119,7 +119,7 @@ def test_packed_weights_take_what_the_prediction_says(
     )
 
 
-def test_a_packed_layer_keeps_nothing_of_what_goes_in(packed: Any) -> None:
+def test_a_packed_layer_does_not_keep_its_input(packed: Any) -> None:
     """Frozen weights need no gradient, and so no inputs: these are alive while a block computes."""
     alive: list[weakref.ref[torch.Tensor]] = []
     for module in packed.modules():
@@ -189,7 +189,7 @@ def test_strategies_that_shard_the_model_are_refused(strategy: Any) -> None:
         check_quantised_run(FourBit(), strategy)
 
 
-def test_strategies_that_keep_the_model_whole_are_not() -> None:
+def test_strategies_that_do_not_shard_are_accepted() -> None:
     check_quantised_run(FourBit(), Zero(stage=2))
     check_quantised_run(EightBit(), DDPStrategy())
 

@@ -50,7 +50,7 @@ def test_an_incomplete_optimiser_is_refused(
         refuse_incomplete(made)
 
 
-def test_an_optimiser_that_has_taken_no_step_is_whole() -> None:
+def test_a_checkpoint_of_an_optimiser_without_steps_is_complete() -> None:
     refuse_incomplete(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
 
 
@@ -73,7 +73,7 @@ def test_a_value_may_hold_more() -> None:
 
 
 @pytest.mark.parametrize("states", [None, [], {}, ["a"], [{}], [{"samples": "4"}]])
-def test_without_the_place_in_the_data_nothing_goes_on(states: Any) -> None:
+def test_a_checkpoint_without_data_position_is_refused(states: Any) -> None:
     loops = {"fit_loop": {"state_dict": {"combined_loader": [{"samples": 4}]}}}
     refuse_placeless(loops)
     loops["fit_loop"]["state_dict"]["combined_loader"] = states

@@ -12,7 +12,7 @@ from secateur.pruning.modelling import config_class
 from tests.tiny import tiny_folder
 
 
-def test_the_table_refuses_and_what_is_not_in_it_is_allowed() -> None:
+def test_only_steps_in_the_table_are_refused() -> None:
     for kind in Kind:
         for step in Step:
             if (kind, step) not in REFUSED:
@@ -25,7 +25,7 @@ def test_the_table_refuses_and_what_is_not_in_it_is_allowed() -> None:
     refuse({Kind.NARROW}, Step.WIDTHS)
 
 
-def test_what_a_configuration_tells() -> None:
+def test_kinds_are_read_from_the_configuration() -> None:
     packed = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     assert kinds_of(LlamaConfig()) == set()
     assert kinds_of(packed) == {Kind.PACKED}

@@ -144,7 +144,7 @@ def test_left_padding_changes_nothing(pair: Pair) -> None:
         close(found_BTV, dense(**batch).logits[:, 3:])
 
 
-def test_what_was_promised_is_what_is_counted(pair: Pair) -> None:
+def test_promised_costs_equal_counted_ones(pair: Pair) -> None:
     counts = count(pair.small())
     widths_S = torch.tensor(pair.plan.widths).double()
     promised = {
@@ -263,5 +263,5 @@ def test_a_uniform_plan_leaves_a_stock_model(family: str, variant: str, tmp_path
     assert len({tuple(index) for index in neurons}) == 4  # which ones stay differs
 
 
-def test_a_dense_model_is_what_its_skeleton_says(pair: Pair) -> None:
+def test_a_dense_model_has_the_cost_of_its_skeleton(pair: Pair) -> None:
     assert count(skeleton(pair.dense.config)) == count(pair.dense)

@@ -198,9 +198,7 @@ def test_tokens_are_made_once_and_anew_when_anything_changes(
     assert len(set((tmp_path / "cache").iterdir())) == 4  # windows and order are cut from the cache
 
 
-def test_a_failure_leaves_nothing_half_written(
-    tmp_path: Path, make: Callable[..., TextData]
-) -> None:
+def test_a_failure_leaves_no_incomplete_file(tmp_path: Path, make: Callable[..., TextData]) -> None:
     good = [json.dumps(text) for text in documents(400)]
     (tmp_path / "a.jsonl").write_text("\n".join([*good, "{broken"]))
     with pytest.raises(ValueError, match="line 401 is not JSON"):
@@ -477,7 +475,7 @@ def test_json_lines_are_read_whatever_the_suffix(
     assert found[0] == found[1]
 
 
-def test_a_folder_says_what_it_gives_and_skips_the_rest(
+def test_a_folder_logs_its_text_files_and_skips_others(
     tmp_path: Path, make: Callable[..., TextData], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, texts = tmp_path / "folder", documents(40)
@@ -522,7 +520,7 @@ def test_a_data_set_on_disk_is_read(
         make(tmp_path / "rows").setup()
 
 
-def test_a_damaged_cache_is_told_with_what_to_delete(
+def test_a_damaged_cache_is_reported_with_what_to_delete(
     tmp_path: Path, make: Callable[..., TextData]
 ) -> None:
     path = write(tmp_path / "a.json", documents(40))
@@ -542,7 +540,7 @@ def test_a_damaged_cache_is_told_with_what_to_delete(
     make(path).setup()
 
 
-def test_what_a_tokenizer_is_told_to_do_makes_other_tokens(
+def test_tokenizer_settings_change_the_cache_key(
     tmp_path: Path, make: Callable[..., TextData], tokenizer: str
 ) -> None:
     path = write(tmp_path / "a.json", [f"{text}</s>" for text in documents(40)])
@@ -562,7 +560,7 @@ def test_what_a_tokenizer_is_told_to_do_makes_other_tokens(
     assert len(split.train_windows) > len(first.train_windows)
 
 
-def test_missing_files_and_hub_data_are_told(
+def test_missing_files_and_hub_data_are_reported(
     tmp_path: Path, make: Callable[..., TextData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -602,7 +600,7 @@ def test_settings_out_of_range_are_named(
         make("a.txt", **{setting: value})
 
 
-def test_a_tokenizer_that_is_none_is_told(tmp_path: Path, make: Callable[..., TextData]) -> None:
+def test_an_invalid_tokenizer_is_reported(tmp_path: Path, make: Callable[..., TextData]) -> None:
     path = write(tmp_path / "a.json", documents(9))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"`tokenizer` .*nothing' is not the folder or hub id"):
@@ -611,7 +609,7 @@ def test_a_tokenizer_that_is_none_is_told(tmp_path: Path, make: Callable[..., Te
         make(path, tokenizer=None).setup()
 
 
-def test_too_little_text_for_a_batch_or_a_split_is_told(
+def test_too_little_text_for_a_batch_or_a_split_is_refused(
     tmp_path: Path, make: Callable[..., TextData]
 ) -> None:
     (tmp_path / "a.txt").write_text(SENTENCES[0])

@@ -59,7 +59,7 @@ def test_folded_factors_scale_the_stream_where_blocks_were(family: str, tmp_path
     assert not again.config.tie_word_embeddings
 
 
-def test_it_stays_where_it_helps_and_only_there() -> None:
+def test_compensation_is_kept_only_if_it_helps() -> None:
     kept = set()
     for seed in range(6):
         model, windows_NT = tiny_llama(seed, tie_word_embeddings=True), tokens(4, 12)
@@ -77,7 +77,7 @@ def test_it_stays_where_it_helps_and_only_there() -> None:
     assert kept == {True, False}
 
 
-def test_norms_behind_what_blocks_add_are_refused() -> None:
+def test_norms_after_the_outputs_of_blocks_are_refused() -> None:
     model = tiny_model("gemma2")
     with pytest.raises(ValueError, match="'gemma2' models cannot be compensated"):
         remove_compensated(model, [1], tokens(2, 8))

@@ -28,7 +28,7 @@ def drawn(
     return figures[0].axes[0]
 
 
-def test_scores_are_drawn_with_errors_and_what_goes(
+def test_scores_are_drawn_with_errors_and_removed_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, errors = torch.tensor([900.0, 30, 20, 25]).double(), torch.ones(4).double()

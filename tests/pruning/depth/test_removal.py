@@ -107,7 +107,7 @@ def test_a_rule_of_the_index_is_refused_by_name(rule: str, value: Any) -> None:
         shortened_config(config, [0, 2])
 
 
-def test_a_rule_that_a_list_decides_is_no_rule() -> None:
+def test_a_rule_with_a_per_block_list_is_accepted() -> None:
     config = tiny_config("qwen3")
     assert config.max_window_layers == 28
     types = ["full_attention", "full_attention", "full_attention", "sliding_attention"]
@@ -137,7 +137,7 @@ def test_a_quantised_model_is_refused() -> None:
         remove_blocks(model, [1])
 
 
-def test_the_mode_of_the_model_is_that_of_what_stands_in() -> None:
+def test_replacements_follow_the_mode_of_the_model() -> None:
     model = tiny_model("opt").train()
     with bypassed(model, [1, Unit(2, "attn")]):
         assert all(module.training for module in model.modules())

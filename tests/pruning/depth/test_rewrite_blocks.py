@@ -236,7 +236,7 @@ def test_a_removal_of_nothing_and_a_folder_that_is_no_model_are_refused(
         prune_blocks(tmp_path / "nowhere", tmp_path / "short", remove=[1])
 
 
-def test_the_command_adds_up_what_is_named_twice(base: Path, tmp_path: Path) -> None:
+def test_the_command_accepts_a_repeated_option(base: Path, tmp_path: Path) -> None:
     main([str(base), str(tmp_path / "short"), "--remove", "1", "--remove", "2"])
     record = json.loads((tmp_path / "short" / "blocks.json").read_text())
     assert record["kept_blocks"] == [0, 3, 4]

@@ -101,7 +101,7 @@ def test_taylor_leaves_gradients_and_flags_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_taylor_takes_the_memory_that_it_says(dtype: torch.dtype) -> None:
+def test_memory_of_taylor_is_as_predicted(dtype: torch.dtype) -> None:
     model = tiny_llama(hidden_size=120, intermediate_size=320, num_hidden_layers=4).to(dtype)
     live = LiveBytes(list(model.parameters()))
     with live:

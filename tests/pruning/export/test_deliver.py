@@ -100,7 +100,7 @@ def test_a_model_that_is_not_the_base_is_found_out(base: Path, tmp_path: Path) -
     assert not (tmp_path / "plan").exists()
 
 
-def test_masks_on_a_model_of_ours_tell_of_the_stage_before(tmp_path: Path) -> None:
+def test_the_report_of_masks_has_the_earlier_stage(tmp_path: Path) -> None:
     base, before = tiny_folder(tmp_path / "base"), {"parameters": 9, "flops_per_token": 90}
     stage = {
         "base": "the first",

@@ -62,7 +62,7 @@ def test_every_rank_gathers_to_the_end_though_one_cannot_write(
     assert len(gathered) == len(list(model.parameters()))
 
 
-def test_a_weight_that_is_no_number_is_not_left_behind(tmp_path: Path) -> None:
+def test_a_nan_weight_is_not_saved(tmp_path: Path) -> None:
     model = tiny_llama()
     nn.init.constant_(model.lm_head.weight, torch.nan)
     with pytest.raises(OSError, match="does not contain 'lm_head.weight' as it was written"):

@@ -49,7 +49,7 @@ def test_a_stock_model_keeps_its_architecture(tmp_path: Path) -> None:
     assert torch.equal(tensors["blk.1.attn_q.weight"].view(-1, 4, 24), query[:, [0, 2, 1, 3]])
 
 
-def test_parts_that_are_gone_have_a_form(tmp_path: Path) -> None:
+def test_removed_parts_are_written(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", num_hidden_layers=4)
     plan = native_plan(base, removed=[(0, "attn"), (1, "mlp"), (2, "attn")])
     prune_checkpoint(base, plan, tmp_path / "small")
@@ -76,7 +76,7 @@ def test_every_type_has_its_size(kind: str, tmp_path: Path) -> None:
         assert tensor.n_bytes * 8 == tensor.n_elements * expected, tensor.name
 
 
-def test_narrow_rows_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_narrow_rows_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_folder(tmp_path / "base")
     main([str(base), str(tmp_path / "m.gguf"), "--type", "q8_0"])
     said = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_narrow_rows_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "width_multiple: 32" in said
 
 
-def test_tokens_merges_and_what_stands_around_a_text_come_along(tmp_path: Path) -> None:
+def test_tokens_merges_and_special_tokens_are_written(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", vocab_size=330)
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     write_gguf(base, tmp_path / "m.gguf", "f32")
@@ -113,7 +113,7 @@ def test_merges_of_sentencepiece_become_scores(tmp_path: Path, data: Path) -> No
     assert keys["tokenizer.ggml.add_space_prefix"]
 
 
-def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
+def test_models_that_llama_cpp_computes_differently_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
 
     def refused(folder: Path, match: str) -> None:

@@ -81,7 +81,7 @@ def test_a_stock_model_needs_no_code_and_its_card_says_so(tmp_path: Path) -> Non
     assert "trust_remote_code" in of_plan(base, uneven_plan(base))
 
 
-def test_parts_that_are_gone_are_named(tmp_path: Path) -> None:
+def test_removed_parts_are_named(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     plan = plan_without(tiny_llama(), "x", [(0, "attn"), (1, "attn"), (1, "mlp")], {})
     text = of_plan(base, plan)

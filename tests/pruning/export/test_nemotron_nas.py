@@ -84,7 +84,7 @@ def test_a_first_block_without_attention_gets_one_of_zeros(tmp_path: Path) -> No
     assert {*index["weight_map"]} == {*load_file(small / "model.safetensors"), *idle}
 
 
-def test_what_has_no_such_form_is_refused(tmp_path: Path) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path) -> None:
     def refused(folder: Path, match: str) -> None:
         with pytest.raises(ValueError, match=match):
             write_nemotron_nas(folder, tmp_path / "out")

@@ -174,7 +174,7 @@ def test_an_earlier_model_of_ours_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "small"]
 
 
-def test_a_model_that_stepped_aside_comes_back(tmp_path: Path) -> None:
+def test_a_renamed_model_is_restored(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     small = tmp_path / "small"
     prune_checkpoint(base, uneven_plan(base), small)

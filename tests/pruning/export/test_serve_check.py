@@ -94,7 +94,7 @@ def test_servers_are_compared_and_measured(
     assert "dies: dies ended with code 1" in said
 
 
-def test_a_server_that_says_something_else_is_told(
+def test_a_server_that_answers_differently_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "SERVERS", (Ours("wrong"),))
@@ -123,7 +123,7 @@ def test_without_a_server_the_packages_are_named(
         serve_check(base, dtype="int8")
 
 
-def test_what_a_process_of_the_server_died_of_is_told(tmp_path: Path) -> None:
+def test_the_error_of_a_server_process_is_reported(tmp_path: Path) -> None:
     (tmp_path / "log").write_text(
         "loading\nAttributeError: no class\nTraceback\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"

@@ -61,7 +61,7 @@ def test_the_type_that_a_name_stands_for(base: Path, tmp_path: Path) -> None:
     assert BaseModel(tmp_path).dtype_of() == torch.float16
 
 
-def test_what_is_no_model_folder_is_told_at_once(tmp_path: Path) -> None:
+def test_an_invalid_model_folder_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`base` '/no/such' does not exist; check the path"):
         BaseModel("/no/such").check()
     with pytest.raises(ValueError, match="`teacher` 'no/such' does not exist.*`hf download`"):

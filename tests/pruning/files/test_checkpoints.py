@@ -83,7 +83,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     assert is_whole(path)
 
 
-def test_what_has_another_name_or_no_seal_is_not_whole(tmp_path: Path) -> None:
+def test_a_renamed_or_unsealed_checkpoint_is_damaged(tmp_path: Path) -> None:
     path = write(tmp_path, 5)
     assert is_whole(path.rename(path.with_name("copy.ckpt")))
     path.with_name("copy.ckpt").rename(path.with_name("step=9.ckpt"))

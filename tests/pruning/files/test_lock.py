@@ -41,7 +41,7 @@ def test_another_process_is_refused_until_the_holder_dies(tmp_path: Path) -> Non
         assert f'"process": {os.getpid()}' in (tmp_path / LOCK).read_text()
 
 
-def test_a_file_system_without_locks_is_told(
+def test_a_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -213,7 +213,7 @@ def test_gradients_equal_the_masked_model_with_and_without_checkpointing(
 
 
 @torch.no_grad()
-def test_nobody_elses_tensor_is_overwritten(pair: tuple[Plan, Path]) -> None:
+def test_tensors_of_callers_are_not_overwritten(pair: tuple[Plan, Path]) -> None:
     plan, folder = pair
     dense, small = tiny_llama(), load(folder)
     windows_BT = tokens(2, 10)

@@ -31,7 +31,7 @@ def test_two_blocks_by_hand() -> None:
     assert spread_sparsity([2.0, 4.0], [1, 3], 0.55, 0.2) == pytest.approx([0.4, 0.6])
 
 
-def test_what_a_full_block_cannot_lose_the_others_lose() -> None:
+def test_blocks_at_the_limit_pass_sparsity_to_others() -> None:
     found = spread_sparsity([2.0, 3.0, 4.0], [1, 1, 1], sparsity=0.9, spread=0.2)
     assert found[2] == 0.99
     assert sum(found) / 3 == pytest.approx(0.9)

@@ -93,7 +93,7 @@ def test_live_and_streamed_are_one(family: str, tmp_path: Path) -> None:
     assert not WeightMasks.load(tmp_path / "sparse" / "masks").lost(loaded)
 
 
-def test_a_run_that_was_killed_goes_on_at_its_block(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_at_its_block(tmp_path: Path) -> None:
     def run(folder: str, stop_after: int = 99) -> tuple[Any, list[int]]:
         model, done = tiny_llama(), []
 
@@ -209,7 +209,7 @@ def test_only_the_linear_layers_of_blocks_change_and_masks_say_how() -> None:
     assert not found.masks.lost(model)
 
 
-def test_masks_survive_the_disk(tmp_path: Path) -> None:
+def test_masks_are_saved_and_loaded(tmp_path: Path) -> None:
     found = prune_weights(LiveBlocks(tiny_llama()), WeightRecipe(HALF), tokens())
     found.masks.save(tmp_path)
     loaded = WeightMasks.load(tmp_path)
@@ -297,7 +297,7 @@ def trained() -> Any:
     return model
 
 
-def test_a_part_that_harms_is_dropped_and_says_so() -> None:
+def test_a_harmful_part_is_dropped_and_noted() -> None:
     model = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     recipe = WeightRecipe(HALF, refinement=_Worst(), compensation=LeastSquares())

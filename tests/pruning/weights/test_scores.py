@@ -54,7 +54,7 @@ def test_dass_along_the_inputs_is_magnitude(pattern: Pattern) -> None:
     assert torch.equal(pattern.mask(score_OI, PerRow()), pattern.mask(weight_OI.abs(), PerRow()))
 
 
-def test_dass_scores_what_is_no_factor_of_the_product_by_wanda() -> None:
+def test_dass_scores_other_matrices_by_wanda() -> None:
     matrix = matrix_of(noise(6, 8), noise(2, 5, 8, seed=1), Unstructured(0.5))
     assert torch.equal(DaSS().mask(matrix), Wanda().mask(matrix))
 

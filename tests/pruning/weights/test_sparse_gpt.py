@@ -129,7 +129,7 @@ def test_inputs_that_are_never_read_do_no_harm() -> None:
         assert not weight_OI[~mask_OI].any()
 
 
-def test_what_is_zero_already_goes_first() -> None:
+def test_initial_zeros_are_removed_first() -> None:
     """Also if losses of the first 128 columns have given it a value by then."""
     early_OI = noise(8, 300, seed=7) > -0.52
     weight_OI, x_BTI = noise(8, 300) * early_OI, correlated(2, 400, 300)

@@ -61,7 +61,7 @@ def test_a_llama_keeps_what_one_counts_by_hand() -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", torch.bfloat16), ("gemma2", torch.float32)]
 )
-def test_fake_blocks_foretell_six_real_ones(
+def test_fake_blocks_predict_six_real_ones(
     family: str, dtype: torch.dtype, checkpointing: bool
 ) -> None:
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 3} if "2" in family else {}
