@@ -1,4 +1,4 @@
-"""vLLM on many model folders, one after the other; runs in .venv-serving, where pytest is not.
+"""vLLM on many model folders, two at a time; runs in .venv-serving, where pytest is not.
 
 usage: answer_vllm.py JOB OUT. JOB is JSON: `folders` (name to path), `prompts` (token ids),
 `new_tokens`, `eager`, `positions`, `chunk`. OUT gets, by name, `tokens` and `logprobs` of every
@@ -24,8 +24,10 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # models are tiny
 }
 
+AT_ONCE = 2
 JOB: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
 if JOB["eager"]:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the sampler is compiled otherwise
@@ -66,19 +68,26 @@ def answer(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": [list(one.token_ids) for one in said], "logprobs": firsts}
 
 
+def start(folder: str, partial: Path) -> int:
+    """Ask a model in a process of its own, which writes what it said; gives its number."""
+    partial.write_text(json.dumps({"error": "the process died"}))
+    gc.freeze()  # vLLM collects garbage many times, and all that is imported is none
+    if (child := os.fork()) == 0:
+        said = answer(folder, JOB) | {"modules": [*sys.modules]}
+        partial.write_text(json.dumps(said))
+        sys.stdout.flush()
+        os._exit(0)
+    return child
+
+
 def main() -> None:
-    job, out = JOB, Path(sys.argv[2])
+    out = Path(sys.argv[2])
     answers: dict[str, dict[str, Any]] = {}
-    for name, folder in job["folders"].items():
-        partial = out.with_suffix(".partial")
-        partial.write_text(json.dumps({"error": "the process died"}))
-        gc.freeze()  # vLLM collects garbage many times, and all that is imported is none
-        if (child := os.fork()) == 0:
-            said = answer(folder, job) | {"modules": [*sys.modules]}
-            partial.write_text(json.dumps(said))
-            sys.stdout.flush()
-            os._exit(0)
-        os.waitpid(child, 0)
+    at_work: dict[int, tuple[str, Path]] = {}
+
+    def finish() -> None:
+        child, _ = os.wait()
+        name, partial = at_work.pop(child)
         answers[name] = json.loads(partial.read_text())
         modules = answers[name].pop("modules", [])
         out.write_text(json.dumps(answers))
@@ -86,6 +95,14 @@ def main() -> None:
             if module.startswith(("vllm.", "transformers.")):  # once here, for all later ones
                 with suppress(ImportError):
                     importlib.import_module(module)
+
+    for number, (name, folder) in enumerate(JOB["folders"].items()):
+        if len(at_work) == AT_ONCE:
+            finish()
+        partial = out.with_name(f"{number}.json")
+        at_work[start(folder, partial)] = name, partial
+    while at_work:
+        finish()
 
 
 main()
