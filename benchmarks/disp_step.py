@@ -7,8 +7,7 @@ they have settled: distillation from the dense model, and gains of the one that 
 the FLOPs and refitted. A plain step on the same batch comes before each; the figures are medians.
 Masks start from the magnitude of weights, and the refit reads little text: neither is timed.
 
-Memory is the growth of the peak resident set over the loaded model, in a process of its own for
-each.
+Memory is the growth of the peak resident set over the loaded model, each in a separate process.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def plain_step(folder: str) -> Callable[[Tensor], None]:
 
 
 def mask_step(folder: str) -> Callable[[Tensor], None]:
-    """A whole step of MaskLearning: sample, forward, loss, backward, optimiser."""
+    """A full step of MaskLearning: sample, forward, loss, backward, optimiser."""
     module = MaskLearning(folder)
     module.trainer = Trainer(logger=False, enable_checkpointing=False, max_steps=1000)
     module.configure_model()

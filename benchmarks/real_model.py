@@ -148,7 +148,7 @@ class Bench:
         """Prefill of 4 x 256 tokens and decoding at batch 1, over the dense model."""
         models = {"dense": self.dense, **models}
         for model in models.values():
-            # As they are loaded. Of weights that ask for no gradient, `matmul` copies the head for
+            # As loaded, with `requires_grad`: for weights without it, `matmul` copies the head for
             # every sequence, which takes longer than the rest of the model.
             model.requires_grad_(True)
         clock = time.process_time

@@ -46,7 +46,7 @@ class PruneWidths(Prune):
 
     Args:
         budget: How much of the base model is kept, and in which shapes.
-        score: What an entry of a width is worth: `Fisher` (if not given), `GateGradient`,
+        score: Score of the entries of a width: `Fisher` (if not given), `GateGradient`,
             `WidthMagnitude` or `RandomOrder`.
         search: How entries are ranked: in rounds, each of which removes the lowest-ranked.
         compensation: Refits the kept weights; None leaves them unchanged.

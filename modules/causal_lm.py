@@ -168,7 +168,7 @@ class CausalLM(LanguageModelling):
             raise ValueError(
                 f"`dtype` {self.dtype_name} is float16 here: the squares of gradients, by which "
                 "optimisers divide, would round to zero. Set `dtype` to float32, or give `lora`; "
-                "the type of what is exported is that of `export_dtype`."
+                "`export_dtype` is the type of the exported weights."
             )
 
     def on_fit_start(self) -> None:
@@ -353,7 +353,7 @@ class CausalLM(LanguageModelling):
         if self._depth.leaves_halves:
             raise ValueError(
                 "Widths are cut after halves of blocks were removed in the same run. Export first, "
-                "and prune the exported model in a run of its own."
+                "and prune the exported model in a separate run."
             )
         self._cuts.append(plan)
         self.model = narrow.to(self.device)  # type: ignore[arg-type]

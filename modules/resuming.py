@@ -1,7 +1,7 @@
-"""Refuse what a checkpoint lacks before a step is taken with it.
+"""Refuse an incomplete checkpoint before the first step.
 
-That a checkpoint is as it was written, its seal tells. Here is what another program or another
-version of a library may have written.
+The seal of a checkpoint shows that it is undamaged. These checks find contents that another program
+or another version of a library may have written.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _CURE = "Resume from another checkpoint, or start again without `--ckpt_path`."
 
 
 def refuse_unlike(found: Any, expected: Any, where: str) -> None:
-    """Refuse a value that lacks something, or has it in another type.
+    """Refuse a value with missing entries or entries of another type.
 
     Args:
-        found: Of a checkpoint.
-        expected: The same of a run that has just begun; what more there is in `found` may stay.
-        where: What it is called, for the message.
+        found: Value in a checkpoint.
+        expected: The same value in a new run; further entries in `found` are allowed.
+        where: Its name, for the message.
 
     Raises:
         ValueError: Something is missing or of another type.
@@ -36,13 +36,13 @@ def refuse_unlike(found: Any, expected: Any, where: str) -> None:
 
 
 def refuse_placeless(loops: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that does not tell how far the data were read: they would start anew.
+    """Refuse a checkpoint without the position in the data, which would start from the beginning.
 
     Args:
         loops: The state of all loops.
 
     Raises:
-        ValueError: There is no such number.
+        ValueError: The position is missing.
     """
     states = loops["fit_loop"]["state_dict"].get("combined_loader")
     first = states[0] if isinstance(states, list) and states else None
@@ -51,14 +51,15 @@ def refuse_placeless(loops: Mapping[str, Any]) -> None:
 
 
 def refuse_incomplete(optimizer: Any) -> None:
-    """Refuse the state of an optimiser that was read, where it is no state of its parameters.
+    """Refuse a loaded optimiser state that does not match its parameters.
 
     Args:
-        optimizer: One that this process holds whole; another one, of a library that divides it, is
-            left to that library.
+        optimizer: The optimiser, not sharded; the states of sharded ones are checked by their
+            library.
 
     Raises:
-        ValueError: A setting is missing, or an average is no tensor of the shape of its parameter.
+        ValueError: A setting is missing, or an average is not a tensor of the shape of its
+            parameter.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return
@@ -86,6 +87,6 @@ def refuse_incomplete(optimizer: Any) -> None:
 
 
 def _averages(optimizer: torch.optim.Optimizer) -> list[str]:
-    """What an optimiser keeps as tensors, per parameter."""
+    """Names of the tensors that an optimiser keeps per parameter."""
     states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
     return sorted({key for s in states for key, v in s.items() if isinstance(v, torch.Tensor)})

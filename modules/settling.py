@@ -66,7 +66,7 @@ class Settled(nn.Module, ABC):
 class _Gains(Settled):
     """Gains on both sides of every projection of a cut model, which computes with them from now on.
 
-    Its parameters stay those of the cut model, so that it can be cut again, with gains folded in.
+    Its parameters are those of the cut model, so that it can be cut again, with gains folded in.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""The two files of a plan: written with a checksum, and taken only as they were written."""
+"""The two files of a plan: written with a checksum that is verified when they are read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _REQUIRED = {"model_type", "base", "sites", "provenance"}
 
 
 def write_plan(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write what a plan says in words and numbers, and its tensors.
+    """Write the description of a plan, and its tensors.
 
     Args:
-        folder: Folder of the plan, made if needed.
-        content: JSON values.
+        folder: Folder of the plan, created if needed.
+        content: Description; JSON values.
         tensors: Kept indices (int32) and gains (float32) by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], tuple[Site, ...], dict[str,
     """Read the files of a plan.
 
     Returns:
-        What it says, its sites, and its tensors by name.
+        Its description, its sites, and its tensors by name.
 
     Raises:
         ValueError: They are damaged, incomplete or missing.
@@ -61,13 +61,13 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], tuple[Site, ...], dict[str,
             Site(int(block), str(name), int(size)) for block, name, size in content["sites"]
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has `sites` that are none: {error}; it is damaged.") from error
+        raise ValueError(f"{path} has invalid `sites`: {error}; it is damaged.") from error
     _check_tensors(folder / TENSORS, {site.key for site in sites}, tensors)
-    told = content.pop(_CHECKSUM, None)  # which plans of earlier versions do not have
+    told = content.pop(_CHECKSUM, None)  # missing in plans of earlier versions
     if told not in (None, _checksum(content, tensors)):
         raise ValueError(
-            f"{path} and {TENSORS} are not as they were written: their checksum is another one. "
-            "Bring back a copy, or export again."
+            f"{path} and {TENSORS} are damaged: their checksum differs. Restore a copy, or export "
+            "again."
         )
     return content, sites, tensors
 

@@ -205,7 +205,7 @@ class TrainCLI(LightningCLI):
         """
         if self.config[self.subcommand].return_predictions is False:
             raise ValueError(
-                "`return_predictions` must be true: they are what is written to predictions_0.csv."
+                "`return_predictions` must be true: they are written to predictions_0.csv."
             )
 
     def after_predict(self) -> None:
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> TrainCLI:
         trainer_defaults=DEFAULTS,
         parser_class=_Parser,
         parser_kwargs={"allow_abbrev": False},
-        auto_configure_optimizers=False,  # modules have an optimizer of their own
+        auto_configure_optimizers=False,  # modules configure their optimizer
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         args=arguments,

@@ -163,7 +163,7 @@ def _parts(hint: Any) -> list[Any]:
 
 
 def _objects(hint: Any) -> list[type]:
-    """The classes among them that have settings of their own."""
+    """The classes among the alternatives of a type that have settings."""
     return [c for c in _parts(hint) if inspect.isclass(c) and not issubclass(c, _NO_OBJECTS)]
 
 

@@ -60,7 +60,7 @@ def explain(error: BaseException) -> str | None:
     words = next((_BETTER[name] for name in names if name in _BETTER), "{}")
     if not isinstance(error, _OURS) and _while_resuming(error):
         words = (
-            "The checkpoint does not hold what this run goes on from ({}). Resume from another "
+            "The checkpoint does not have the state that this run needs ({}). Resume from another "
             "one, or start again without `--ckpt_path`."
         )
         return f"{words.format(type(error).__name__)}\n{_WHERE}"
@@ -71,7 +71,7 @@ def explain(error: BaseException) -> str | None:
         notes.append(_WHERE)
     own = _lines(words.format(_text(error)))
     room = max(1, _LINES - len(notes))
-    if len(own) > room:  # libraries say first what failed and last why
+    if len(own) > room:  # libraries put the failure first and the reason last
         own = [*own[: room - 1], own[-1]]
     return "\n".join([*own, *notes])
 

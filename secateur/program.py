@@ -38,7 +38,7 @@ _COMMANDS = {
 
 _HELP = """\
 Secateur makes large language models smaller while they train: it learns which widths, blocks or
-weights a model can do without, recovers what was lost, and exports a model that loads with
+weights a model does not need, recovers quality, and exports a model that loads with
 transformers.
 
 usage: python -m secateur COMMAND ...   (or python train.py COMMAND ...)
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         arguments: Arguments after the name of the program; None reads them from the command line.
 
     Raises:
-        SystemExit: The command ended, with code 1 after an error and 2 after a mistake in typing.
+        SystemExit: The command ended, with code 1 after an error and 2 after a wrong command line.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def train(arguments: list[str] | None = None) -> TrainCLI:
-    """Parse what was typed for Lightning's commands, or a list of arguments, and run it."""
+    """Parse the command line of a Lightning command, or a list of arguments, and run it."""
     quieten()  # before libraries are imported, which the other commands do without
     from secateur.command_line import main
 

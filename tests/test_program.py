@@ -247,8 +247,8 @@ ODD = {
     "val_check_interval": (0.5, "must be a whole number of batches, 1 or more, got 0.5"),
     "limit_train_batches": (0, "is 0, so that nothing is trained"),
     "barebones": (True, "leaves out logs and checkpoints"),
-    "precision": ("bf16-true", "Take 32-true with `--model.dtype bfloat16`, or bf16-mixed"),
-    "strategy": ("ddp_spawn", "use ddp, which starts new processes"),
+    "precision": ("bf16-true", "Use 32-true with `--model.dtype bfloat16`, or bf16-mixed"),
+    "strategy": ("ddp_spawn", "Use ddp, which starts new processes"),
     "devices": ("-2", "must be 1 or more, or -1 for all, got -2"),
     "accelerator": ("gpu", "sees no GPU here; use cpu"),
 }
@@ -333,7 +333,7 @@ def test_what_a_checkpoint_lacks_is_told_as_such() -> None:
         inside["restore_loops"]({})
     message = explain(error.value)
     assert message is not None
-    assert "does not hold what this run goes on from (KeyError)" in message
+    assert "does not have the state that this run needs (KeyError)" in message
     exec(compile(source, "/lightning/other.py", "exec"), inside)
     with pytest.raises(KeyError) as error:
         inside["restore_loops"]({})
@@ -349,7 +349,7 @@ def test_what_a_checkpoint_lacks_is_told_as_such() -> None:
         ("fti --model MaskLearning", "`fti` is not a command; .* Did you mean `fit`?", 2),
         ("--foo", "`--foo` is not a command", 2),
         ("fit", "`--model` must be given", 2),
-        ("surgery", "required: BASE, PLAN, OUT. `python -m secateur surgery --help`", 2),
+        ("surgery", "required: BASE, PLAN, OUT. See `python -m secateur surgery --help`", 2),
         ("depth BASE OUT --remov 3", "no option `--remov`. Did you mean `--remove`?", 2),
         ("depth BASE OUT --rem 3", "no option `--rem`", 2),
         ("depth /no/such OUT --remove 3", "`base` '/no/such' does not exist", 1),

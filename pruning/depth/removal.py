@@ -212,7 +212,7 @@ def _refuse_rules(fields: Mapping[str, Any], num_blocks: int) -> None:
     """
     for rule, decided_by in _RULES.items():
         if rule in fields and (decided_by is None or decided_by not in fields):
-            cure = f"write out `{decided_by}`" if decided_by else "there is no list to replace it"
+            cure = f"write out `{decided_by}`" if decided_by else "no per-block list can replace it"
             raise ValueError(
                 f"`{rule}` {fields[rule]} of the configuration is a function of the index of a "
                 f"block, which changes when blocks are removed; {cure}."

@@ -69,11 +69,11 @@ class Search(ABC):
     """Chooses units to remove.
 
     Args:
-        score: What decides; see `BlockScore`.
-        protect_first: Blocks at the start that stay, 0 or more; 4 is the "+" of Shortened LLaMA.
-        protect_last: Blocks at the end that stay, 0 or more; 2 is the "+" of Shortened LLaMA. On
+        score: Score to choose by; see `BlockScore`.
+        protect_first: Blocks at the start to keep, 0 or more; 4 is the "+" of Shortened LLaMA.
+        protect_last: Blocks at the end to keep, 0 or more; 2 is the "+" of Shortened LLaMA. On
             models of fewer than ten blocks both shrink in proportion, with a message.
-        units: What is removed one by one: whole blocks or halves of them.
+        units: Units to remove one by one: whole blocks or halves of them.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -172,11 +172,11 @@ class OneShot(Search):
     """Remove the units that score lowest in the dense model.
 
     Args:
-        score: What decides; see `BlockScore`.
-        protect_first: Blocks at the start that stay, 0 or more; 4 is the "+" of Shortened LLaMA.
-        protect_last: Blocks at the end that stay, 0 or more; 2 is the "+" of Shortened LLaMA. On
+        score: Score to choose by; see `BlockScore`.
+        protect_first: Blocks at the start to keep, 0 or more; 4 is the "+" of Shortened LLaMA.
+        protect_last: Blocks at the end to keep, 0 or more; 2 is the "+" of Shortened LLaMA. On
             models of fewer than ten blocks both shrink in proportion, with a message.
-        units: What is removed: whole blocks or halves of them.
+        units: Units to remove: whole blocks or halves of them.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -221,11 +221,11 @@ class Greedy(Search):
     For scores of runs of blocks, runs of one block are used.
 
     Args:
-        score: What decides; see `BlockScore`.
-        protect_first: Blocks at the start that stay, 0 or more; 4 is the "+" of Shortened LLaMA.
-        protect_last: Blocks at the end that stay, 0 or more; 2 is the "+" of Shortened LLaMA. On
+        score: Score to choose by; see `BlockScore`.
+        protect_first: Blocks at the start to keep, 0 or more; 4 is the "+" of Shortened LLaMA.
+        protect_last: Blocks at the end to keep, 0 or more; 2 is the "+" of Shortened LLaMA. On
             models of fewer than ten blocks both shrink in proportion, with a message.
-        units: What is removed one by one: whole blocks or halves of them.
+        units: Units to remove one by one: whole blocks or halves of them.
 
     Raises:
         ValueError: A setting is outside its range.

@@ -6,7 +6,7 @@ L is the mean negative log-likelihood of a prediction over all calibration text:
 batches are summed before the absolute value, so the batch size does not change the result. Norms
 are included, biases are not.
 
-Differs from the paper: the backward pass goes block by block, from the last to the first, over all
+Differs from the paper: the backward pass runs block by block, from the last to the first, over all
 batches; each block is run again from its input, stored in a forward pass. Only the gradients of one
 block are in memory at once, and they are exact. Plain backpropagation, as in the released code,
 stores the gradients of the whole model, and that code also a copy of weights and gradients.

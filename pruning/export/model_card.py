@@ -237,12 +237,12 @@ Which entries of the residual stream a block reads and writes differs from block
 `config.json` has the widths, the weights have the indices{gains}."""
 
 _STOCK_WIDTHS = """\
-{width} neurons stay in the MLP of every block; which ones differs from block to block{gains}. This
+{width} neurons are kept in the MLP of every block; which ones differs between blocks{gains}. This
 is a stock model of its family."""
 
 _VERIFIED = """\
-Before this folder was put in its place, its logits were compared with those of the model that it
-was made of, on whole windows and in a cached decode."""
+Before this folder was published, its logits were compared with those of the model that it was
+made from, on complete windows and in a cached decode."""
 
 _OWN_CODE_LOADING = """\
 ```python

@@ -279,7 +279,7 @@ def _answers(url: str) -> bool:
 
 
 def last_lines(log: Path, count: int = 5) -> str:
-    """The end of a log; if it contains errors, from the last one on that says what was wrong."""
+    """The end of a log; if it contains errors, from the last error with a message on."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [
         number

@@ -68,7 +68,7 @@ class FromFiles(Source):
     """The files of the base model, cut by a plan; they are streamed and keep their type.
 
     Args:
-        plan: What stays.
+        plan: The kept indices.
         dense: The live base model, with no gates applied, to compare with; None streams it from its
             files, layer by layer.
     """

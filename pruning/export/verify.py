@@ -176,7 +176,7 @@ def _largest_difference(
         dense: One model.
         exported: The other.
         windows_BT: Token ids.
-        original: What the first one is, for the message.
+        original: Name of the first one, for the message.
         exact: Whether they differ in the order of sums only.
         dtype: Whose roundings explain more than that otherwise.
         tolerance: Largest difference of two logits where they are exact.
@@ -241,7 +241,7 @@ def compare_recorded(
     Args:
         said: Result of `record` for the other model; this one gets the same tokens.
         exported: The model.
-        original: What the other one is, for the message.
+        original: Name of the other one, for the message.
         exact: Whether they differ in the order of sums only.
         dtype: Whose roundings explain more than that otherwise.
         tolerance: Largest difference of two logits where they are exact.
@@ -317,7 +317,7 @@ def _first_difference(
     limit: float,
     blocks: Sequence[int] | None,
 ) -> str:
-    """A sentence that names the first block whose output differs on whole windows.
+    """A sentence that names the first block whose output differs on complete windows.
 
     Args:
         dense: The dense model, masked.

@@ -44,7 +44,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def refuse_changed(folder: Path, found: str) -> None:
-    """Refuse a model of ours that is not as it was exported, where its mark tells how it was.
+    """Refuse a model of ours that differs from its export, if `secateur.json` records its hash.
 
     Args:
         folder: A model folder.

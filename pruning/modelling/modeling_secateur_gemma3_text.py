@@ -1,6 +1,6 @@
-"""A Gemma 3 whose blocks have widths of their own, as written by Secateur.
+"""A Gemma 3 whose blocks differ in width, as written by Secateur.
 
-This file lies in the folder of the model, beside `secateur_narrow.py` and `secateur_sandwich.py`,
+This file is in the folder of the model, beside `secateur_narrow.py` and `secateur_sandwich.py`,
 and needs only torch and transformers.
 """
 
@@ -16,7 +16,7 @@ from .secateur_sandwich import SandwichBlock
 
 
 class SecateurGemma3Config(NarrowConfig, Gemma3TextConfig):
-    """Configuration of a Gemma 3 whose blocks have widths of their own; see `NarrowConfig`."""
+    """Configuration of a Gemma 3 whose blocks differ in width; see `NarrowConfig`."""
 
     model_type = "secateur_gemma3_text"
     block_widths: BlockWidths = None

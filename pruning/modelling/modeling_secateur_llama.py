@@ -1,6 +1,6 @@
-"""A Llama whose blocks have widths of their own, as written by Secateur.
+"""A Llama whose blocks differ in width, as written by Secateur.
 
-This file lies in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
+This file is in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
 transformers.
 """
 
@@ -11,7 +11,7 @@ from .secateur_narrow import BlockWidths, NarrowConfig, NarrowForCausalLM, Narro
 
 
 class SecateurLlamaConfig(NarrowConfig, LlamaConfig):
-    """Configuration of a Llama whose blocks have widths of their own; see `NarrowConfig`."""
+    """Configuration of a Llama whose blocks differ in width; see `NarrowConfig`."""
 
     model_type = "secateur_llama"
     block_widths: BlockWidths = None

@@ -1,6 +1,6 @@
-"""A Mistral whose blocks have widths of their own, as written by Secateur.
+"""A Mistral whose blocks differ in width, as written by Secateur.
 
-This file lies in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
+This file is in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
 transformers.
 """
 
@@ -15,7 +15,7 @@ from .secateur_narrow import BlockWidths, NarrowConfig, NarrowForCausalLM, Narro
 
 
 class SecateurMistralConfig(NarrowConfig, MistralConfig):
-    """Configuration of a Mistral whose blocks have widths of their own; see `NarrowConfig`."""
+    """Configuration of a Mistral whose blocks differ in width; see `NarrowConfig`."""
 
     model_type = "secateur_mistral"
     block_widths: BlockWidths = None

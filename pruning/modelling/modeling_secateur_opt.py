@@ -1,6 +1,6 @@
-"""An OPT whose blocks have widths of their own, as written by Secateur.
+"""An OPT whose blocks differ in width, as written by Secateur.
 
-This file lies in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
+This file is in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
 transformers.
 
 Legend: B = batch, T = tokens, D = width of the residual stream, W = kept entries.
@@ -84,7 +84,7 @@ class OPTBlock(NarrowBlock):
 
 
 class SecateurOPTConfig(NarrowConfig, OPTConfig):
-    """Configuration of an OPT whose blocks have widths of their own; see `NarrowConfig`."""
+    """Configuration of an OPT whose blocks differ in width; see `NarrowConfig`."""
 
     model_type = "secateur_opt"
     block_widths: BlockWidths = None

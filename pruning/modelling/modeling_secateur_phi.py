@@ -1,6 +1,6 @@
-"""A Phi whose blocks have widths of their own, as written by Secateur.
+"""A Phi whose blocks differ in width, as written by Secateur.
 
-This file lies in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
+This file is in the folder of the model, beside `secateur_narrow.py`, and needs only torch and
 transformers.
 
 Legend: B = batch, T = tokens, D = width of the residual stream, W = kept entries.
@@ -87,7 +87,7 @@ class ParallelBlock(NarrowBlock):
 
 
 class SecateurPhiConfig(NarrowConfig, PhiConfig):
-    """Configuration of a Phi whose blocks have widths of their own; see `NarrowConfig`."""
+    """Configuration of a Phi whose blocks differ in width; see `NarrowConfig`."""
 
     model_type = "secateur_phi"
     block_widths: BlockWidths = None

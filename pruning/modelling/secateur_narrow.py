@@ -174,7 +174,7 @@ class NarrowBlock(nn.Module):
     linears: ClassVar[Mapping[str, tuple[str | None, str | None]]]
     # Norm: the site of its output, and the class that replaces it if the site is narrow.
     norms: ClassVar[Mapping[str, tuple[str, type[nn.Module]]]]
-    # The class that does the work of a norm whose site is whole; None leaves the stock one.
+    # The class that replaces a norm of full width; None keeps the stock one.
     whole_norm: ClassVar[type[nn.Module] | None] = None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:

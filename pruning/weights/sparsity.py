@@ -150,7 +150,7 @@ def sparsity_report(
 
     Args:
         model: The model, live or on the meta device; only its shapes are read.
-        masks: What stays.
+        masks: The masks.
         notes: Deviations from the recipe.
     """
     prefix = family_of(model.config).blocks

@@ -1,17 +1,17 @@
-"""A frozen linear layer with gains on its inputs and outputs, of which only the gains train.
+"""A frozen linear layer with trained gains on its inputs and outputs.
 
     y = g_out * (W (g_in * x) + b)
 
-Autograd would multiply the activations twice on the way forward and keep three of them per layer.
-Here g_in is multiplied into W, which is smaller than the activations of a batch, and
+Plain autograd would multiply activations twice in the forward pass and keep three tensors per
+layer. Here g_in is multiplied into W, which is smaller than the activations of a batch, and
 
     dL/dg_out = sum over tokens of dL/dy * (W (g_in * x) + b)
     dz        = (g_out * W)^T dL/dy
     dL/dg_in  = sum over tokens of x * dz,    dL/dx = g_in * dz,
 
-so that the layers that read the same x keep it once, and no gradient of W is ever computed.
+so that layers with the same input x keep it once, and no gradient of W is computed.
 
-Legend: I = input features, O = output features, N = tokens, in as many axes as there are.
+Legend: I = input features, O = output features, N = tokens, in one or more axes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def gained_linear(
 
     Args:
         layer: The layer.
-        x_NI: What it reads, one or more axes of tokens.
+        x_NI: Its input, with one or more axes of tokens.
         input_gain_I: Factors on its inputs.
         output_gain_O: Factors on its outputs, bias included.
     """

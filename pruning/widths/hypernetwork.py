@@ -125,7 +125,7 @@ class GRUHypernetwork(Hypernetwork):
         return logits
 
     def extra_repr(self) -> str:
-        """What tells two of them apart where runs are compared."""
+        """The settings as text, to compare runs."""
         return "" if self.head_stride == 1 else f"head_stride={self.head_stride}"
 
 
@@ -225,5 +225,5 @@ class FreeLogits(Hypernetwork):
         return self.step_scale * self.logits
 
     def extra_repr(self) -> str:
-        """What tells two of them apart where runs are compared."""
+        """The settings as text, to compare runs."""
         return f"step_scale={self.step_scale}"

@@ -111,7 +111,7 @@ def refit(
     Args:
         dense: The model that the narrow one was cut from; it is not changed.
         narrow: The narrow model, result of `cut`.
-        plan: What stays of the dense model.
+        plan: The kept indices of the dense model.
         windows_WT: Token ids of calibration text.
         damping: Fraction of the mean diagonal of G, above 0.
         batch_size: Windows that a block sees at once, 1 or more.
@@ -163,7 +163,7 @@ class BlockPair:
         index: Its number in the dense model.
         dense: The dense block.
         narrow: The narrow block; None if it is removed.
-        plan: What stays of the dense model.
+        plan: The kept indices of the dense model.
     """
 
     index: int

@@ -26,7 +26,7 @@ class WidthScore(ABC):
     `scores_per_cost` where values are changes of the loss, `ranks_within_sites` where they are not.
 
     An entry of a site is a feature that several projections of a block read or write, see
-    `pruning/families.py`; a part as a whole (`Budget(parts=True)`) is a site with one entry.
+    `pruning/families.py`; an entire part (`Budget(parts=True)`) is a site with one entry.
 
     Attributes:
         reads_text: Whether `values` needs calibration windows.

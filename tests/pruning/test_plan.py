@@ -174,7 +174,7 @@ def _rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda folder: _rewrite(folder, lambda plan: plan | {"sites": [[0, "a"]]}), "`sites`"),
         (
             lambda folder: _rewrite(folder, lambda plan: plan | {"provenance": {"seed": 9}}),
-            "not as they were written: their checksum is another one",
+            "are damaged: their checksum differs",
         ),
     ],
 )
