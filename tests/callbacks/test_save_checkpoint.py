@@ -241,7 +241,7 @@ def test_parameters_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     train(callback, tmp_path, range(1, 3))
     torch.nn.init.constant_(broken.weight, float("nan"))
     trainer = trainer_at(tmp_path, 3, lightning_module=broken)
-    with pytest.raises(FloatingPointError, match=r"Step 3 left .* last good checkpoint: .*step=2"):
+    with pytest.raises(FloatingPointError, match=r"Step 3 made .* last good checkpoint: .*step=2"):
         callback.on_train_batch_end(trainer, LightningModule(), None, None, 0)
     assert "step=3.ckpt" not in names(tmp_path)
 
