@@ -1,7 +1,7 @@
 """Test commands on inputs that are damaged, incomplete, mixed up or malicious.
 
-A tiny base model is pruned, and the resulting folders (base, plan, checkpoints, cache of tokens,
-export) are given to commands, each time with one change, see `benchmarks.mutations`. A command has
+A tiny base model is pruned, and the resulting folders (base, plan, checkpoints, finished blocks,
+cache of tokens, export) are given to commands, each time with one change, see `benchmarks.mutations`. A command has
 to refuse the change in one to three lines that name a setting or a file, or to give the same result
 as without the change. All other outcomes are counted:
 
@@ -25,10 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -36,6 +37,7 @@ from benchmarks.data import write_figures
 from benchmarks.forks import fork
 from benchmarks.mutations import mutations
 from secateur import program
+from secateur.pruning.weights.store import BlockStore
 from tests.runs import call, content, learn_masks, on_text, write_text
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -81,6 +83,21 @@ _PREDICT = (
     *on_text(Path(), Path("out")),
     "--trainer.logger=false",
 )
+_ZEROS = (
+    "fit",
+    "--model=CausalLM",
+    "--model.base=base",
+    *on_text(Path(), Path("zeros")),
+    "--trainer.logger=false",
+    "--trainer.limit_val_batches=0",
+    "--trainer.max_steps=1",
+    "--trainer.callbacks+=PruneWeights",
+    "--trainer.callbacks.pattern=Unstructured",
+    "--trainer.callbacks.pattern.sparsity=0.5",
+    "--trainer.callbacks.calibration_windows=4",
+    "--trainer.callbacks.held_back_windows=4",
+    "--trainer.callbacks+=ExportModel",
+)
 _WEIGHTS = ("*.safetensors", "*.py")
 _MODEL = ("*.safetensors", "config.json")
 
@@ -117,6 +134,9 @@ USES: Mapping[str, Use] = {
     "cut by the plan of an export": Use(
         "export/plan", ("surgery", "base", "export", "out"), ("out",), ("*",)
     ),
+    "go on with zeros": Use(
+        "zeros/weights/blocks", _ZEROS, ("zeros/model",), ("*",), compared=_WEIGHTS
+    ),
     "replace an export": Use(
         "run/model", (*_MASKS, "--ckpt_path=last"), ("run/model", "run/plan"), ("*",)
     ),
@@ -144,6 +164,19 @@ class Outcome:
     message: str = ""
 
 
+class _Stopped(Exception):
+    """A run was stopped."""
+
+
+_save = BlockStore.save
+
+
+def _until_block_2(store: BlockStore, index: int, *finished: Any) -> None:
+    if index == 2:
+        raise _Stopped
+    _save(store, index, *finished)
+
+
 def make_inputs(folder: Path) -> None:
     """Fill a folder with a base model in two files, text, and the results of a run."""
     tiny_llama().save_pretrained(folder / "base", max_shard_size="70KB")
@@ -152,6 +185,8 @@ def make_inputs(folder: Path) -> None:
     (folder / "text.txt").write_text("Cut above a bud, at a slant. " * 12, encoding="utf-8")
     with chdir(folder):
         call(_MASKS)
+        with patch.object(BlockStore, "save", _until_block_2), suppress(_Stopped):
+            call(_ZEROS)
     shutil.copytree(folder / "run" / "model", folder / "export")
     shutil.copytree(folder / "run" / "plan", folder / "plan")
     (folder / "run" / "checkpoints" / "step=6.ckpt").unlink()  # like a run that was stopped
