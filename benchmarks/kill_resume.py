@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.data import write_figures
 from benchmarks.forks import Announce, Fork, fork
-from benchmarks.resume_variants import BASES, STEPS, VARIANTS, make_bases
+from benchmarks.resume_variants import BASES, STEPS, VARIANTS, Variant, make_bases
 from secateur.callbacks import ExportModel, SaveCheckpoint
 from secateur.modules import CausalLM, MaskLearning
 from tests.runs import call, content, learn_masks, make_inputs, write_text
@@ -188,26 +188,41 @@ def measure_variants(folder: Path, names: Sequence[str], seed: int = 0) -> dict[
     figures: dict[str, Any] = {"variants": len(names), "different_plans": 0, "different_models": 0}
     different = []
     for name in names:
-        variant = VARIANTS[name]
-        whole = _beside(folder, "whole", BASES)
-        phases = finish(variant.arguments, whole).phases
-        steps = [began for phase, began in phases if phase == "step"]
-        first = len(steps) * (STEPS - 2) // STEPS
-        died = None
-        while died is None:
-            killed = _beside(folder, "killed", BASES)
-            place = draw.randrange(first, len(steps)) if variant.late else draw.randrange(1, first)
-            died = kill(variant.arguments, killed, "step", place, draw.uniform(0, 0.02))
-        finish(variant.arguments, killed)
-        differs = {
-            kind: {n: c for n, c in content(killed / "run" / kind).items() if _kept(n)}
-            != {n: c for n, c in content(whole / "run" / kind).items() if _kept(n)}
-            for kind in ("model", "plan", "weights", "widths")
-        }
-        figures["different_models"] += differs.pop("model")
-        figures["different_plans"] += any(differs.values())
-        different += [name] if any(differs.values()) else []
+        try:
+            plans, models = _differs(folder, VARIANTS[name], draw)
+        except RuntimeError as error:  # a run has failed: its result is another one
+            print(f"{name}: {error}", file=sys.stderr)
+            plans = models = True
+        figures["different_plans"] += plans
+        figures["different_models"] += models
+        different += [name] if plans or models else []
     return figures | {"different": different}
+
+
+def _differs(folder: Path, variant: Variant, draw: random.Random) -> tuple[bool, bool]:
+    """Whether a killed and resumed run has another plan or other masks, and another model.
+
+    Raises:
+        RuntimeError: A run has failed.
+    """
+    whole = _beside(folder, "whole", BASES)
+    steps = [name for name, _ in finish(variant.arguments, whole).phases if name == "step"]
+    first, died = len(steps) * (STEPS - 2) // STEPS, None
+    while died is None:
+        killed = _beside(folder, "killed", BASES)
+        place = draw.randrange(first, len(steps)) if variant.late else draw.randrange(1, first)
+        died = kill(variant.arguments, killed, "step", place, draw.uniform(0, 0.02))
+    finish(variant.arguments, killed)
+    differs = {
+        kind: _compared(killed / "run" / kind) != _compared(whole / "run" / kind)
+        for kind in ("model", "plan", "weights", "widths")
+    }
+    model = differs.pop("model")
+    return any(differs.values()), model
+
+
+def _compared(folder: Path) -> dict[str, bytes]:
+    return {name: found for name, found in content(folder).items() if _kept(name)}
 
 
 def _kept(name: str) -> bool:
