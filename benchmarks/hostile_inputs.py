@@ -1,9 +1,9 @@
 """Test commands on inputs that are damaged, incomplete, mixed up or malicious.
 
 A tiny base model is pruned, and the resulting folders (base, plan, checkpoints, finished blocks,
-cache of tokens, export) are given to commands, each time with one change, see `benchmarks.mutations`. A command
-has to refuse the change in one to three lines that name a setting or a file, or to give the same
-result as without the change. All other outcomes are counted:
+cache of tokens, export) are given to commands, each time with one change, see
+`benchmarks.mutations`. A command has to refuse the change in one to three lines that name a setting
+or a file, or to give the same result as without the change. All other outcomes are counted:
 
 * `wrong`: it succeeded, with another result;
 * `unclear`: it ended with a traceback, or with a message that does not help;
