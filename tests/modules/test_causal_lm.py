@@ -323,7 +323,7 @@ def test_the_report_of_a_chain_starts_at_its_first_model(inputs: Path, tmp_path:
 def test_another_vocabulary_cannot_teach(inputs: Path, tmp_path: Path) -> None:
     tiny_folder(tmp_path / "other", vocab_size=400)
     module = recovery(inputs, teacher=str(tmp_path / "other"), loss=LossWeights(0.0, 1.0))
-    with pytest.raises(ValueError, match="has a vocabulary of 400 and the model one of 320"):
+    with pytest.raises(ValueError, match="has a vocabulary of 400 tokens and the model one of 320"):
         trainer(tmp_path).fit(module, data(inputs))
 
 

@@ -140,7 +140,7 @@ def test_models_that_llama_cpp_computes_differently_are_refused(tmp_path: Path) 
 def test_a_window_that_llama_cpp_lacks_ends_the_context(tmp_path: Path) -> None:
     base = folder_of(tmp_path / "base", "mistral", sliding_window=5)
     (note,) = write_gguf(base, tmp_path / "m.gguf")
-    assert "after 5 tokens" in note
+    assert "window of 5 tokens" in note
     assert read(tmp_path / "m.gguf")[0]["llama.context_length"] == 5
 
 
