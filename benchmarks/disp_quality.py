@@ -31,7 +31,7 @@ from benchmarks.data import WINDOW_TOKENS, data_folder, evaluation_windows, writ
 from benchmarks.plain_steps import BATCH_SIZE, PlainSteps, timed_refits
 from secateur.program import train
 from secateur.pruning.measure.perplexity import perplexity
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 
 FIRST_WINDOWS = 200
 # Perplexities of the reference after 1000 steps (c4, wikitext2, tinystories), by kept fraction.

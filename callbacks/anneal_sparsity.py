@@ -61,7 +61,9 @@ class AnnealSparsity(Callback):
             ValueError: The checkpoint was written under other settings.
         """
         if self._saved is not None:
-            refuse_other(self._saved, self.state_dict(), "AnnealSparsity")
+            saved = dict(self._saved)
+            saved["steps"] = min(saved["steps"], self._total)  # the module knows of a shorter run
+            refuse_other(saved, self.state_dict(), "AnnealSparsity")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -61,6 +61,19 @@ class ExportModel(Callback):
                 "`--ckpt_path last` repeat the export without training."
             )
             raise
+        if trainer.is_global_zero:
+            rank_zero_info(_whereabouts(self._path(trainer)))
 
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.folder
+
+
+def _whereabouts(folder: Path) -> str:
+    """Where the model is, and the line that loads it."""
+    trusted = ", trust_remote_code=True" if any(folder.glob("modeling_*.py")) else ""
+    report = folder.parent / "report.html"
+    told = f" Report: {report}." if report.is_file() else ""
+    return (
+        f"The model is in {folder}.{told} Load it with\n"
+        f'  AutoModelForCausalLM.from_pretrained("{folder}"{trusted})'
+    )

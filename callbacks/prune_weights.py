@@ -24,7 +24,7 @@ from torch import Tensor
 import secateur.pruning.weights
 from secateur.callbacks._held_masks import HeldMasks, take_out_updates
 from secateur.callbacks._trial import is_trial
-from secateur.callbacks._weight_blocks import shown_progress, store_of
+from secateur.callbacks._weight_blocks import store_of
 from secateur.callbacks.prune import Prune, check_at_least
 from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.blocks.source import LiveBlocks
@@ -368,17 +368,15 @@ class PruneWeights(Prune):
                 self._decision = decide(source, self.recipe, windows_NT, held_back_MT, batch_size)
             share = recipe.pattern.sparsity / (self.recipe.pattern.sparsity or 1.0)
             before = perplexity(model, held_back_MT)
-            with shown_progress(trainer) as on_block:
-                found = prune_weights(
-                    source,
-                    recipe,
-                    windows_NT,
-                    held_back_NT=held_back_MT,
-                    decision=self._decision.scaled(share),
-                    batch_size=batch_size,
-                    store=store,
-                    progress=on_block,
-                )
+            found = prune_weights(
+                source,
+                recipe,
+                windows_NT,
+                held_back_NT=held_back_MT,
+                decision=self._decision.scaled(share),
+                batch_size=batch_size,
+                store=store,
+            )
             after = perplexity(model, held_back_MT)
             report = sparsity_report(model, found.masks, found.notes)
         report.save(self._path(trainer))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -10,16 +12,20 @@ from torch import Tensor
 from secateur.pruning.protocols import LearnsMasks, learns_masks
 from secateur.pruning.sites import split
 
+_LOOKS = 10  # at least, while masks are learned
+
 
 class TrackBudget(Callback):
     """Log expected and hard budget, widths per kind of site, and the fraction of undecided gates.
 
     The final selection always meets the budget; but if the soft gates are far from it, the exported
     model differs from the trained one. A warning is given once, after half of the mask-learning
-    steps, if the expected budget differs from its target and its trend will not reach it in time.
+    steps, if the expected budget differs from its target and its trend will not reach it in time. A
+    resumed run continues from the last two log entries before it.
 
     Args:
-        every_n_steps: Optimiser steps between two log entries, 1 or more.
+        every_n_steps: Most optimiser steps between two log entries, 1 or more; there are at least
+            ten entries while masks are learned, the last one at the end.
         tolerance: Distance of the expected kept fraction from its target above which to warn, above
             0.
 
@@ -36,6 +42,19 @@ class TrackBudget(Callback):
         self._seen: list[tuple[int, float]] = []
         self._warned = False
 
+    # Not as state of the callback, which Lightning misses where a checkpoint is only measured.
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the last two looks: step and expected kept fraction."""
+        checkpoint["budget_seen"] = self._seen
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from the looks of a checkpoint."""
+        self._seen = [*checkpoint.get("budget_seen", [])]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check at once that the module learns masks."""
         learns_masks(pl_module, "TrackBudget")
@@ -49,10 +68,10 @@ class TrackBudget(Callback):
         batch_idx: int,
     ) -> None:
         """Log every `every_n_steps` optimiser steps."""
-        step = trainer.global_step
-        if step % self.every_n_steps or step in (seen for seen, _ in self._seen):
-            return  # not due, or a further batch of the same optimiser step
-        module = learns_masks(pl_module, "TrackBudget")
+        step, module = trainer.global_step, learns_masks(pl_module, "TrackBudget")
+        every = min(self.every_n_steps, max(1, module.mask_steps // _LOOKS))
+        if (step % every and step != module.mask_steps) or step in (s for s, _ in self._seen):
+            return  # not yet, or a further batch of the same optimiser step
         probability = split(module.keep_probability(), module.sites)
         expected = float(module.table.fraction(torch.stack([p.sum() for p in probability])))
         hard = torch.stack([(p >= 0.5).sum() for p in probability])
@@ -74,7 +93,7 @@ class TrackBudget(Callback):
     def _warn(self, trainer: Trainer, module: LearnsMasks, expected: float) -> None:
         step, total = trainer.global_step, module.mask_steps
         self._seen = [*self._seen[-1:], (step, expected)]
-        if len(self._seen) < 2:  # no trend yet, as after resuming
+        if len(self._seen) < 2 and step < total:  # no trend yet
             return
         distance = expected - module.keep_target
         if self._warned or not total <= 2 * step <= 2 * total or abs(distance) <= self.tolerance:
@@ -87,7 +106,7 @@ class TrackBudget(Callback):
         rank_zero_warn(
             f"At step {step} of {total} the gates are expected to keep {expected:.3f} of the cost, "
             f"the target is {module.keep_target:.3f}, and at this rate it will not be reached. "
-            "Train longer, anneal over fewer steps, or use ExactBudget; the exported model "
+            "Raise `trainer.max_steps`, anneal over fewer steps, or use ExactBudget; the export "
             "meets the budget, but its masks were not trained at it."
         )
 

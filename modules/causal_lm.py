@@ -478,6 +478,8 @@ class CausalLM(LanguageModelling):
             recipe = self.recipe()
             training = {name: recipe[name] for name in given}
             training["teacher"] = self._teacher and str(self._teacher.name)
+        if self.shortened:
+            training["shortened"] = self.shortened
         steps = self.global_step
         return Origin(
             self.base, self.base_folder, self.base_fingerprint, command, steps, provenance, training

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
@@ -54,6 +55,8 @@ class LanguageModelling(LightningModule, ABC):
         super().__init__()
         self.model: Any = None
         self.perplexity = Perplexity()
+        self.shortened: list[dict[str, int]] = []
+        """The steps at which the run was told to end sooner, and when it was to end before."""
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
@@ -145,9 +148,13 @@ class LanguageModelling(LightningModule, ABC):
         with self.whole():  # the recipe holds the shapes of the trained parameters
             checkpoint["secateur"] = self.recipe() | self._length()
         checkpoint["batches_per_step"] = self.trainer.accumulate_grad_batches
+        checkpoint["shortened"] = self.shortened
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model or configuration, or an incomplete one.
+
+        Fewer steps than it was written under are noted instead: whoever wants to see the result
+        sooner may have it.
 
         Raises:
             ValueError: The settings differ, or part of the checkpoint is missing.
@@ -157,8 +164,10 @@ class LanguageModelling(LightningModule, ABC):
         if missing := [key for key in needed if not checkpoint.get(key)]:
             raise ValueError(f"The checkpoint lacks {', '.join(missing)}; use another one.")
         saved, current = dict(checkpoint["secateur"]), self.recipe()
+        self.shortened = [*checkpoint.get("shortened", [])]
         if fitting:
             current |= self._length()
+            self._note_shortened(saved, current, checkpoint["global_step"])
             if saved.get("ranks") != current["ranks"]:  # compare per rank or in total
                 for key in ("ranks", "windows_per_step"):
                     saved.pop(key, None)
@@ -188,6 +197,18 @@ class LanguageModelling(LightningModule, ABC):
         """
         for optimizer in self.trainer.optimizers:
             refuse_incomplete(optimizer)
+
+    def _note_shortened(self, saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
+        """Accept that a run ends sooner, though not before the step that it has reached."""
+        before, now = saved.get("max_steps", -1), current["max_steps"]
+        if not step <= now < before:
+            return
+        saved["max_steps"] = now
+        self.shortened.append({"at_step": step, "max_steps_before": before, "max_steps": now})
+        rank_zero_warn(
+            f"`trainer.max_steps` was {before} and is {now} from step {step} on: schedules end "
+            "sooner, masks settle sooner. The model card says so."
+        )
 
     def refuse_incomplete(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint that lacks weights that are, or were, trained: loading is not strict,

@@ -417,6 +417,8 @@ class MaskLearning(LanguageModelling):
             "settle": repr(self.settle),
             "learned_on": repr(self.frozen.quantisation or self.model.dtype),
         } | self._notes
+        if self.shortened:
+            provenance["shortened"] = self.shortened
         family = self.budget.family(self.model.config)
         return plan_from_indices(self.model, self.base_fingerprint, kept, provenance, gains, family)
 

@@ -86,6 +86,7 @@ _HOMES = {
         "PruneWeights",
         "PruneWidths",
         "SaveCheckpoint",
+        "ShowProgress",
         "TrackBudget",
         "WatchRanks",
     ),

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import secateur.callbacks
 import secateur.modules
-from secateur import typed, yaml_text
+from secateur import named_callbacks, typed, yaml_text
+from secateur.callbacks.show_progress import ShowProgress
 from secateur.explain import as_typed, wrong_setting
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
@@ -74,7 +75,8 @@ class TrainCLI(LightningCLI):
             ValueError: The checkpoint cannot be read, or there is no checkpoint to measure.
         """
         yaml_text.install()
-        arguments = _with_nulls([*map(_present, sys.argv[1:] if args is None else args)])
+        typed_in = [*map(_present, sys.argv[1:] if args is None else args)]
+        arguments = _with_nulls(named_callbacks.resolve(typed_in))
         try:
             self.config = parser.parse_args(arguments)
         except UsageError as error:
@@ -175,6 +177,8 @@ class TrainCLI(LightningCLI):
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             kwargs["enable_checkpointing"] = False  # else Lightning adds its own
         trainer = super().instantiate_trainer(**kwargs)
+        if not any(isinstance(callback, ShowProgress) for callback in callbacks):
+            trainer.callbacks.insert(0, ShowProgress())  # type: ignore[attr-defined]
         if trainer.world_size > 1:
             told = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             trainer.callbacks.insert(0, CompareRanks(yaml.safe_load(told)))  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ _TRAINING = {
     "predict": "the loss of every window of a text",
 }
 _COMMANDS = {
+    "advise": ("pruning.advise.command", "measure a model here, and tell what pruning comes to"),
     "surgery": ("pruning.export.rewrite", "cut a checkpoint down to a plan, streamed"),
     "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),
@@ -52,13 +53,15 @@ examples:
   python -m secateur compare dense=MODEL pruned=runs/disp/model --text held_out.txt
 
 All results of a run are below --trainer.default_root_dir (runs/disp in configs/disp.yaml): the
-smaller model in model/, the kept indices in plan/, the figures in report.md.
+smaller model in model/, the kept indices in plan/, the figures in report.html, report.md and
+report.json.
 
 options of a run:
   python -m secateur fit --help                            all settings
   python -m secateur fit --model.help MaskLearning         of one class; CausalLM is the other
   python -m secateur fit --data.help TextData              of the data
   python -m secateur fit --trainer.callbacks.help ExportModel   of a callback
+  python -m secateur fit --config FILE --callbacks.SaveCheckpoint.every_n_steps 50   sets one
   python -m secateur fit --config FILE --print_config      what a recipe sets
   python -m secateur COMMAND --help                        of another command
 """

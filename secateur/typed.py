@@ -48,7 +48,7 @@ def read(arguments: Sequence[str]) -> dict[str, Node]:
         if name in ("--config", "-c"):
             _merge(tree, _of_file(text))
         else:
-            _put(tree, name[2:].removesuffix("+"), _of_text(text), append=name.endswith("+"))
+            put(tree, name[2:].removesuffix("+"), of_text(text), append=name.endswith("+"))
     return tree
 
 
@@ -87,7 +87,8 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _of_text(text: str) -> Node:
+def of_text(text: str) -> Node:
+    """The node of a value as it is typed on the command line."""
     try:
         value = yaml_text.load(text)
     except yaml.YAMLError:
@@ -110,15 +111,15 @@ def _of_yaml(value: Any, file: Path | None = None) -> Node:
     return node
 
 
-def _put(tree: dict[str, Node], name: str, node: Node, append: bool) -> None:
+def put(tree: dict[str, Node], name: str, node: Node, append: bool) -> None:
     """Store a setting under its dotted name; in a list it belongs to the last object."""
     *parents, last = name.replace(".init_args.", ".").split(".")
     for parent in parents:
         child = tree.get(parent)
         if isinstance(child, list) and child:
-            child[-1] = tree = _object(child[-1])
+            child[-1] = tree = as_object(child[-1])
         else:
-            tree[parent] = child = _object(child)
+            tree[parent] = child = as_object(child)
             tree = child
     before = tree.get(last)
     if append:
@@ -129,7 +130,7 @@ def _put(tree: dict[str, Node], name: str, node: Node, append: bool) -> None:
         tree[last] = node
 
 
-def _object(node: Node) -> dict[str, Node]:
+def as_object(node: Node) -> dict[str, Node]:
     """Turn a node into one that holds settings; a leaf becomes its `class_path`."""
     if isinstance(node, dict):
         return node

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur.modules
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.measure.report import Counts, count
+from secateur.pruning.measure.sizes import Counts, count
 from secateur.pruning.plan import Plan
 from secateur.pruning.protocols import LearnsMasks
 from secateur.pruning.widths.gate_hooks import GateHooks

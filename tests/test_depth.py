@@ -168,6 +168,7 @@ def test_halves_go_one_by_one_and_bring_their_code(inputs: Path, tmp_path: Path)
     assert sum(width == 0 for widths in one_by_one for width in widths.values()) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*the gates are expected to keep:UserWarning")
 def test_the_report_of_a_chain_starts_at_the_dense_model(inputs: Path, tmp_path: Path) -> None:
     """The two recipes of a chain, one after the other: blocks go, then masks are learned."""
     recipes = Path(__file__).parents[1] / "configs" / "depth"

@@ -21,7 +21,7 @@ from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure import compare
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.masks import WeightMasks

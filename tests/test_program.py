@@ -69,6 +69,48 @@ def line() -> TrainCLI:
     return made[0]
 
 
+def taken(line: TrainCLI, arguments: list[str]) -> dict[str, Any]:
+    """Settings of every callback by the name of its class, of arguments that are taken."""
+    line.parse_arguments(line.parser, arguments)
+    callbacks = line.config["fit"].trainer.callbacks
+    return {c.class_path.rpartition(".")[2]: c.init_args.as_dict() for c in callbacks}
+
+
+def test_callbacks_are_set_by_name(line: TrainCLI, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "trainer: {callbacks: [{class_path: TrackBudget}, "
+        "{class_path: SaveCheckpoint, init_args: {keep: 5}}, {class_path: ExportModel}]}"
+    )
+    found = taken(
+        line,
+        [
+            *learn_masks(Path("in"), Path("out"), callbacks=()),
+            f"--config={recipe}",
+            *("--callbacks.SaveCheckpoint.every_n_steps", "50"),
+            "--callbacks.TrackBudget.tolerance=0.25",
+        ],
+    )
+    assert found["SaveCheckpoint"]["every_n_steps"] == 50
+    assert found["SaveCheckpoint"]["keep"] == 5
+    assert found["TrackBudget"]["tolerance"] == 0.25
+    assert list(found) == ["TrackBudget", "SaveCheckpoint", "ExportModel"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--callbacks.SaveCheckpoin.keep=1", r"names no callback .* Did you mean `SaveCheckpoint`"),
+        ("--callbacks.SaveCheckpoint.kep=1", r"not a setting of SaveCheckpoint.*callbacks.keep"),
+        ("--callbacks.SaveCheckpoint=1", r"names a callback; it must name one setting"),
+        ("--callbacks.SaveCheckpoint.keep", r"must be followed by a value"),
+        ("--callbacks.SaveCheckpoint.keep=x", r"must be a whole number, got 'x'"),
+    ],
+)
+def test_wrong_settings_of_callbacks_by_name(line: TrainCLI, setting: str, message: str) -> None:
+    assert re.search(message, refused(line, [*learn_masks(Path("in"), Path("out")), setting]))
+
+
 def refused(line: TrainCLI, arguments: list[str]) -> str:
     """What is said of arguments that are not taken."""
     with pytest.raises(UsageError) as error:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from secateur import callbacks, modules
 from secateur.pruning import schedules
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths import (
     budget,
@@ -77,6 +77,7 @@ def test_fit_leaves_plan_model_report_plots_metrics_and_checkpoints(fitted: Path
         "model/README.md",
         "report.json",
         "report.md",
+        "report.html",
         "plots/widths.png",
         "metrics/version_0/metrics.csv",
         "metrics/version_0/config.yaml",
@@ -450,6 +451,22 @@ def test_another_configuration_is_refused(
     # From step 6: a run that is complete goes straight to its export.
     path = f"--ckpt_path={started / 'step=6.ckpt'}"
     refuses([*learn_masks(inputs, started.parent), *first, setting, path], message)
+
+
+def test_a_resumed_run_may_end_sooner_and_says_so(
+    inputs: Path, started: Path, tmp_path: Path
+) -> None:
+    """From step 6 of 8 on only one more step is taken."""
+    arguments = learn_masks(inputs, tmp_path / "run", max_steps=7)
+    with pytest.warns(UserWarning, match="max_steps` was 8 and is 7 from step 6 on"):
+        call([*arguments, f"--ckpt_path={started / 'step=6.ckpt'}"])
+    shortened = [{"at_step": 6, "max_steps_before": 8, "max_steps": 7}]
+    assert Plan.load(tmp_path / "run" / "plan").provenance["shortened"] == shortened
+    card = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    assert '"max_steps_before": 8' in card
+    last = torch.load(tmp_path / "run" / "checkpoints" / "step=7.ckpt", weights_only=True)
+    assert last["shortened"] == shortened
+    assert bool(last["state_dict"]["settled_N"].any())
 
 
 def test_other_data_are_refused(inputs: Path, started: Path, tmp_path: Path) -> None:

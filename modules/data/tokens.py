@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.modules.data.sources import Source
 from secateur.pruning.checksums import damaged_files, write_sums
+from secateur.pruning.progress import tracked
 
 TRAIN, HELD_OUT = "train.npy", "held_out.npy"
 _FORMAT = "secateur-tokens-2"
@@ -93,7 +94,8 @@ def tokenise(
         made.mkdir()
         with (made / TRAIN).open("wb") as train, (made / HELD_OUT).open("wb") as aside:
             arrays = [_GrowingArray(train, dtype), _GrowingArray(aside, dtype)]
-            for number, ids in enumerate(_encoded(sources, tokenizer)):
+            documents = tracked(_encoded(sources, tokenizer), "Tokenising documents")
+            for number, ids in enumerate(documents):
                 share = held_out or 0.0
                 arrays[int((number + 1) * share) > int(number * share)].append(ids)
             for array in arrays:

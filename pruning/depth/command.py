@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich import get_console
 
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.depth.rewrite_blocks import prune_blocks
@@ -61,13 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name, metavar="BLOCK", type=blocks, nargs="+", action="extend", help=help_
         )
     args = parser.parse_args(arguments)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task(str(args.out), total=None)
-        prune_blocks(
-            args.base,
-            args.out,
-            remove=args.remove and list(chain(*args.remove)),
-            keep=args.keep and list(chain(*args.keep)),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    prune_blocks(
+        args.base,
+        args.out,
+        remove=args.remove and list(chain(*args.remove)),
+        keep=args.keep and list(chain(*args.keep)),
+    )
+    get_console().print(f"The shorter model is in {args.out}.", soft_wrap=True, markup=False)

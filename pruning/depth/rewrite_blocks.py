@@ -14,7 +14,7 @@ As a command: `python -m secateur depth --help`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from secateur.pruning.files.model_folder import (
     write_code,
     write_json,
 )
+from secateur.pruning.progress import tracked
 
 RECORD = "blocks.json"
 """File that records the removed blocks and the base model; marks the folder as ours."""
@@ -51,7 +52,6 @@ def prune_blocks(
     remove: Iterable[int] | None = None,
     keep: Iterable[int] | None = None,
     provenance: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a checkpoint without some of its blocks.
 
@@ -64,7 +64,6 @@ def prune_blocks(
         remove: Indices of the blocks to remove, in any order; or give `keep`.
         keep: Indices of the blocks to keep, in any order; or give `remove`.
         provenance: Facts to record with the blocks, such as score and data; JSON values.
-        progress: Called with the bytes written so far and the total bytes, per tensor.
 
     Raises:
         ValueError: Blocks are out of range or repeated, none would remain, both or neither of the
@@ -80,7 +79,7 @@ def prune_blocks(
     why = {"base": base.fingerprint} | dict(provenance or {})
     fields = shortened_fields(base.config, staying, why)
     with replaced_folder(folder, is_shortened_model) as partial:
-        _copy_weights(base, partial, staying, progress)
+        _copy_weights(base, partial, staying)
         write_json(partial / CONFIG, base.settings | fields)
         write_code(partial)
         write_json(partial / RECORD, fields[PROVENANCE])
@@ -112,12 +111,7 @@ def _staying(
     return staying
 
 
-def _copy_weights(
-    base: BaseModel,
-    folder: Path,
-    staying: list[int],
-    progress: Callable[[int, int], None] | None,
-) -> None:
+def _copy_weights(base: BaseModel, folder: Path, staying: list[int]) -> None:
     files: list[tuple[Path, int, dict[str, Any]]] = []
     names: set[str] = set()
     for path in base.weight_files:
@@ -128,14 +122,14 @@ def _copy_weights(
             files.append((path, start, own))
     refuse_missing(base.folder, names, base.skeleton())
     total = sum(_size(entry) for _, _, own in files for entry in own.values())
-    done, weight_map = 0, {}
+    weight_map: dict[str, str] = {}
     for number, (path, start, own) in enumerate(files, start=1):
         name = WEIGHTS
         if len(files) > 1:
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         with path.open("rb") as source, (folder / name).open("wb") as copy:
             copy.write(_new_header(own))
-            for tensor, entry in own.items():
+            for tensor, entry in tracked(own.items(), f"Writing {name}"):
                 source.seek(start + entry["data_offsets"][0])
                 left = _size(entry)
                 while left:
@@ -143,9 +137,6 @@ def _copy_weights(
                         raise OSError(f"{path} became shorter while it was read.")
                     left -= copy.write(chunk)
                 weight_map[tensor] = name
-                done += _size(entry)
-                if progress is not None:
-                    progress(done, total)
     if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

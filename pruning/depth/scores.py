@@ -6,7 +6,7 @@ Legend: L = blocks, U = units, N = windows, T = tokens of a window.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from secateur.pruning.depth.removal import checked_units
 from secateur.pruning.depth.units import Unit, WholeBlocks
 from secateur.pruning.families import family_of
+from secateur.pruning.progress import tracked
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +122,10 @@ class TextScore(BlockScore):
 
     def batches(
         self, model: PreTrainedModel, windows_NT: Int[Tensor, "N T"]
-    ) -> tuple[Int[Tensor, "_ T"], ...]:
-        """The windows in batches, on the device of the model."""
+    ) -> Iterator[Int[Tensor, "_ T"]]:
+        """The windows in batches, on the device of the model; shows the progress."""
         batches: tuple[Tensor, ...] = windows_NT.to(model.device).split(self.batch_size)
-        return batches
+        return tracked(batches, f"Scoring blocks by {type(self).__name__}")
 
 
 @dataclass(frozen=True)

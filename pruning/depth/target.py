@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from secateur.pruning.depth.units import Unit
 from secateur.pruning.families import family_of, skeleton
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 
 CONTEXT_TOKENS = 2048
 

@@ -33,6 +33,7 @@ from secateur.pruning.depth.units import Unit, first_input
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import window_nll
 from secateur.pruning.modes import frozen
+from secateur.pruning.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Taylor(TextScore):
                 call, gradient_BTD = _to_the_last_block(model, input_BT, len(windows_NT))
                 calls.append({block: call[block] for block in call if block >= lowest})
                 gradients.append(gradient_BTD)
-            for index in reversed(range(lowest, len(blocks))):
+            for index in tracked(range(len(blocks) - 1, lowest - 1, -1), "Gradients of blocks"):
                 own = [unit for unit in units if unit.block == index]
                 changes = _through_block(
                     blocks[index],

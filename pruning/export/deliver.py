@@ -6,33 +6,28 @@ All kinds of pruning export through `deliver`. What is written (`sources`) and b
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.export.alignment import compare_alignment
 from secateur.pruning.export.model_card import card
+from secateur.pruning.export.publish import ALIGNMENT, publish
 from secateur.pruning.export.ranks import OneRank, Ranks, speed_settings
 from secateur.pruning.export.sources import FromFiles, Source
-from secateur.pruning.export.stages import Origin, stages_table, write_mark
+from secateur.pruning.export.stages import Origin, write_mark
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.model_folder import (
     is_plan,
-    read_stages,
     refuse_base,
     refuse_foreign,
     replaced_folder,
 )
-from secateur.pruning.measure.plots import plot_widths
 from secateur.pruning.measure.report import Report
 from secateur.pruning.plan import Plan
-
-_ALIGNMENT = ("alignment.json", "alignment.md")
 
 
 def deliver(
@@ -41,8 +36,8 @@ def deliver(
     """Write a model, verify it, measure it beside its base model, and describe it.
 
     The folder appears only after all steps succeeded; on a failure it is removed, and an earlier
-    export in its place is kept. `report.json` and `report.md` are written beside it, and, for a cut
-    model, `plan/` and a picture of the widths.
+    export in its place is kept. `report.json`, `report.md` and `report.html` are written beside it,
+    and, for a cut model, `plan/` and a picture of the widths.
 
     Args:
         what: What is exported.
@@ -84,7 +79,12 @@ def deliver(
                 (partial / "README.md").write_text(text, encoding="utf-8")
 
         ranks.together(describe)
-    ranks.together(lambda: _publish(report, what.plan, folder) if ranks.first and report else None)
+
+    def tell() -> None:
+        if ranks.first and report is not None:
+            publish(report, what.plan, origin, folder)
+
+    ranks.together(tell)
     return report
 
 
@@ -156,29 +156,9 @@ def report_alignment(
     """
     speed = speed_settings(windows_NT)
     report = compare_alignment(model, base_folder, aligned, free, windows_NT, speed)
-    for name, text in zip(_ALIGNMENT, (report.json(), report.markdown()), strict=True):
+    for name, text in zip(ALIGNMENT, (report.json(), report.markdown()), strict=True):
         (folder.parent / name).write_text(text, encoding="utf-8")
     return report
-
-
-def _publish(report: Report, plan: Plan | None, folder: Path) -> None:
-    """Write plan and report beside a model folder, with the stages before it, and log them."""
-    for name in _ALIGNMENT:  # remove those of an earlier run with other settings
-        (folder.parent / name).unlink(missing_ok=True)
-    if plan is not None:
-        with replaced_folder(folder.parent / "plan", is_plan) as partial:
-            plan.save(partial)
-        plot_widths(plan, folder.parent / "plots" / "widths.png")
-    stages = read_stages(folder)
-    text = json.dumps(report.as_dict() | {"stages": stages}, indent=1) + "\n"
-    (folder.parent / "report.json").write_text(text, encoding="utf-8")
-    lines = report.markdown()
-    if len(stages) > 1:
-        table = stages_table(stages)
-        rows = (table[0], ["---"] * len(table[0]), *table[1:])
-        lines += "\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-    (folder.parent / "report.md").write_text(lines, encoding="utf-8")
-    Console().print(report.table())
 
 
 def _random_windows(config: PreTrainedConfig) -> Tensor:

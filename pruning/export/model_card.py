@@ -6,24 +6,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur import __version__
 from secateur.pruning.costs import Cost, Flops, Parameters
 from secateur.pruning.export.stages import Origin, figures, stages_table
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report
+from secateur.pruning.measure.verdict import Grade, Verdict
 from secateur.pruning.modelling import is_narrow
 from secateur.pruning.plan import Plan
 
 Table = Sequence[Sequence[str]]
-
-_COSTS: tuple[Cost, ...] = (Parameters(), Parameters(True), Flops(), Flops(True))
-_PACKAGES = ("torch", "transformers", "lightning")
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class ModelCard:
         base_model: Name on the hub, or path, of the model that was pruned.
         fingerprint: Content hash of the base model.
         summary: Sentences on what was done to the base model.
+        verdict: Sentences on how it compares with the base model; empty if it was not measured.
         stock: Whether the model loads without custom code.
         tables: Heading of a section to its table, whose first row has the column names; empty
             tables are left out.
@@ -52,6 +48,7 @@ class ModelCard:
     base_model: str
     fingerprint: str
     summary: str
+    verdict: str = ""
     stock: bool = True
     tables: Mapping[str, Table] = field(default_factory=dict)
     widths: str | None = None
@@ -68,7 +65,8 @@ class ModelCard:
             ValueError: The rows of a table differ in length.
         """
         loading = _LOADING if self.stock else _OWN_CODE_LOADING
-        sections = [self._header(), f"# {plain(self.title)}", self.summary, loading]
+        sections = [self._header(), f"# {plain(self.title)}", self.verdict, self.summary]
+        sections = [*filter(None, sections), loading]
         for name, rows in self.tables.items():
             if rows:
                 sections += [f"## {name}", _markdown(name, rows)]
@@ -116,7 +114,7 @@ def card(
     """
     before = BaseModel(origin.folder)
     tables = {
-        "Budget": _plan_budget(before, plan) if plan else _counted_budget(report),
+        "Budget": _plan_budget(before, plan, report) if plan else _counted_budget(report),
         "Quality": _quality(report),
         "Stages": stages_table(stages) if len(stages) > 1 else (),
     }
@@ -124,19 +122,20 @@ def card(
         stock = not is_narrow(before.config.model_type)
     else:
         stock = plan.stock_mlp_width() is not None
+    verdicts = list(report.untimed().verdicts().values()) if report else []
     training = {"training": dict(origin.training)} if origin.training else {}
-    versions = {"secateur": __version__} | {name: version(name) for name in _PACKAGES}
     return ModelCard(
-        title=_title(origin, plan, report),
+        title=_title(origin, plan, report, verdicts),
         base_model=origin.name,
         fingerprint=origin.fingerprint,
+        verdict=" ".join(verdict.text for verdict in verdicts),
         summary=" ".join((_what_was_done(origin), *_what_stays(plan, stock), _VERIFIED)),
         stock=stock,
         tables=tables,
         widths=plan.describe() if plan else None,
         provenance={**origin.provenance, **training},
-        command=origin.command,
-        versions=versions,
+        command=origin.shown_command,
+        versions=origin.versions(),
         tags=tuple(origin.provenance),
     ).render()
 
@@ -146,19 +145,28 @@ def plain(text: str) -> str:
     return re.sub(r"[`<>\[\]|\x00-\x1f\x7f]", " ", text)
 
 
-def _title(origin: Origin, plan: Plan | None, report: Report | None) -> str:
-    name = Path(origin.base).name
-    if plan is not None and "kept" in plan.provenance:
-        return f"{name}, {plan.provenance['kept']:.1%} of {plan.provenance.get('counted', 'cost')}"
-    if not origin.provenance:
-        return f"{name}, trained further"
-    if report is None:
-        return f"{name}, pruned"
-    dense, made = (row.counts.parameters for row in report.rows)
-    title = f"{name}, {made / dense:.1%} of its parameters"
-    if zeros := origin.provenance.get("weights", {}).get("model_sparsity"):
-        title += f", {zeros:.1%} of them zero"
+def _title(
+    origin: Origin, plan: Plan | None, report: Report | None, verdicts: Sequence[Verdict]
+) -> str:
+    title = f"{origin.described()}, {_what_is_left(origin, plan, report)}"
+    if any(verdict.grade is Grade.COLLAPSED for verdict in verdicts):
+        title += ": QUALITY HAS COLLAPSED"
     return title
+
+
+def _what_is_left(origin: Origin, plan: Plan | None, report: Report | None) -> str:
+    if plan is not None and "kept" in plan.provenance:
+        counted = plan.provenance.get("counted", "cost")
+        return f"pruned to {plan.provenance['kept']:.1%} of its {counted}"
+    if not origin.provenance:
+        return "trained further"
+    if report is None:
+        return "pruned"
+    dense, made = (row.counts.parameters for row in report.rows)
+    left = f"pruned to {made / dense:.1%} of its parameters"
+    if zeros := origin.provenance.get("weights", {}).get("model_sparsity"):
+        left += f", {zeros:.1%} of them zero"
+    return left
 
 
 def _what_was_done(origin: Origin) -> str:
@@ -195,12 +203,17 @@ def _gone(plan: Plan) -> str:
     return f"Removed entirely, numbered as in the base model: {'; '.join(found)}." if found else ""
 
 
-def _plan_budget(base: BaseModel, plan: Plan) -> Table:
+def _plan_budget(base: BaseModel, plan: Plan, report: Report | None) -> Table:
+    """What the plan leaves; operations of the whole model at the context of the report."""
+    whole = Flops(True) if report is None else Flops(True, report.context_tokens)
+    at = f"{whole.label} per token at {whole.context_tokens} tokens of context"
+    costs: dict[str, Cost] = {cost.label: cost for cost in (Parameters(), Parameters(True))}
+    costs |= {f"{Flops().label} per token": Flops(), at: whole}
     widths_S = torch.tensor([float(width) for width in plan.widths])
     model, rows = base.skeleton(), [_BUDGET]
-    for cost in _COSTS:
+    for label, cost in costs.items():
         table = cost.table(model, plan.family)
-        rows.append(_kept(cost.label, float(table.dense), float(table(widths_S))))
+        rows.append(_kept(label, float(table.dense), float(table(widths_S))))
     return rows
 
 
@@ -208,7 +221,8 @@ def _counted_budget(report: Report | None) -> Table:
     if report is None:
         return ()
     dense, made = (figures(row, report.context_tokens) for row in report.rows)
-    names = {"parameters": "all parameters", "flops_per_token": "FLOPs per token"}
+    at = f"at {report.context_tokens} tokens of context"
+    names = {"parameters": "parameters", "flops_per_token": f"flops per token {at}"}
     return [
         _BUDGET,
         *(_kept(label, float(dense[key]), float(made[key])) for key, label in names.items()),

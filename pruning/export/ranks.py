@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 from secateur.pruning.export.streamed import streamed
 from secateur.pruning.export.verify import ExportError
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.measure.generation import prompts_for
 from secateur.pruning.measure.perplexity import of_windows, window_nll
-from secateur.pruning.measure.report import Report, Row, count, file_bytes, measure
+from secateur.pruning.measure.report import Report, measure
+from secateur.pruning.measure.row import Row
+from secateur.pruning.measure.sizes import count, file_bytes
 
 T = TypeVar("T")
 _BATCH = 8  # windows per batch; a streamed model is read once per batch
@@ -58,7 +61,7 @@ class Ranks(ABC):
 
 
 class OneRank(Ranks):
-    """One process with both models in memory; speed is measured, too.
+    """One process with both models in memory; speed and answers are measured, too.
 
     Args:
         dense_folder: Folder of the dense model, for the size of its files.
@@ -80,12 +83,16 @@ class OneRank(Ranks):
         self, dense: PreTrainedModel | Path, folder: Path, name: str, windows_NT: Tensor
     ) -> Report:
         assert isinstance(dense, PreTrainedModel)
-        made = BaseModel(folder).load(dense.dtype, dense.device)
+        base = BaseModel(folder)
+        # A folder without a tokenizer is a model, too, but nobody can read what it answers.
+        tokenizer = base.tokenizer() if any(folder.glob("tokenizer*")) else None
         return measure(
-            {"dense": dense, name: made},
+            {"dense": dense, name: base.load(dense.dtype, dense.device)},
             {"validation": windows_NT},
             folders={"dense": self.dense_folder, name: folder},
             speed=speed_settings(windows_NT),
+            tokenizer=tokenizer,
+            prompts=prompts_for(tokenizer, windows_NT) if tokenizer else (),
         )
 
 
@@ -152,4 +159,4 @@ class AllRanks(Ranks):
 def speed_settings(windows_NT: Tensor) -> dict[str, int]:
     """Choose prompt and decoded tokens for windows of shape (N, T)."""
     prompt = max(1, windows_NT.shape[1] // 2)
-    return {"prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3}
+    return {"batch_size": 1, "prompt_tokens": prompt, "new_tokens": min(32, prompt), "repeats": 3}

@@ -19,11 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich import get_console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,6 +47,7 @@ from secateur.pruning.files.model_folder import (
 from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.modelling.secateur_narrow import auto_map
 from secateur.pruning.plan import IN_MODEL, Plan
+from secateur.pruning.progress import Advance, phase
 
 
 def prune_checkpoint(
@@ -56,7 +56,6 @@ def prune_checkpoint(
     folder: str | Path,
     *,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the smaller model that a plan leaves of a checkpoint.
 
@@ -69,7 +68,6 @@ def prune_checkpoint(
         folder: Folder of the smaller model.
         max_shard_bytes: Largest weight file in bytes, 1 or more; a larger tensor gets a file of its
             own.
-        progress: Called with the bytes written so far and the bytes in all, per tensor.
 
     Raises:
         ValueError: The plan does not fit the base model, the base model is damaged or quantised,
@@ -78,7 +76,7 @@ def prune_checkpoint(
     """
     refuse_base(folder, base_folder)
     with replaced_folder(folder) as partial:
-        write_pruned(base_folder, plan, partial, max_shard_bytes, progress)
+        write_pruned(base_folder, plan, partial, max_shard_bytes)
 
 
 def write_pruned(
@@ -86,7 +84,6 @@ def write_pruned(
     plan: Plan,
     folder: Path,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the smaller model into an empty folder; see `prune_checkpoint`.
 
@@ -99,7 +96,8 @@ def write_pruned(
     with _hashed(base, plan.base):
         plan.verify(base.config)
         cuts = _find_cuts(base, plan)
-        _write_weights(cuts, folder, max_shard_bytes, progress)
+        with phase("Writing weights", sum(cut.num_bytes for cut in cuts)) as advance:
+            _write_weights(cuts, folder, max_shard_bytes, advance)
     write_json(folder / CONFIG, exported_config(base, plan))
     write_code(folder)
     copy_companions(base.folder, folder)
@@ -227,7 +225,7 @@ def _write_weights(
     cuts: Sequence[_Cut],
     folder: Path,
     max_shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
+    advance: Advance,
 ) -> None:
     shards: list[list[_Cut]] = [[]]
     filled = 0
@@ -238,7 +236,6 @@ def _write_weights(
         shards[-1].append(cut)
         filled += cut.num_bytes
     total = sum(cut.num_bytes for cut in cuts)
-    done = iter(accumulate(cut.num_bytes for cut in cuts))
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS
@@ -248,8 +245,7 @@ def _write_weights(
         with ThreadPoolExecutor() as pool:
             for cut, tensor in zip(shard, pool.map(lambda cut: cut.make(), shard), strict=True):
                 tensors[cut.name], weight_map[cut.name] = tensor, name
-                if progress is not None:
-                    progress(next(done), total)
+                advance(cut.num_bytes)
         # One key only: with more, their order in the file is random.
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -302,14 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="largest file of weights, such as 2e9 (default: 5e9)",
     )
     args = parser.parse_args(arguments)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    plan = Plan.load(args.plan)
-    with Progress(*columns) as bar:
-        task = bar.add_task(str(args.out), total=None)
-        prune_checkpoint(
-            args.base,
-            plan,
-            args.out,
-            max_shard_bytes=args.max_shard_bytes,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    prune_checkpoint(
+        args.base, Plan.load(args.plan), args.out, max_shard_bytes=args.max_shard_bytes
+    )
+    get_console().print(f"The smaller model is in {args.out}.", soft_wrap=True, markup=False)

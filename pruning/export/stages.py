@@ -6,15 +6,21 @@ names the files that were written: a folder with other files in it is not replac
 
 from __future__ import annotations
 
-import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secateur import __version__
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import MARK, read_stages, write_json
-from secateur.pruning.measure.report import Report, Row
+from secateur.pruning.measure.report import Report
+from secateur.pruning.measure.row import Row
+
+_PACKAGES = ("torch", "transformers", "lightning")
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,49 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """Name of the base model in the model card; paths are relative."""
-        return os.path.relpath(self.base) if Path(self.base).exists() else self.base
+        """Name of the base model for others: of a folder its name, of ours that of its own base."""
+        if stages := read_stages(self.folder):
+            return str(stages[0]["base"])
+        return Path(self.base).absolute().name if Path(self.base).exists() else self.base
+
+    def described(self) -> str:
+        """Name of the base model with its size and family, as a folder may be called anything."""
+        base = BaseModel(self.folder)
+        size = short_count(base.skeleton().num_parameters())
+        return f"{self.name} ({base.config.model_type}, {size} parameters)"
+
+    @property
+    def shown_command(self) -> str:
+        """The command with the names of folders and files instead of their places on a disk."""
+        return shlex.join(_without_place(word) for word in shlex.split(self.command))
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """Package to version."""
+        return {"secateur": __version__} | {name: version(name) for name in _PACKAGES}
 
     @property
     def made(self) -> str:
         """Heading of the new model in tables: `pruned`, or `trained` if nothing was pruned."""
         return "pruned" if self.provenance else "trained"
+
+
+def short_count(count: int) -> str:
+    """A number of parameters for people: `260k`, `135M`, `6.7B`."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            value = count / unit
+            return f"{value:.0f}{letter}" if value >= 10 else f"{value:.1f}{letter}"
+    return str(count)
+
+
+def _without_place(word: str) -> str:
+    """A word of a command; of a path on this disk, alone or behind `=`, the last part."""
+    name, equals, value = word.rpartition("=")
+    path = Path(value)
+    if len(path.parts) < 2 or not (path.is_absolute() or path.exists()):
+        return word
+    return f"{name}{equals}{path.name}"
 
 
 def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict[str, Any]]:
@@ -68,7 +110,7 @@ def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict
         stage = {
             "base": origin.name,
             "base_fingerprint": origin.fingerprint,
-            "command": origin.command,
+            "command": origin.shown_command,
             "steps": origin.steps,
             "provenance": dict(origin.provenance),
             "training": dict(origin.training),
@@ -77,8 +119,14 @@ def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict
         }
         stages = [*stages, stage]
     files = sorted({path.name for path in folder.iterdir()} | {MARK, "README.md"})
-    mark = {"command": origin.command, "steps": origin.steps, "stages": stages, "files": files}
-    write_json(folder / MARK, mark | {"fingerprint": fingerprint(folder)})
+    mark = {
+        "command": origin.shown_command,
+        "steps": origin.steps,
+        "stages": stages,
+        "files": files,
+        "fingerprint": fingerprint(folder),
+    }
+    write_json(folder / MARK, mark)
     return stages
 
 

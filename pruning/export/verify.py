@@ -28,6 +28,7 @@ from secateur.pruning.families import skeleton
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
+from secateur.pruning.progress import tracked
 from secateur.pruning.widths.gate_hooks import GateHooks
 
 FLOAT32_PARAMETERS = 2_000_000_000  # two float32 copies of this size take 16 GB
@@ -253,7 +254,7 @@ def compare_recorded(
         ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
     """
     largest, cache = 0.0, DynamicCache()
-    for place, ours in enumerate(said):
+    for place, ours in enumerate(tracked(said, "Proving the export")):
         cached = {"past_key_values": cache, "use_cache": True} if place else {}
         theirs_BtV = exported(ours.tokens_Bt, **cached).logits
         scale = max(1.0, float(ours.logits_BtV.abs().max()))

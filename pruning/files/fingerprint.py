@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from secateur.pruning.checksums import tensor_checksum
 from secateur.pruning.files.model_folder import CONFIG, MARK, read_json, weight_files
+from secateur.pruning.progress import tracked
 
 
 def _hash_file(path: Path) -> str:
@@ -38,7 +39,7 @@ def fingerprint(folder: str | Path) -> str:
         raise ValueError(f"{folder} is not a model folder: it holds no {CONFIG}.")
     files = [folder / CONFIG, *weight_files(folder)]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_hash_file, files))
+        digests = list(tracked(pool.map(_hash_file, files), "Hashing files", len(files)))
     lines = (f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

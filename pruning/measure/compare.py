@@ -16,6 +16,8 @@ from rich.console import Console
 
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.measure.generation import prompts_for
+from secateur.pruning.measure.page import Page
 from secateur.pruning.measure.perplexity import cut_windows
 from secateur.pruning.measure.report import Report, measure
 from secateur.pruning.measure.zero_shot import read_questions
@@ -25,13 +27,18 @@ Measure models side by side; the first one is the dense model.
 
 A text is tokenised with the tokenizer of the first model and its defaults (BOS in front for Llama
 and Gemma), and cut into windows without overlap. A task is a file of JSON lines with the
-context `ctx`, the texts `endings` and the index `label` of the correct one, from 0. Narrow models
-run by Secateur's own code; code in a model folder is not executed.
+context `ctx`, the texts `endings` and the index `label` of the correct one, from 0. All models
+answer the same prompts, too. Narrow models run by Secateur's own code; code in a model folder is
+not executed.
 
 example:
   python -m secateur compare dense=path/to/base pruned=runs/disp/model \\
-      --text wikitext=test.txt --task hellaswag=hellaswag.jsonl --speed
+      --text wikitext=test.txt --task hellaswag=hellaswag.jsonl --speed \\
+      --html page.html
 """
+
+
+_SPEED = {"batch_size": 1, "new_tokens": 32, "repeats": 5}
 
 
 def compare_folders(
@@ -71,6 +78,7 @@ def compare_folders(
         ids = tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"]
         windows[name] = cut_windows(ids, window_tokens)[:num_windows]
     questions = {name: read_questions(path, tokenizer) for name, path in (tasks or {}).items()}
+    prompts = prompts_for(tokenizer, next(iter(windows.values())))
     models: dict[str, Any] = {}
     for name, base in bases.items():
         model: Any = base.load(dtype, device)
@@ -83,8 +91,10 @@ def compare_folders(
         models,
         windows,
         folders=folders,
-        speed={"prompt_tokens": max(1, window_tokens // 2), "new_tokens": 32} if speed else None,
+        speed=_SPEED | {"prompt_tokens": max(1, window_tokens // 2)} if speed else None,
         tasks=questions,
+        tokenizer=tokenizer,
+        prompts=prompts,
     )
 
 
@@ -131,13 +141,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--device", type=_device, default=device, help=f"torch device (default here: {device})")
     add("--speed", action="store_true", help="measure prefill and decode, too")
     add("--json", type=Path, help="write the figures to this file")
+    add("--html", type=Path, help="write a page with figures and answers to this file")
     args = parser.parse_args(arguments)
     for what in ("folders", "text", "task"):
         names = [name for name, _ in getattr(args, what)]
         if twice := {name for name in names if names.count(name) > 1}:
             parser.error(f"two {what} are called {', '.join(sorted(twice))}: use NAME=PATH")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    for name in ("json", "html"):
+        path = getattr(args, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.absolute().parent}")
     report = compare_folders(
         dict(args.folders),
         dict(args.text),
@@ -150,4 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if args.json is not None:
         args.json.write_text(report.json(), encoding="utf-8")
-    Console().print(report.table())
+    if args.html is not None:
+        title = (
+            f"{', '.join(list(dict(args.folders))[1:]) or 'A model'} beside {args.folders[0][0]}"
+        )
+        args.html.write_text(Page(title, report).render(), encoding="utf-8")
+    report.show(Console())

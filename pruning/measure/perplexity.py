@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.pruning.progress import tracked
+
 _CHUNK = 1024  # predictions with fp32 logits in memory at once: 128 MiB at a vocabulary of 32k
 
 
@@ -90,7 +92,10 @@ def perplexity(
     model.eval()
     try:
         nll_N = torch.cat(
-            [window_nll(model, batch.to(device)) for batch in windows_NT.split(batch_size)]
+            [
+                window_nll(model, batch.to(device))
+                for batch in tracked(windows_NT.split(batch_size), "Measuring perplexity")
+            ]
         )
     finally:
         model.train(was_training)

@@ -1,119 +1,26 @@
-"""Reports on models side by side: quality, size and speed, as text, Markdown and JSON.
-
-Sizes are counted on the loaded modules, independently of cost tables and plans, so that they check
-`secateur.pruning.costs`.
-"""
+"""Reports on models side by side: quality, size and speed, as text, Markdown and JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
+from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.pruning.files.model_folder import weight_files
-from secateur.pruning.measure.perplexity import MeasuredPerplexity, perplexity
+from secateur.pruning.measure.generation import Prompt, generate
+from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.measure.row import Row
+from secateur.pruning.measure.sizes import count, file_bytes, memory_bytes, zero_fraction
 from secateur.pruning.measure.speed import Speed, measure_speed
-from secateur.pruning.measure.zero_shot import Question, ZeroShot, zero_shot
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters and operations of a loaded model.
-
-    Args:
-        parameters: All parameters, tied ones once.
-        block_projection_parameters: Weights and biases of the linear layers inside the blocks.
-        block_flops_per_token: Forward operations in those layers: 2 per weight, 1 per bias.
-        head_flops_per_token: Forward operations in the output head.
-        query_width: Query features, summed over all attention layers.
-    """
-
-    parameters: int
-    block_projection_parameters: int
-    block_flops_per_token: int
-    head_flops_per_token: int
-    query_width: int
-
-    def flops_per_token(self, context_tokens: int) -> int:
-        """Forward operations per token: blocks, head, and 4 per query feature and token attended.
-
-        Args:
-            context_tokens: Tokens that a query attends to, 0 or more.
-        """
-        scores = 4 * context_tokens * self.query_width
-        return self.block_flops_per_token + self.head_flops_per_token + scores
-
-
-def count(model: Any) -> Counts:
-    """Count a loaded model by walking its modules.
-
-    Args:
-        model: A transformers causal language model, on any device, meta included.
-
-    Raises:
-        ValueError: It has no blocks with linear layers, or its weights are quantised: packed
-            tensors do not show the number of weights.
-    """
-    blocks = [
-        block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module
-    ]
-    inside = {id(m): m for block in blocks for m in block.modules()}.values()
-    linears = [module for module in inside if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError("The model has no list of blocks with nn.Linear layers to count.")
-    if any(not linear.weight.is_floating_point() for linear in linears):
-        raise ValueError("Quantised weights cannot be counted; load the model in its own dtype.")
-    weights = sum(linear.weight.numel() for linear in linears)
-    biases = sum(linear.bias.numel() for linear in linears if linear.bias is not None)
-    config = model.config
-    head_size = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    # In transformers, attention layers have an index in the cache and a head size.
-    attentions = sum(hasattr(m, "layer_idx") and hasattr(m, "head_dim") for m in inside)
-    return Counts(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        block_projection_parameters=weights + biases,
-        block_flops_per_token=2 * weights + biases,
-        head_flops_per_token=2 * model.get_output_embeddings().weight.numel(),
-        query_width=attentions * config.num_attention_heads * head_size,
-    )
-
-
-def file_bytes(folder: str | Path) -> int:
-    """Bytes of the weights in a model folder.
-
-    Raises:
-        ValueError: It holds no safetensors weights.
-    """
-    return sum(file.stat().st_size for file in weight_files(Path(folder)))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of a report.
-
-    Args:
-        name: Its name, such as `dense`.
-        perplexity: Text name to perplexity.
-        counts: Its sizes.
-        speed: Its speed, if it was measured.
-        file_bytes: Bytes of its weights on disk, if it is there.
-        zero_shot: Task name to accuracy.
-    """
-
-    name: str
-    perplexity: Mapping[str, MeasuredPerplexity]
-    counts: Counts
-    speed: Speed | None = None
-    file_bytes: int | None = None
-    zero_shot: Mapping[str, ZeroShot] = field(default_factory=dict)
+from secateur.pruning.measure.verdict import Grade, Verdict, judge
+from secateur.pruning.measure.zero_shot import Question, zero_shot
 
 
 @dataclass(frozen=True)
@@ -130,22 +37,38 @@ class Report:
     context_tokens: int
     conditions: Mapping[str, Any]
 
+    def verdicts(self) -> dict[str, Verdict]:
+        """What every model but the dense one comes to, by its name."""
+        dense, *others = self.rows
+        return {row.name: judge(dense, row, self.context_tokens) for row in others}
+
+    def untimed(self) -> Report:
+        """The same without times, which differ from run to run."""
+        return replace(self, rows=[replace(row, speed=None) for row in self.rows])
+
     def table(self) -> Table:
         """The report as a table for a terminal."""
-        heading, *rows = self._cells()
-        table = Table(caption=self._caption())
+        heading, *rows = self.cells()
+        table = Table(caption=self.caption())
         for number, name in enumerate(heading):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         return table
 
+    def show(self, console: Console) -> None:
+        """Print table and verdicts."""
+        console.print(self.table())
+        for verdict in self.verdicts().values():
+            console.print(verdict.text, style="red" if verdict.grade is Grade.COLLAPSED else "")
+
     def markdown(self) -> str:
         """The report as Markdown, for a README or model card."""
-        heading, *rows = self._cells()
+        heading, *rows = self.cells()
         rule = ["---", *["---:"] * (len(heading) - 1)]
-        lines = ["| " + " | ".join(row) + " |" for row in (heading, rule, *rows)]
-        return "\n".join([*lines, "", self._caption(), ""])
+        table = ["| " + " | ".join(row) + " |" for row in (heading, rule, *rows)]
+        told = [line for verdict in self.verdicts().values() for line in (verdict.text, "")]
+        return "\n".join([*told, *table, "", self.caption(), ""])
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, with their derived fractions: JSON values only."""
@@ -153,6 +76,10 @@ class Report:
         return {
             "conditions": dict(self.conditions),
             "context_tokens": self.context_tokens,
+            "verdicts": {
+                name: {"grade": verdict.grade.value, "text": verdict.text}
+                for name, verdict in self.verdicts().items()
+            },
             "models": {
                 row.name: asdict(row)
                 | {
@@ -173,40 +100,64 @@ class Report:
         """`as_dict` as JSON text."""
         return json.dumps(self.as_dict(), indent=1) + "\n"
 
-    def _cells(self) -> list[list[str]]:
+    def cells(self) -> list[list[str]]:
         """One line per figure, one column per model; figures that no model has are left out."""
         figures = self.as_dict()["models"]
-        columns = [_cells_of(row, figures[row.name]) for row in self.rows]
+        columns = [self._cells_of(row, figures[row.name]) for row in self.rows]
         titles = list(dict.fromkeys(title for cells in columns for title in cells))
         return [[title, *(cells.get(title, "") for cells in columns)] for title in titles]
 
-    def _caption(self) -> str:
+    def caption(self) -> str:
+        """Under which conditions it was measured, in one line."""
         conditions = {"context_tokens": self.context_tokens, **self.conditions}
         return ", ".join(f"{name} {value}" for name, value in conditions.items())
 
+    def _cells_of(self, row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
+        """Title to cell, in the order of the lines; what was not measured is missing."""
+        cells = {"model": row.name}
+        for text, result in row.perplexity.items():
+            cells[f"perplexity {text}"] = f"{result.value:.2f}"
+            lost = result.mean_nll - self.rows[0].perplexity[text].mean_nll
+            cells[f"excess {text}, nats"] = "" if row is self.rows[0] else f"{lost:+.3f}"
+        for task, answers in row.zero_shot.items():
+            cells[f"accuracy {task}"] = _with_error(answers.accuracy, answers.accuracy_error)
+            cells[f"accuracy {task}, by length"] = _with_error(
+                answers.normalised, answers.normalised_error
+            )
+        if row.generation is not None:
+            broken = ", broken: it loops" if row.generation.broken else ""
+            cells["repetition in answers"] = f"{row.generation.repetition:.2f}{broken}"
+        cells["parameters"] = f"{row.counts.parameters:,}"
+        cells["parameters in blocks"] = f"{row.counts.block_projection_parameters:,}"
+        cells["kept in blocks"] = f"{figures['kept_block_parameters']:.4f}"
+        at = f"at {self.context_tokens} tokens"
+        cells[f"FLOPs per token {at}"] = f"{figures['flops_per_token']:.3e}"
+        cells[f"kept FLOPs {at}"] = f"{figures['kept_flops']:.4f}"
+        if row.zeros is not None:
+            cells["zeros in blocks"] = f"{row.zeros:.4f}"
+        if row.speed is not None:
+            cells |= _times(row.speed)
+        if row.memory_bytes is not None:
+            cells["weights in memory, MB"] = f"{row.memory_bytes / 1e6:.2f}"
+        if row.file_bytes is not None:
+            cells["weights on disk, MB"] = f"{row.file_bytes / 1e6:.2f}"
+        return cells
 
-def _cells_of(row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
-    """Title to cell, in the order of the lines; figures that were not measured are missing."""
-    cells = {"model": row.name}
-    for text, result in row.perplexity.items():
-        cells[f"perplexity {text}"] = f"{result.value:.2f}"
-    for task, answers in row.zero_shot.items():
-        cells[f"accuracy {task}"] = _with_error(answers.accuracy, answers.accuracy_error)
-        cells[f"accuracy {task}, by length"] = _with_error(
-            answers.normalised, answers.normalised_error
-        )
-    cells["parameters"] = f"{row.counts.parameters:,}"
-    cells["parameters in blocks"] = f"{row.counts.block_projection_parameters:,}"
-    cells["kept in blocks"] = f"{figures['kept_block_parameters']:.4f}"
-    cells["FLOPs per token"] = f"{figures['flops_per_token']:.3e}"
-    cells["kept FLOPs"] = f"{figures['kept_flops']:.4f}"
-    if row.speed is not None:
-        cells["prefill, ms"] = f"{row.speed.prefill_seconds * 1e3:.1f}"
-        cells["decode, ms per token"] = f"{row.speed.decode_seconds * 1e3:.2f}"
-        if row.speed.peak_memory_bytes is not None:
-            cells["peak memory, MB"] = f"{row.speed.peak_memory_bytes / 1e6:.0f}"
-    if row.file_bytes is not None:
-        cells["weights on disk, MB"] = f"{row.file_bytes / 1e6:.2f}"
+
+def _times(speed: Speed) -> dict[str, str]:
+    """Title to a median with its range, ms."""
+    cells = {}
+    for title, key, digits in (
+        ("prefill, ms", "prefill_seconds", 1),
+        ("time to first token, ms", "first_token_seconds", 1),
+        ("decode, ms per token", "decode_seconds", 2),
+    ):
+        cells[title] = f"{getattr(speed, key) * 1e3:.{digits}f}"
+        if found := speed.ranges.get(key):
+            low, high = (f"{value * 1e3:.{digits}f}" for value in found)
+            cells[title] += f" ({low} to {high})"
+    if speed.peak_memory_bytes is not None:
+        cells["peak memory, MB"] = f"{speed.peak_memory_bytes / 1e6:.0f}"
     return cells
 
 
@@ -221,6 +172,8 @@ def measure(
     batch_size: int = 8,
     speed: Mapping[str, Any] | None = None,
     tasks: Mapping[str, Sequence[Question]] | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[Prompt] = (),
 ) -> Report:
     """Measure models side by side; the dense one comes first.
 
@@ -231,6 +184,8 @@ def measure(
         batch_size: Windows per forward pass, 1 or more.
         speed: Settings of `measure_speed` besides its models; None skips this measurement.
         tasks: Name to multiple-choice questions, see `read_questions`; None skips them.
+        tokenizer: Decodes the answers to `prompts`.
+        prompts: Prompts that all models answer, see `prompts_for`; empty skips them.
 
     Raises:
         ValueError: There is no model or no text, or a folder belongs to no model.
@@ -254,11 +209,16 @@ def measure(
             zero_shot={
                 task: zero_shot(model, questions) for task, questions in (tasks or {}).items()
             },
+            memory_bytes=memory_bytes(model),
+            zeros=zero_fraction(model),
+            generation=generate(model, tokenizer, prompts) if prompts else None,
         )
         for name, model in models.items()
     ]
     first = next(iter(models.values()))
     device = next(first.parameters()).device.type
     conditions = {"device": device, "dtype": str(first.dtype).removeprefix("torch.")}
+    if device == "cpu":
+        conditions["threads"] = torch.get_num_threads()
     context = max(windows_NT.shape[1] for windows_NT in texts.values())
     return Report(rows, context, conditions | dict(speed or {}))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
+
+from secateur.pruning.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Speed:
         tokens_per_second: New tokens of all sequences over the time from prompt to last token.
         peak_memory_bytes: Peak memory of the model, its cache and activations on CUDA; None on the
             CPU, where no allocator counts.
+        ranges: Name of a figure in seconds to its shortest and longest time over the repeats.
     """
 
     prefill_seconds: float
@@ -39,6 +42,7 @@ class Speed:
     decode_seconds: float
     tokens_per_second: float
     peak_memory_bytes: int | None
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def measure_speed(
@@ -81,7 +85,7 @@ def measure_speed(
     training = {name: model.training for name, model in models.items()}
     runs: dict[str, list[_Run]] = {name: [] for name in models}
     try:
-        for turn in range(repeats + 1):
+        for turn in tracked(range(repeats + 1), "Measuring speed"):
             for name, model in models.items():
                 run = _generate(model.eval(), prompt_BT, new_tokens, clock)
                 if turn > 0:
@@ -149,10 +153,14 @@ def _now(clock: Callable[[], float], device: torch.device) -> float:
 
 def _summary(runs: list[_Run], batch_size: int, new_tokens: int) -> Speed:
     peaks = [run.peak_memory for run in runs if run.peak_memory is not None]
+    times = {
+        "prefill_seconds": [run.prefill for run in runs],
+        "first_token_seconds": [run.first_token for run in runs],
+        "decode_seconds": [(run.total - run.first_token) / (new_tokens - 1) for run in runs],
+    }
     return Speed(
-        prefill_seconds=median(run.prefill for run in runs),
-        first_token_seconds=median(run.first_token for run in runs),
-        decode_seconds=median((run.total - run.first_token) / (new_tokens - 1) for run in runs),
+        **{name: median(own) for name, own in times.items()},
         tokens_per_second=median(batch_size * new_tokens / run.total for run in runs),
         peak_memory_bytes=max(peaks) if peaks else None,
+        ranges={name: (min(own), max(own)) for name, own in times.items()},
     )

@@ -34,6 +34,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from secateur.pruning.progress import tracked
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -236,7 +238,7 @@ def log_likelihoods(model: Any, endings: Sequence[Ending], batch_size: int) -> F
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(order), batch_size):
+        for first in tracked(range(0, len(order), batch_size), "Answering questions"):
             places = order[first : first + batch_size]
             scores_E[places] = _batch_scores(model, [endings[place] for place in places])
     finally:

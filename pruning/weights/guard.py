@@ -21,6 +21,7 @@ from torch import Tensor
 
 from secateur.pruning.blocks.source import BlockSource, CalibrationStates
 from secateur.pruning.modes import evaluation
+from secateur.pruning.progress import tracked
 from secateur.pruning.weights.block import allocate, prune_block, states_for
 from secateur.pruning.weights.parts import Uniform
 from secateur.pruning.weights.recipe import WeightRecipe
@@ -129,7 +130,7 @@ def trial(
     sparsities: Sequence[float] = allocate(source, recipe)
     states = states_for(source, recipe, windows_NT, batch_size)
     held = CalibrationStates(source, held_back_NT, batch_size)
-    for index, sparsity in enumerate(sparsities):
+    for index, sparsity in enumerate(tracked(sparsities, "Trying a recipe on blocks")):
         block = copy.deepcopy(source.block(index))
         own = recipe.pruned(source.linears[index])
         prune_block(block, own, recipe, sparsity, partial(states.calls, index))

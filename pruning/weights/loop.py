@@ -31,6 +31,7 @@ from secateur.pruning.blocks.source import (
 )
 from secateur.pruning.files.fingerprint import data_fingerprint
 from secateur.pruning.modes import evaluation
+from secateur.pruning.progress import tracked
 from secateur.pruning.weights.block import prune_block, states_for
 from secateur.pruning.weights.guard import Decision, decide
 from secateur.pruning.weights.masks import WeightMasks
@@ -137,7 +138,7 @@ def _prune(
     store: BlockStore | None,
     progress: Progress | None,
 ) -> Iterator[PrunedBlock]:
-    for index, sparsity in enumerate(sparsities):
+    for index, sparsity in enumerate(tracked(sparsities, "Pruning weights of blocks")):
         block = source.block(index)
         done = store.load(index, block) if store is not None else None
         if done is None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.costs import CostTable
+from secateur.pruning.progress import tracked
 from secateur.pruning.sites import Site, find_sites
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.scores import WidthScore
@@ -196,4 +197,5 @@ class GradualRanking:
         windows_WT: Int[Tensor, "W T"] | None = None,
     ) -> Ranking:
         """Run all rounds; see `steps`."""
-        return list(self.steps(model, budget, score, windows_WT))[-1]
+        rounds = self.steps(model, budget, score, windows_WT)
+        return list(tracked(rounds, f"Ranking widths by {type(score).__name__}", self.rounds))[-1]

@@ -47,6 +47,7 @@ from secateur.pruning.blocks.source import CalibrationStates, LiveBlocks
 from secateur.pruning.families import PARTS, Projection
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
+from secateur.pruning.progress import tracked
 from secateur.pruning.widths.replay import attention_given, input_of, output_of, outputs_of
 from secateur.pruning.widths.ridge import Sums, solve, squared_error, with_bias, with_one
 
@@ -129,7 +130,7 @@ def refit(
     with evaluation(dense), evaluation(narrow):
         states = CalibrationStates(LiveBlocks(dense), windows_WT, batch_size)
         narrow_hidden = list(states.hidden)
-        for index, dense_block in enumerate(states.source.blocks):
+        for index, dense_block in enumerate(tracked(states.source.blocks, "Refitting blocks")):
             batches = [
                 Batch(call, replace(call, hidden_BTD=hidden_BTD))
                 for call, hidden_BTD in zip(states.calls(index), narrow_hidden, strict=True)

@@ -34,6 +34,20 @@ def test_it_exports_below_the_output_folder_and_replaces_its_own(tmp_path: Path)
     assert (tmp_path / "small" / "mine").read_text().startswith("python ")
 
 
+def test_it_says_where_the_model_is_and_how_to_load_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "report.html").touch()
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        ExportModel().on_fit_end(fake_trainer(tmp_path, 100), Exporter())
+        (tmp_path / "model" / "modeling_secateur_llama.py").touch()
+        ExportModel().on_fit_end(fake_trainer(tmp_path, 100), Exporter())
+    stock, own = caplog.messages
+    assert f"The model is in {tmp_path / 'model'}. Report: {tmp_path / 'report.html'}." in stock
+    assert f'from_pretrained("{tmp_path / "model"}")' in stock
+    assert f'from_pretrained("{tmp_path / "model"}", trust_remote_code=True)' in own
+
+
 def test_a_foreign_folder_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "theirs").touch()

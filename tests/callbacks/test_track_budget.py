@@ -15,6 +15,11 @@ def look(callback: TrackBudget, module: Masks, root: Path, step: int, total: int
     callback.on_train_batch_end(fake_trainer(root, step, total), module, None, None, 0)
 
 
+def look_at_all(callback: TrackBudget, module: Masks, root: Path, steps: int) -> None:
+    for step in range(1, steps + 1):
+        look(callback, module, root, step)
+
+
 def test_it_logs_expected_and_hard_budget_widths_and_undecided_gates(tmp_path: Path) -> None:
     module = Masks()
     # mlp_mid is undecided and leans to removal, all else is kept for certain.
@@ -66,8 +71,30 @@ def test_it_is_silent_where_the_budget_will_be_reached(
         look(callback, module, tmp_path, step)
 
 
-def test_one_look_after_resuming_is_no_trend(tmp_path: Path) -> None:
+def test_one_look_is_no_trend_before_the_last_step(tmp_path: Path) -> None:
     look(TrackBudget(every_n_steps=10), Masks(keep=0.5), tmp_path, 70)
+    with pytest.warns(UserWarning, match="At step 100 of 100 .* keep 1.000"):
+        look(TrackBudget(every_n_steps=30), Masks(keep=0.5), tmp_path, 100)
+
+
+@pytest.mark.parametrize("mask_steps", [3, 12, 59])
+def test_a_short_run_is_warned_in_time(mask_steps: int, tmp_path: Path) -> None:
+    module, callback = Masks(keep=0.5), TrackBudget()
+    module.mask_steps = mask_steps
+    with pytest.warns(UserWarning, match=f"of {mask_steps} the gates .* keep 1.000") as told:
+        look_at_all(callback, module, tmp_path, mask_steps)
+    assert int(str(told[0].message).split()[2]) <= 0.7 * mask_steps + 1
+
+
+def test_a_resumed_run_goes_on_from_the_looks_before(tmp_path: Path) -> None:
+    module, callback = Masks(keep=0.5), TrackBudget(every_n_steps=10)
+    for step in (30, 40):
+        look(callback, module, tmp_path, step)
+    resumed, trainer, checkpoint = TrackBudget(every_n_steps=10), fake_trainer(tmp_path), {}
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    resumed.on_load_checkpoint(trainer, module, checkpoint)
+    with pytest.warns(UserWarning, match="At step 50 of 100"):
+        look(resumed, module, tmp_path, 50)
 
 
 @pytest.mark.parametrize(

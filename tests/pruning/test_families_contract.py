@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from secateur.pruning.costs import Flops, Parameters
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES, skeleton
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan, uniform_plan

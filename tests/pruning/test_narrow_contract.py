@@ -23,7 +23,7 @@ from secateur.pruning.export.deliver import export
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan, full_plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan, uniform_plan

@@ -21,7 +21,7 @@ from secateur.pruning.export.verify import ExportError, verify_export
 from secateur.pruning.families import FAMILIES, skeleton
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import WEIGHTS
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan, plan_without
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from secateur.pruning.depth import Unit, bypassed, fractions, prune_blocks, remove_blocks
 from secateur.pruning.families import blocks_of, family_of
-from secateur.pruning.measure.report import count
+from secateur.pruning.measure.sizes import count
 from tests.stranger import run_as_stranger
 from tests.tiny import VARIANTS, VOCABULARY, tiny_model
 

@@ -102,9 +102,8 @@ def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     base = tmp_path / "base"
     folder_of_80_blocks(base)
     monkeypatch.setattr(rewrite_blocks, "_CHUNK", 7)  # so that every tensor takes several chunks
-    calls: list[tuple[int, int]] = []
     gone = list(range(60, 76))
-    prune_blocks(base, tmp_path / "short", remove=gone, progress=lambda *c: calls.append(c))
+    prune_blocks(base, tmp_path / "short", remove=gone)
     index = json.loads((tmp_path / "short" / "model.safetensors.index.json").read_text())
     files = {path.name for path in (tmp_path / "short").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == files
@@ -114,7 +113,6 @@ def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         short["model.layers.60.mlp.up_proj.weight"], dense["model.layers.76.mlp.up_proj.weight"]
     )
     assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in short.values())
-    assert calls[-1] == (index["metadata"]["total_size"],) * 2
     shortened = AutoConfig.from_pretrained(tmp_path / "short")
     assert {n: t.shape for n, t in skeleton(shortened).state_dict().items()} == {
         n: t.shape for n, t in short.items()

@@ -61,10 +61,25 @@ def test_the_report_beside_the_model_says_what_it_costs_and_how_fast_it_is(
     value = report.rows[1].perplexity["validation"].value
     assert pruned["perplexity"]["validation"]["value"] == pytest.approx(value)
     assert "pruned" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Pruned: base (llama, " in page
+    assert report.rows[1].generation.answers[0].prompt
+    for said in ("What they answer", "five widths", "python train.py fit", "processor time"):
+        assert said in page
     plan = make_plan(base)
     for folder in ("plan", "model"):
         loaded = Plan.load(tmp_path / folder)
         assert all(torch.equal(a, b) for a, b in zip(loaded.kept, plan.kept, strict=True))
+
+
+def test_the_page_draws_the_newest_metrics_of_the_run(base: Path, tmp_path: Path) -> None:
+    for version, steps in ((9, 1), (10, 2)):
+        folder = tmp_path / "metrics" / f"version_{version}"
+        folder.mkdir(parents=True)
+        rows = [f"{step},{30 - step}" for step in range(steps)]
+        (folder / "metrics.csv").write_text("\n".join(["step,val_perplexity", *rows]) + "\n")
+    run(base, tmp_path / "model")
+    assert 'alt="Quality against steps"' in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_two_deliveries_of_one_plan_are_equal(base: Path, tmp_path: Path) -> None:

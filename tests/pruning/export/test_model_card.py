@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from huggingface_hub import ModelCard as HubCard
 
 from secateur.pruning.export.model_card import ModelCard, card
 from secateur.pruning.export.stages import Origin
+from secateur.pruning.measure.report import Report
 from secateur.pruning.plan import Plan, plan_without
 from tests.pruning.export.plans import uneven_plan, uniform_plan
+from tests.pruning.measure.test_verdict import row, speed
 from tests.tiny import tiny_folder, tiny_llama
 
 
@@ -61,10 +64,45 @@ def test_equal_exports_have_equal_cards(tmp_path: Path) -> None:
     assert of_plan(base, uneven_plan(base)) == of_plan(base, uneven_plan(base))
 
 
+def test_times_are_not_told(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    origin = Origin(str(base), base, "0" * 64)
+    texts = []
+    for slow in (1.0, 5.0):
+        rows = [row("dense", 10.0, speed=speed(1.0, 1.1)), row("p", 10.0, speed=speed(slow, slow))]
+        texts.append(card(origin, Report(rows, 48, {}), uneven_plan(base), []))
+    assert texts[0] == texts[1]
+
+
 def test_a_ragged_table_is_refused() -> None:
     ragged = ModelCard("x", "y", "z", "s", tables={"Speed": [["a", "b"], ["1"]]})
     with pytest.raises(ValueError, match="'Speed' of the model card differ in length"):
         ragged.render()
+
+
+def test_the_title_names_the_base_and_no_place_on_a_disk_is_told(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    plan = uneven_plan(base)
+    command = f"python train.py fit --model.base={base} --data.train {base / 'text.json'} --x a/b"
+    masks = {"masks": {"kept": 0.5, "counted": "block flops"}}
+    origin = Origin(str(base), base, plan.base, command, provenance=masks)
+    plan = replace(plan, provenance=masks["masks"])
+    text = card(origin, None, plan, [])
+    assert "# base (llama, 28k parameters), pruned to 50.0% of its block flops" in text
+    assert str(tmp_path) not in text
+    assert "python train.py fit --model.base=base --data.train text.json --x a/b" in text
+
+
+def test_a_collapse_is_in_the_title(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    plan = uneven_plan(base)
+    for made, collapsed in ((21.0, True), (11.0, False)):
+        report = Report([row("dense", 10.0), row("pruned", made)], 48, {})
+        text = card(Origin(str(base), base, plan.base), report, plan, [])
+        title, verdict = text.split("---\n")[2].strip().split("\n\n")[:2]
+        assert title.endswith("QUALITY HAS COLLAPSED") is collapsed
+        assert ("has collapsed" in verdict) is collapsed
+        assert "| flops per token at 48 tokens of context |" in text
 
 
 def test_names_are_not_read_as_markup() -> None:

@@ -123,22 +123,6 @@ def test_type_ties_and_the_rest_of_the_config_are_kept(tmp_path: Path) -> None:
     assert before.keys() <= after.keys()
 
 
-def test_progress_ends_at_the_size_of_the_weights(tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "base")
-    calls: list[tuple[int, int]] = []
-    prune_checkpoint(
-        base,
-        uneven_plan(base),
-        tmp_path / "small",
-        max_shard_bytes=20_000,
-        progress=lambda done, total: calls.append((done, total)),
-    )
-    size = sum(t.numel() * t.element_size() for t in tensors_of(tmp_path / "small").values())
-    assert calls[-1] == (size, size)
-    assert len(calls) == len(tensors_of(tmp_path / "small"))
-    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
-
-
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_folder(tmp_path / "base")
     prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
@@ -282,7 +266,7 @@ def test_the_command_does_what_the_function_does(
     uneven_plan(base).save(tmp_path / "plan")
     places = [str(tmp_path / name) for name in ("base", "plan", "small")]
     rewrite.main([*places, "--max-shard-bytes", "2e4"])
-    assert "small" in capsys.readouterr().out  # the bar
+    assert f"is in {tmp_path / 'small'}." in capsys.readouterr().out
     prune_checkpoint(base, uneven_plan(base), tmp_path / "same", max_shard_bytes=20_000)
     assert content(tmp_path / "same") == content(tmp_path / "small")
 

@@ -31,7 +31,7 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
             *(f"dense={inputs / 'base'}", str(inputs / "small")),
             *("--text", f"own={inputs / 'text.txt'}", "--task", str(inputs / "task.jsonl")),
             *("--window-tokens", "16", "--windows", "5", "--device", "cpu"),
-            *("--json", str(inputs / "figures.json")),
+            *("--json", str(inputs / "figures.json"), "--html", str(inputs / "page.html")),
         ]
     )
     found = json.loads((inputs / "figures.json").read_text())["models"]
@@ -42,6 +42,8 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
     assert found["small"]["perplexity"]["own"]["value"] == pytest.approx(expected.value)
     assert found["small"]["zero_shot"]["task"]["num_questions"] == 3
     assert found["small"]["kept_block_parameters"] < 1
+    assert len(found["small"]["generation"]["answers"]) == 4
+    assert "small beside dense" in (inputs / "page.html").read_text(encoding="utf-8")
     assert "accuracy task" in " ".join(capsys.readouterr().out.split())
 
 
@@ -56,6 +58,7 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
         (["--dtype", "bf16"], "'bf16' is not a torch type, such as bfloat16"),
         (["--device", "gpu"], "'gpu' is not a device here"),
         (["--json", "no/such/report.json"], "there is no folder .*no/such"),
+        (["--html", "no/such/page.html"], "--html .* there is no folder .*no/such"),
     ],
 )
 def test_bad_input(

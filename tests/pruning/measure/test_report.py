@@ -14,7 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.pruning.costs import Flops, Parameters
 from secateur.pruning.families import skeleton
 from secateur.pruning.measure.perplexity import MeasuredPerplexity
-from secateur.pruning.measure.report import Counts, Report, Row, count, file_bytes, measure
+from secateur.pruning.measure.report import Report, measure
+from secateur.pruning.measure.row import Row
+from secateur.pruning.measure.sizes import (
+    Counts,
+    count,
+    file_bytes,
+    memory_bytes,
+    zero_fraction,
+)
 from secateur.pruning.measure.speed import Speed
 from secateur.pruning.measure.zero_shot import Ending, Question
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama, tiny_llama_config
@@ -72,6 +80,17 @@ def test_narrowed_layers_are_counted_as_they_are() -> None:
     assert before.parameters - after.parameters == 7 * 24
 
 
+def test_zeros_and_memory_are_those_of_the_weights() -> None:
+    model = tiny_llama(tie_word_embeddings=True).to(torch.bfloat16)
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.up_proj.weight[:10] = 0
+    weights = Parameters().table(model).dense
+    assert zero_fraction(model) == pytest.approx(10 * 24 / weights)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert memory_bytes(model) == 2 * model.num_parameters() + buffers  # the tied one once
+
+
 def test_what_cannot_be_counted_is_told() -> None:
     with pytest.raises(ValueError, match="no list of blocks"):
         count(nn.Linear(3, 3))
@@ -86,12 +105,15 @@ def row(name: str, nll: float, counts: Counts, **more: Any) -> Row:
     return Row(name, {"stories": MeasuredPerplexity(nll, nll, None, 10)}, counts, **more)
 
 
+SPEED = Speed(0.2, 0.3, 0.01, 50.0, 2_000_000, {"prefill_seconds": (0.19, 0.23)})
+
+
 def report() -> Report:
     dense = Counts(1000, 800, 1600, 100, 5)
     half = Counts(600, 400, 800, 100, 5)
     return Report(
         [
-            row("dense", 10.0, dense, speed=Speed(0.2, 0.3, 0.01, 50.0, 2_000_000)),
+            row("dense", 10.0, dense, speed=SPEED),
             row("learned", 12.5, half, file_bytes=2_400_000),
         ],
         context_tokens=10,
@@ -101,15 +123,20 @@ def report() -> Report:
 
 def test_markdown_shows_everything_that_was_measured() -> None:
     assert report().markdown().splitlines() == [
+        "The quality of learned has collapsed: perplexity 12.50 against 10.00 on stories. It has "
+        "60.0% of the parameters and 57.9% of the FLOPs per token (at 10 tokens of context).",
+        "",
         "| model | dense | learned |",
         "| --- | ---: | ---: |",
         "| perplexity stories | 10.00 | 12.50 |",
+        "| excess stories, nats |  | +2.500 |",
         "| parameters | 1,000 | 600 |",
         "| parameters in blocks | 800 | 400 |",
         "| kept in blocks | 1.0000 | 0.5000 |",
-        "| FLOPs per token | 1.900e+03 | 1.100e+03 |",
-        "| kept FLOPs | 1.0000 | 0.5789 |",
-        "| prefill, ms | 200.0 |  |",
+        "| FLOPs per token at 10 tokens | 1.900e+03 | 1.100e+03 |",
+        "| kept FLOPs at 10 tokens | 1.0000 | 0.5789 |",
+        "| prefill, ms | 200.0 (190.0 to 230.0) |  |",
+        "| time to first token, ms | 300.0 |  |",
         "| decode, ms per token | 10.00 |  |",
         "| peak memory, MB | 2 |  |",
         "| weights on disk, MB |  | 2.40 |",
@@ -129,6 +156,7 @@ def test_json_holds_the_figures_and_their_fractions() -> None:
     assert learned["speed"] is None
     assert figures["models"]["dense"]["speed"]["decode_seconds"] == 0.01
     assert figures["conditions"] == {"device": "cpu"}
+    assert figures["verdicts"]["learned"]["grade"] == "collapsed"
 
 
 def test_the_table_is_one_that_people_read() -> None:
@@ -159,7 +187,9 @@ def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
     assert dense.perplexity["a"].num_predictions == 33
     assert dense.speed is not None
     assert result.context_tokens == 12
-    assert result.conditions == {"device": "cpu", "dtype": "float32", **speed}
+    assert result.conditions == {"device": "cpu", "dtype": "float32", "threads": 1, **speed}
+    assert dense.zeros == 0
+    assert dense.memory_bytes == memory_bytes(models["dense"])
     # Of two equal questions with other labels, one is right whatever the model says.
     assert dense.zero_shot["b"].accuracy == narrow.zero_shot["b"].normalised == 0.5
     assert "| accuracy b | 0.5000 +- 0.5000 | 0.5000 +- 0.5000 |" in result.markdown()

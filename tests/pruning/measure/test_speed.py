@@ -30,7 +30,12 @@ def test_models_run_in_turns_with_a_cache() -> None:
     one_run = [(2, 5), (2, 1), (2, 1)]
     turns = ["dense", "pruned"] * 3
     assert calls == [(name, shape) for name in turns for shape in one_run]
-    assert speeds["dense"] == speeds["pruned"] == Speed(1.0, 2.0, 0.5, 2 * 3 / 3, None)
+    ranges = {
+        "prefill_seconds": (1.0, 1.0),
+        "first_token_seconds": (2.0, 2.0),
+        "decode_seconds": (0.5, 0.5),
+    }
+    assert speeds["dense"] == speeds["pruned"] == Speed(1.0, 2.0, 0.5, 2 * 3 / 3, None, ranges)
     assert not models["dense"].training
     assert models["pruned"].training
 

@@ -1,0 +1,70 @@
+"""Tell in a log how training goes, and have the metrics on disk while it does."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from rich import get_console
+
+from secateur.pruning.progress import EVERY_SECONDS, FIRST_SECONDS, duration
+
+_FLUSH_SECONDS = 60.0
+
+
+class ShowProgress(Callback):
+    """Write a line every half minute where no bar is seen; write metrics to disk every minute.
+
+    A line has the step, the figures of the progress bar (loss, fraction kept) and the time that is
+    left of training, by the mean time of the steps so far. Metrics are written with every
+    checkpoint, too: a run that is killed leaves what they were. The command line adds this callback
+    by itself.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the clock."""
+        self._begun = now = time.monotonic()
+        self._first = self._step = trainer.global_step
+        self._next_line, self._next_flush = now + FIRST_SECONDS, now + _FLUSH_SECONDS
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Tell, and write, if it is time."""
+        if trainer.global_step == self._step:  # a further batch of the same optimiser step
+            return
+        self._step, now = trainer.global_step, time.monotonic()
+        if now >= self._next_line:
+            self._next_line = now + EVERY_SECONDS
+            if trainer.progress_bar_callback is None or not get_console().is_terminal:
+                rank_zero_info(self._line(trainer, now - self._begun))
+        if now >= self._next_flush:
+            self._next_flush = now + _FLUSH_SECONDS
+            self._flush(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the metrics up to the checkpoint."""
+        self._flush(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write all metrics before the export, which draws them."""
+        self._flush(trainer)
+
+    def _line(self, trainer: Trainer, passed: float) -> str:
+        total = int(trainer.estimated_stepping_batches)
+        left = passed / (self._step - self._first) * (total - self._step)
+        figures = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
+        return ", ".join([f"Step {self._step} of {total}", *figures, f"{duration(left)} left."])
+
+    def _flush(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()
