@@ -86,6 +86,7 @@ _DISTIL = ("--model.loss.cross_entropy=0", "--model.loss.distillation=1")
 _CALIBRATION = ("calibration_windows=8", "held_back_windows=4")
 _BLOCKS = ("target=Blocks", "target.count=2", "calibration_windows=8")
 _ONE_BY_ONE = ("removals=OneByOne", "removals.every_n_steps=2", "removals.first_step=1")
+_EACH_STEP = ("removals=OneByOne", "removals.every_n_steps=1", "removals.first_step=1")
 _HALVES = ("search=OneShot", "search.score=BlockMagnitude", "search.units=HalfBlocks")
 _GRADUALLY = ("gradually.every_n_steps=2", "gradually.over=0.6")
 _HALF = ("pattern=Unstructured", "pattern.sparsity=0.5")
@@ -131,7 +132,6 @@ VARIANTS: Mapping[str, Variant] = {
     "weights": _weights(),
     "weights from nothing": _weights(_SCRATCH, base=""),
     "weights, recomputed": _weights("--model.gradient_checkpointing=true"),
-    "weights in shares": _weights("--trainer.strategy=ShardedDDP", "--trainer.devices=1"),
     "weights, distilled": _weights(*_DISTIL),
     "weights of a narrow base, distilled": _weights(
         *_DISTIL, "--model.teacher=base", base="narrow"
@@ -144,7 +144,7 @@ VARIANTS: Mapping[str, Variant] = {
     "blocks one by one, low rank": _weights(
         *_LORA, *_callback("PruneBlocks", *_BLOCKS, *_ONE_BY_ONE), late=True
     ),
-    "halves one by one": _weights(*_callback("PruneBlocks", *_BLOCKS, *_HALVES, *_ONE_BY_ONE)),
+    "halves one by one": _weights(*_callback("PruneBlocks", *_BLOCKS, *_HALVES, *_EACH_STEP)),
     "zeros in a pattern": _weights(
         *_callback("PruneWeights", *_TWO_OF_FOUR, *_SPARSE_GPT, *_CALIBRATION)
     ),

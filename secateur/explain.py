@@ -109,7 +109,7 @@ def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
     if module:
         try:
             found = getattr(package := importlib.import_module(module), name, None)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:  # of a path, no module
             return f"{_said(chosen, path)} names {chosen.value}, which cannot be imported: {error}."
         known = vars(package)
     if found:
