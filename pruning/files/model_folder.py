@@ -174,8 +174,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} is not a model folder: it holds neither {WEIGHTS} nor {INDEX}. Convert "
             "weights of another format (`pytorch_model.bin`) with `save_pretrained`."
         )
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    names = sorted(set(index["weight_map"].values()))
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{folder / INDEX} is damaged: its `weight_map` names no files.")
+    names = sorted(set(files.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names.")
     return [folder / name for name in names]
@@ -238,7 +240,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is damaged.
     """
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object.")
     return content
 
 
