@@ -54,14 +54,14 @@ def refuse_incomplete(optimizer: Any) -> None:
     """Refuse a loaded optimiser state that does not match its parameters.
 
     Args:
-        optimizer: The optimiser, not sharded; the states of sharded ones are checked by their
-            library.
+        optimizer: The optimiser. Only those of torch are checked: others may keep different
+            tensors for different parameters, and sharded ones are checked by their library.
 
     Raises:
         ValueError: A setting is missing, or an average is not a tensor of the shape of its
             parameter.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    if not type(optimizer).__module__.startswith("torch.optim."):
         return
     name, averages = type(optimizer).__name__, _averages(optimizer)
     for group in optimizer.param_groups:

@@ -71,7 +71,8 @@ def verify_export(
     exact = small and (plan.gains is None or model.dtype == torch.float32)
     dense = _in_float32(model) if small else model
     exported = _load(folder, model.dtype)
-    exported.to(device=dense.device, dtype=dense.dtype)  # type: ignore[call-arg]
+    exported = (_in_float32(exported) if small else exported).eval()
+    exported.to(dense.device)  # type: ignore[arg-type]
     _check_parameters(model, plan, exported)
     windows_BT = windows_BT.to(dense.device)
     with _gated(dense, plan):
@@ -111,7 +112,8 @@ def verify_saved(
     small = model.num_parameters() <= FLOAT32_PARAMETERS
     live = _in_float32(model) if small else model
     saved = _load(folder, model.dtype)
-    saved.to(device=live.device, dtype=live.dtype)  # type: ignore[call-arg]
+    saved = (_in_float32(saved) if small else saved).eval()
+    saved.to(live.device)  # type: ignore[arg-type]
     if (found := saved.num_parameters()) != (wanted := model.num_parameters()):
         raise ExportError(f"The saved model has {found} parameters and the trained one {wanted}.")
     training = live.training
@@ -270,6 +272,7 @@ def compare_recorded(
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in float32, constants that are not parameters included."""
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
     copy: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)

@@ -106,7 +106,7 @@ def test_settings_and_text_that_do_not_do_are_refused() -> None:
     for name in ("rounds", "batches_per_round", "batch_size"):
         with pytest.raises(ValueError, match=f"`{name}` must be 1 or more, got 0"):
             replace(SEARCH, **{name: 0})
-    with pytest.raises(ValueError, match="15 calibration windows .* need 16; give more text"):
+    with pytest.raises(ValueError, match="15 calibration windows, and .* need 16; give more text"):
         SEARCH.choose(model, Budget(), Fisher(), WINDOWS_WT[:15])
     with pytest.raises(ValueError, match="`keep` 0.001 cannot be reached"):
         SEARCH.choose(model, Budget(0.001), Fisher(), WINDOWS_WT)
