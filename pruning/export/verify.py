@@ -72,7 +72,7 @@ def verify_export(
     dense = _in_float32(model) if small else model
     exported = _load(folder, model.dtype)
     exported = (_in_float32(exported) if small else exported).eval()
-    exported.to(dense.device)  # type: ignore[arg-type]
+    exported.to(dense.device)
     _check_parameters(model, plan, exported)
     windows_BT = windows_BT.to(dense.device)
     with _gated(dense, plan):
@@ -113,7 +113,7 @@ def verify_saved(
     live = _in_float32(model) if small else model
     saved = _load(folder, model.dtype)
     saved = (_in_float32(saved) if small else saved).eval()
-    saved.to(live.device)  # type: ignore[arg-type]
+    saved.to(live.device)
     if (found := saved.num_parameters()) != (wanted := model.num_parameters()):
         raise ExportError(f"The saved model has {found} parameters and the trained one {wanted}.")
     training = live.training
