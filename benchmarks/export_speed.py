@@ -44,7 +44,7 @@ from secateur.pruning.costs import Flops
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.model_folder import WEIGHTS
+from secateur.pruning.files.headers import WEIGHTS
 from secateur.pruning.measure.sizes import count
 from secateur.pruning.measure.speed import measure_speed
 from secateur.pruning.plan import Plan, plan_from_indices

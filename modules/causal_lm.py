@@ -34,6 +34,7 @@ from secateur.modules.language_modelling import LanguageModelling, describe_opti
 from secateur.modules.recompute import recompute
 from secateur.modules.removal import check_undivided, let_go
 from secateur.modules.teacher import Teacher, predicting_states
+from secateur.pruning.chains import Step
 from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
 from secateur.pruning.depth.compensation import untie
 from secateur.pruning.depth.remaining import Depth, lacking_parts
@@ -43,6 +44,7 @@ from secateur.pruning.export.ranks import AllRanks, OneRank
 from secateur.pruning.export.sources import FromFiles, FromModel, FromShares, Source
 from secateur.pruning.export.stages import Origin, write_mark
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.finish import finish
 from secateur.pruning.files.model_folder import replaced_folder
 from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights, head_of, token_losses
@@ -74,6 +76,8 @@ class CausalLM(LanguageModelling):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third
             more time.
         loss_chunk_tokens: Tokens whose logits are in memory at once, 1 or more.
+        trust_remote_code: Whether Python files of the tokenizer of `base` may run. Models run by
+            the code of transformers, or ours, in any case.
 
     Raises:
         ValueError: Both or neither of `architecture` and `base` are given, a setting that needs a
@@ -93,6 +97,7 @@ class CausalLM(LanguageModelling):
         export_dtype: str = "auto",
         gradient_checkpointing: bool = False,
         loss_chunk_tokens: int = 1024,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if (architecture is None) == (base is None):
@@ -109,7 +114,7 @@ class CausalLM(LanguageModelling):
                 "`teacher` is given and `loss.distillation` is 0, so that nothing is learned from "
                 "it; raise `loss.distillation` or leave out `teacher`."
             )
-        self._base = None if base is None else BaseModel(base)
+        self._base = None if base is None else BaseModel(base, "base", trust_remote_code)
         other = None if teacher is None else BaseModel(teacher, "teacher")
         for model in (self._base, other):
             if model is not None:
@@ -149,9 +154,22 @@ class CausalLM(LanguageModelling):
             recompute(self.model)
         self.model.train()
 
+    @property
+    def bases(self) -> list[BaseModel]:
+        """The base model and the teacher, those that there are."""
+        teacher = self._teacher.base if self._teacher else None
+        return [base for base in (self._base, teacher) if base is not None]
+
+    def check_bases(self) -> None:
+        """See `LanguageModelling.check_bases`; a base has to hold weights that can be trained."""
+        super().check_bases()
+        if self._base is not None:
+            self._base.refuse(Step.TRAINING)
+
     def setup(self, stage: str) -> None:
-        """Check that strategy and text suit the model before the model is made."""
+        """Check that models, strategy and text suit each other before a model is read."""
         self.check_strategy()
+        self.check_bases()
         self.check_data(self._config)
         if stage == "fit" and self.trainer.max_steps:
             self._check_precision()
@@ -435,6 +453,7 @@ class CausalLM(LanguageModelling):
                 with replaced_folder(folder) as partial:
                     self.model.save_pretrained(partial)
                     data.tokenizer.save_pretrained(partial)
+                    finish(partial)
                     write_mark(partial, Origin("", partial, "", command, self.global_step), None)
             return
         windows_NT = torch.stack([data.validation_set[n] for n in range(len(data.validation_set))])

@@ -62,6 +62,20 @@ class LanguageModelling(LightningModule, ABC):
     def recipe(self) -> dict[str, Any]:
         """Settings that affect a run; a checkpoint resumes only under the same settings."""
 
+    @property
+    def bases(self) -> list[BaseModel]:
+        """The models that are read."""
+        return []
+
+    def check_bases(self) -> None:
+        """Judge the models that are read, by configurations and headers, before anything is spent.
+
+        Raises:
+            ValueError: One is not there, is damaged, or is none that can be read here.
+        """
+        for base in self.bases:
+            base.judge()
+
     def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
         """Read a model as the strategy keeps it: completely, or this rank's shard.
 
@@ -257,7 +271,7 @@ class LanguageModelling(LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_window(data.window_tokens, config)
-            check_vocabulary(data.tokenizer, config)
+            check_vocabulary(data, config)
 
     def stop_diverged(self, what: str, value: Tensor) -> NoReturn:
         """End a run whose loss is infinite or NaN, before the optimiser takes the step.

@@ -98,6 +98,8 @@ class MaskLearning(LanguageModelling):
         settle: Refit and training of the cut model once the masks are chosen; None exports the
             masks alone.
         frozen: How the frozen weights are kept in memory.
+        trust_remote_code: Whether Python files of the tokenizer of `base` may run. Models run by
+            the code of transformers, or ours, in any case.
     """
 
     divisible = frozen_weights = True
@@ -124,9 +126,10 @@ class MaskLearning(LanguageModelling):
         learning: GateLearning = GateLearning(),  # noqa: B008 (frozen)
         settle: Settle | None = Settle(),  # noqa: B008 (frozen)
         frozen: FrozenBase = FrozenBase(),  # noqa: B008 (frozen)
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.base_model = BaseModel(base)
+        self.base_model = BaseModel(base, "base", trust_remote_code)
         self.base_model.check()
         self.base, self.budget = base, budget
         self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
@@ -189,6 +192,11 @@ class MaskLearning(LanguageModelling):
         asked = self.settle is not None and self.settle.cut
         return whole and asked and not isinstance(self.settled, MaskedGains)
 
+    @property
+    def bases(self) -> list[BaseModel]:
+        """The base model."""
+        return [self.base_model]
+
     def setup(self, stage: str) -> None:
         """Check text, strategy and memory before the model is read.
 
@@ -196,6 +204,7 @@ class MaskLearning(LanguageModelling):
             ValueError: One of them does not suit the model.
         """
         self.check_strategy()
+        self.check_bases()
         config = self.base_model.config
         self.base_model.refuse(Step.UNIFORM_WIDTHS if self.budget.uniform else Step.WIDTHS)
         if self.frozen.quantisation is not None:

@@ -28,6 +28,7 @@ class Step(Enum):
     UNIFORM_WIDTHS = auto()
     BLOCKS = auto()
     WEIGHTS = auto()
+    TRAINING = auto()
 
 
 _WIDTHS_OF_PACKED = (
@@ -49,6 +50,10 @@ REFUSED: Mapping[tuple[Kind, Step], str] = {
     (Kind.PACKED, Step.WEIGHTS): (
         "The model is quantised: single weights cannot be set to zero. Prune the original "
         "checkpoint, then quantise."
+    ),
+    (Kind.PACKED, Step.TRAINING): (
+        "`base` is stored quantised, and packed numbers can be neither trained nor exported. Give "
+        "the original weights; `lora` saves most of the memory."
     ),
     (Kind.NARROW, Step.UNIFORM_WIDTHS): (
         "`uniform` leaves a stock model, and `base` has widths per block, which no stock model "

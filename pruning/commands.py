@@ -5,10 +5,40 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, NoReturn
+
+_NAME = (
+    r"(?:[\w-]*(?:api|access|private|secret)[_-]?key|[\w-]*(?:secret|password|passwd|token)"
+    r"|authorization)"
+)
+_SECRET_NAME = re.compile(rf"(?i)-{{1,2}}(?:[\w.-]*\.)?{_NAME}")
+_SECRET_VALUE = re.compile(rf"(?i)((?:^|[^\w-]|--){_NAME}[\"']?\s*[=:]\s*[\"']?)[^\s\"',}}]+")
+_IN_URL = re.compile(r"(\w+://)[^/\s@]+@")
+_KNOWN = re.compile(
+    r"hf_\w{30,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"|xox[abp]-[\w-]{10,}|AKIA[0-9A-Z]{16}"
+)
+_HIDDEN = "***"
+
+
+def without_secrets(arguments: Iterable[str]) -> list[str]:
+    """Arguments as a model card may show them: no tokens, keys or passwords.
+
+    Told by the name of the setting, the form of the value, or the place in a URL.
+    """
+    shown: list[str] = []
+    for argument in arguments:
+        if shown and _SECRET_NAME.fullmatch(shown[-1]):
+            shown.append(_HIDDEN)
+            continue
+        hidden = _SECRET_VALUE.sub(rf"\1{_HIDDEN}", argument)
+        hidden = _IN_URL.sub(rf"\1{_HIDDEN}@", hidden)
+        shown.append(_KNOWN.sub(_HIDDEN, hidden))
+    return shown
 
 
 class UsageError(ValueError):

@@ -21,6 +21,7 @@ import secateur.modules
 from secateur import named_callbacks, typed, yaml_text
 from secateur.callbacks.show_progress import ShowProgress
 from secateur.explain import as_typed, wrong_setting
+from secateur.modules.language_modelling import LanguageModelling
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
     FOLDER,
@@ -151,6 +152,8 @@ class TrainCLI(LightningCLI):
             config.weights_only = True  # a checkpoint is data: nothing in it may run
         if config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = config.model.init_args.get("base")
+            if config.model.init_args.get("trust_remote_code"):
+                config.data.init_args.trust_remote_code = True
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; show the message of a constructor that raises an error."""
@@ -186,8 +189,8 @@ class TrainCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command after finding the base model; fitting locks the output folder."""
-        if getattr(self.model, "base", None) is not None:
-            _ = self.model.base_folder  # else a wrong base is reported as a wrong tokenizer
+        if isinstance(self.model, LanguageModelling):
+            self.model.check_bases()  # else a wrong base would be a wrong tokenizer
         root, setting = Path(self.trainer.default_root_dir), "trainer.default_root_dir"
         writes = subcommand == "fit" and self.trainer.is_global_zero
         with locked(root, setting) if writes else nullcontext():

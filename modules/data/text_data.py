@@ -58,6 +58,8 @@ class TextData(LightningDataModule):
         seed: Seed of the training order, 0 or more.
         cache_dir: Folder of the tokenised texts; ~/.cache/secateur/tokens if not given.
         num_workers: Processes that read ahead, 0 or more; 0 is enough, since data is memory-mapped.
+        trust_remote_code: Whether Python files that the tokenizer brings may run; as the model says
+            where the tokenizer is that of its base.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -76,6 +78,7 @@ class TextData(LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         num_workers: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < held_out < 1:
@@ -90,7 +93,7 @@ class TextData(LightningDataModule):
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         self.train, self.validation = train, validation
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.trust_remote_code = tokenizer, trust_remote_code
         self.window_tokens, self.batch_size = window_tokens, batch_size
         self.text_field = text_field
         self.held_out = held_out if validation is None else None
@@ -109,7 +112,8 @@ class TextData(LightningDataModule):
         if self.tokenizer_name is None:
             raise ValueError("`tokenizer` must be set: the folder or hub id of a tokenizer.")
         try:
-            return load_tokenizer(Path(self.tokenizer_name).expanduser())
+            folder = Path(self.tokenizer_name).expanduser()
+            return load_tokenizer(folder, self.trust_remote_code)
         except ValueError as error:
             raise ValueError(
                 f"`tokenizer` {self.tokenizer_name!r} is not the folder or hub id of a tokenizer: "
@@ -149,6 +153,11 @@ class TextData(LightningDataModule):
             self.train_windows, self.validation_set = self._cut_tail(train)
         if self.validation_windows is not None:
             self.validation_set.count = min(len(self.validation_set), self.validation_windows)
+
+    def largest_token(self) -> int:
+        """The largest token id in the text, that is held out included; reads all of it."""
+        arrays = [entry / name for entry in self._entries.values() for name in (TRAIN, HELD_OUT)]
+        return max(int(np.load(path, mmap_mode="r").max(initial=0)) for path in arrays)
 
     def train_dataloader(self) -> WindowLoader:
         """Shuffled full batches of this rank, resumable at any batch."""
@@ -282,17 +291,22 @@ def check_window(window_tokens: int, config: PreTrainedConfig) -> None:
         )
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Check that a model has an embedding for every token of a tokenizer.
+def check_vocabulary(data: TextData, config: PreTrainedConfig) -> None:
+    """Check that a model has an embedding for every token of the text.
+
+    A tokenizer may have more: that of Gemma 3 has a token for images.
 
     Raises:
         ValueError: A token has no embedding.
     """
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > config.vocab_size:
+    if max(data.tokenizer.get_vocab().values()) < config.vocab_size:
+        return
+    if (largest := data.largest_token()) >= config.vocab_size:
+        token = data.tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"`tokenizer` has token ids up to {needed - 1}, the model's vocabulary has "
-            f"{config.vocab_size} entries; use the tokenizer that the model was trained with."
+            f"`tokenizer` makes of the text the id {largest} ({token!r}), and the vocabulary of "
+            f"the model has {config.vocab_size} entries; use the tokenizer that the model was "
+            "trained with."
         )
 
 

@@ -75,6 +75,7 @@ class ShardedDDP(DDPStrategy):
         """
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
+        base.judge()
         wanted = base.dtype_of(dtype)
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(base.config, dtype=wanted)

@@ -168,6 +168,7 @@ class Zero(DeepSpeedStrategy):
         """
         if self.stage != 3:
             return base.load(dtype)
+        base.judge()
         wanted = base.dtype_of(dtype)
         with self._partitioned(wanted):
             model: Any = AutoModelForCausalLM.from_config(base.config, dtype=wanted)

@@ -26,16 +26,13 @@ from secateur.pruning.depth.removal import (
 )
 from secateur.pruning.families import Family
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.finish import finish
+from secateur.pruning.files.headers import INDEX, WEIGHTS
 from secateur.pruning.files.model_folder import (
     CONFIG,
-    INDEX,
-    WEIGHTS,
-    copy_companions,
     in_block,
     refuse_base,
-    refuse_missing,
     replaced_folder,
-    write_code,
     write_json,
 )
 from secateur.pruning.progress import tracked
@@ -81,9 +78,8 @@ def prune_blocks(
     with replaced_folder(folder, is_shortened_model) as partial:
         _copy_weights(base, partial, staying)
         write_json(partial / CONFIG, base.settings | fields)
-        write_code(partial)
+        finish(partial, base.folder)
         write_json(partial / RECORD, fields[PROVENANCE])
-        copy_companions(base.folder, partial)
 
 
 def is_shortened_model(folder: Path) -> bool:
@@ -112,15 +108,13 @@ def _staying(
 
 
 def _copy_weights(base: BaseModel, folder: Path, staying: list[int]) -> None:
+    _ = base.tensors  # a file of another model would be left out, or copied, silently
     files: list[tuple[Path, int, dict[str, Any]]] = []
-    names: set[str] = set()
     for path in base.weight_files:
         header, start = _read_header(path)
-        names |= header.keys()
         kept = {_renamed(name, base.family, staying): entry for name, entry in header.items()}
         if own := {name: entry for name, entry in kept.items() if name is not None}:
             files.append((path, start, own))
-    refuse_missing(base.folder, names, base.skeleton())
     total = sum(_size(entry) for _, _, own in files for entry in own.values())
     weight_map: dict[str, str] = {}
     for number, (path, start, own) in enumerate(files, start=1):

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.pruning.files.model_folder import INDEX, SHARD_BYTES, write_json
+from secateur.pruning.files.headers import INDEX
+from secateur.pruning.files.model_folder import SHARD_BYTES, write_json
 from secateur.pruning.files.shares import numel_of
 from secateur.pruning.lora import adapted, added_up
 

@@ -49,7 +49,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.pruning.export.gguf_tokenizer import add_tokenizer
 from secateur.pruning.export.native_shape import NativeShape, read_shape
-from secateur.pruning.files.model_folder import weight_files
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.headers import weight_files
 
 _F32 = GGMLQuantizationType.F32
 TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -134,6 +135,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: str = "f16") -> list[s
     folder, out = Path(folder), Path(out)
     if kind not in TYPES:
         raise ValueError(f"`type` must be one of {', '.join(TYPES)}, got {kind!r}.")
+    BaseModel(folder, "folder").judge()
     shape = read_shape(folder)
     architecture = _architecture_of(shape)
     arch = architecture.arch if shape.is_stock else architecture.per_block

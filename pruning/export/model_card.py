@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from secateur.pruning.costs import Cost, Flops, Parameters
-from secateur.pruning.export.stages import Origin, figures, stages_table
+from secateur.pruning.export.stages import Origin, figures, plain, stages_table
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report
 from secateur.pruning.measure.verdict import Grade, Verdict
@@ -76,7 +75,10 @@ class ModelCard:
             ("base model", plain(self.base_model)),
             ("fingerprint of the base model", self.fingerprint),
             *sorted(self.versions.items()),
-            *((name, plain(json.dumps(value))) for name, value in sorted(self.provenance.items())),
+            *(
+                (plain(name), plain(json.dumps(value)))
+                for name, value in sorted(self.provenance.items())
+            ),
         ]
         sections += ["## Origin", "\n".join(f"- {name}: {value}" for name, value in facts)]
         if self.command:
@@ -140,11 +142,6 @@ def card(
     ).render()
 
 
-def plain(text: str) -> str:
-    """Escape Markdown, HTML and line breaks in a name."""
-    return re.sub(r"[`<>\[\]|\x00-\x1f\x7f]", " ", text)
-
-
 def _title(
     origin: Origin, plan: Plan | None, report: Report | None, verdicts: Sequence[Verdict]
 ) -> str:
@@ -155,9 +152,9 @@ def _title(
 
 
 def _what_is_left(origin: Origin, plan: Plan | None, report: Report | None) -> str:
-    if plan is not None and "kept" in plan.provenance:
-        counted = plan.provenance.get("counted", "cost")
-        return f"pruned to {plan.provenance['kept']:.1%} of its {counted}"
+    kept = None if plan is None else plan.provenance.get("kept")
+    if plan is not None and isinstance(kept, float):
+        return f"pruned to {kept:.1%} of its {plan.provenance.get('counted', 'cost')}"
     if not origin.provenance:
         return "trained further"
     if report is None:
@@ -170,7 +167,7 @@ def _what_is_left(origin: Origin, plan: Plan | None, report: Report | None) -> s
 
 
 def _what_was_done(origin: Origin) -> str:
-    methods = " and ".join(origin.provenance)
+    methods = " and ".join(map(plain, origin.provenance))
     done = [f"pruned ({methods})"] if methods else []
     if origin.training or not methods:
         done.append(f"trained for {origin.steps} steps")
@@ -263,11 +260,11 @@ _OWN_CODE_LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=False)
 ```
 
 `trust_remote_code` runs the Python files of the folder, which need nothing but torch and
-transformers."""
+transformers. The tokenizer needs none of them; without the setting, transformers asks."""
 
 _LOADING = """\
 ```python

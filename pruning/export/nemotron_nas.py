@@ -30,11 +30,11 @@ from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.native_shape import NativeShape, read_shape
 from secateur.pruning.families import skeleton
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.finish import copy_companions
+from secateur.pruning.files.headers import INDEX
 from secateur.pruning.files.model_folder import (
     CONFIG,
-    INDEX,
     MARK,
-    copy_companions,
     read_stages,
     refuse_base,
     replaced_folder,
@@ -62,9 +62,10 @@ def write_nemotron_nas(folder: str | Path, out: str | Path) -> list[str]:
     """
     folder, out = Path(folder), Path(out)
     refuse_base(out, folder)
+    base = BaseModel(folder, "folder")
+    base.judge()
     shape = read_shape(folder)
     _refuse(shape, folder)
-    base = BaseModel(folder)
     with replaced_folder(out) as partial:
         for path in base.weight_files:
             shutil.copyfile(path, partial / path.name)

@@ -31,17 +31,13 @@ from secateur.pruning.commands import CommandParser
 from secateur.pruning.export.slices import Slice, Slices
 from secateur.pruning.families import PARTS, part_of
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.finish import finish
+from secateur.pruning.files.headers import INDEX, WEIGHTS
 from secateur.pruning.files.model_folder import (
     CONFIG,
-    INDEX,
     SHARD_BYTES,
-    WEIGHTS,
-    copy_companions,
-    in_block,
     refuse_base,
-    refuse_missing,
     replaced_folder,
-    write_code,
     write_json,
 )
 from secateur.pruning.modelling import config_class, narrow_type
@@ -99,8 +95,7 @@ def write_pruned(
         with phase("Writing weights", sum(cut.num_bytes for cut in cuts)) as advance:
             _write_weights(cuts, folder, max_shard_bytes, advance)
     write_json(folder / CONFIG, exported_config(base, plan))
-    write_code(folder)
-    copy_companions(base.folder, folder)
+    finish(folder, base.folder)
     plan.save(folder / IN_MODEL)
 
 
@@ -132,7 +127,6 @@ def exported_config(base: BaseModel, plan: Plan) -> dict[str, Any]:
     remaining block; a removed part has width 0.
     """
     config = dict(base.settings)
-    config.pop("auto_map", None)  # code in the folder of the base model was not used either
     by_block, keep = plan.widths_by_block(), plan.kept_blocks()
     if len(keep) < len(by_block):
         from secateur.pruning.depth.removal import shortened_fields  # imports this module
@@ -163,10 +157,6 @@ def _shown(widths: dict[str, int]) -> dict[str, int]:
     return {part: 0 for part in PARTS if part not in there} | inside
 
 
-_CUTTABLE = ("F16", "BF16", "F32", "F64")
-_INDICES = ("I64",)
-
-
 @dataclass(frozen=True)
 class _Cut:
     """A tensor of the smaller model, not read yet.
@@ -184,31 +174,17 @@ class _Cut:
 
 def _find_cuts(base: BaseModel, plan: Plan) -> list[_Cut]:
     """All tensors of the smaller model: those of the base model, then the index buffers."""
-    family, slices = plan.family, Slices(plan)
-    cuts, names = [], set()
-    for path in base.weight_files:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                names.add(name)
-                header = file.get_slice(name)
-                dtype = header.get_dtype()
-                try:
-                    own = slices.of(name, header.get_shape())
-                except ValueError as error:
-                    raise ValueError(f"In {path}, {error}") from error
-                if own is None:
-                    continue
-                relative = in_block(family, name)[1]
-                known = _INDICES if relative in family.index_buffers else _CUTTABLE
-                if any(family.axes(relative)) and dtype not in known:
-                    raise ValueError(
-                        f"{path} has {name!r} in {dtype}; is it quantised? Its scales would not be "
-                        "cut with it. Prune the original checkpoint."
-                    )
-                num_bytes = own.num_entries * _bytes_of(dtype)
-                cuts.append(_Cut(own.name, num_bytes, partial(_read, path, name, own)))
-    refuse_missing(base.folder, names, base.skeleton())
-    done = {cut.name for cut in cuts}  # includes the buffers of a narrow base model
+    slices, cuts = Slices(plan), []
+    for name in base.tensors:
+        header = base.headers[name]
+        try:
+            own = slices.of(name, header.shape)
+        except ValueError as error:
+            raise ValueError(f"In {header.path}, {error}") from error
+        if own is not None:
+            num_bytes = own.num_entries * _bytes_of(header.dtype)
+            cuts.append(_Cut(own.name, num_bytes, partial(_read, header.path, name, own)))
+    done = {cut.name for cut in cuts}  # with the buffers of a base model that is narrow
     for name, index_W in slices.index_buffers().items():
         if name not in done:
             cuts.append(_Cut(name, 8 * len(index_W), index_W.clone))

@@ -12,19 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.pruning.export.exact import prove_cut, prove_saved
 from secateur.pruning.export.gathered_weights import Whole, num_parameters, write_gathered
 from secateur.pruning.export.rewrite import own_code, write_pruned
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.export.streamed import verify_recorded, verify_streamed
 from secateur.pruning.export.verify import record, verify_export, verify_saved
-from secateur.pruning.files.model_folder import (
-    CONFIG,
-    SHARD_BYTES,
-    copy_companions,
-    read_json,
-    write_code,
-    write_json,
-)
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.finish import finish
+from secateur.pruning.files.model_folder import CONFIG, SHARD_BYTES, read_json, write_json
 from secateur.pruning.plan import IN_MODEL, Plan
 
 Proof = Callable[[Path], object]
@@ -77,11 +73,16 @@ class FromFiles(Source):
     dense: PreTrainedModel | None = None
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        if self.dense is not None:
-            dense = self.dense
-            return lambda folder: verify_export(dense, self.plan, folder, windows_BT)
-        base, plan = origin.folder, self.plan
-        return lambda folder: verify_streamed(base, plan, folder, windows_BT, device)
+        base, dense, plan = BaseModel(origin.folder), self.dense, self.plan
+
+        def prove(folder: Path) -> None:
+            prove_cut(base, plan, folder)
+            if dense is None:
+                verify_streamed(base.folder, plan, folder, windows_BT, device)
+            else:
+                verify_export(dense, plan, folder, windows_BT)
+
+        return prove
 
     def write(self, folder: Path | None, origin: Origin) -> None:
         if folder is not None:
@@ -110,7 +111,11 @@ class FromModel(Source):
         return rounded(self.model, self.dtype)
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        return lambda folder: verify_saved(self.model, folder, windows_BT)
+        def prove(folder: Path) -> None:
+            prove_saved(self.model, folder)
+            verify_saved(self.model, folder, windows_BT)
+
+        return prove
 
     def write(self, folder: Path | None, origin: Origin) -> None:
         assert folder is not None
@@ -166,8 +171,7 @@ def _complete(
         if plan.stock_mlp_width() is None:
             write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
         plan.save(folder / IN_MODEL)
-    write_code(folder)
-    copy_companions(origin.folder, folder)  # of the base model, if it has any
+    finish(folder, origin.folder)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ names the files that were written: a folder with other files in it is not replac
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,13 +131,18 @@ def write_mark(folder: Path, origin: Origin, report: Report | None) -> list[dict
     return stages
 
 
+def plain(text: str) -> str:
+    """Keep a name from being read as Markdown, HTML or a new line."""
+    return re.sub(r"[`<>\[\]|\x00-\x1f\x7f]", " ", text)
+
+
 def stages_table(stages: list[dict[str, Any]]) -> list[list[str]]:
     """Make a table of the stages: the first dense model and the result of each stage."""
     table = [["model", "parameters", "FLOPs per token", "perplexity"]]
     for number, stage in enumerate(stages, start=1):
         dense, made = list(stage["models"].values())[:2]
-        first = [(f"`{stage['base']}`", dense)] if number == 1 else []
-        made_by = ", ".join(stage["provenance"]) or "training"
+        first = [(f"`{plain(stage['base'])}`", dense)] if number == 1 else []
+        made_by = plain(", ".join(stage["provenance"])) or "training"
         for name, of_model in [*first, (f"stage {number}: {made_by}", made)]:
             quality = " / ".join(f"{value:.3f}" for value in of_model["perplexity"].values())
             flops = f"{of_model['flops_per_token']:,} at {stage['context_tokens']} tokens"

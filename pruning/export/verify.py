@@ -3,9 +3,9 @@
 The logits of complete windows are compared, and those of a cached greedy decode, token by token. Up
 to `FLOAT32_PARAMETERS` parameters both models compute in float32, the dense one on a copy if it has
 another type: then the two differ only in the order of sums. Weights are first rounded to the type
-of the dense model, which may be narrower than that of the checkpoint. Larger models, and gains
-folded into weights of a narrow type, are compared in the type of the model, with a tolerance for
-its rounding.
+of the dense model, which may be narrower than that of the checkpoint. Larger models are compared in
+the type that they have, where every rounding counts, with a tolerance to match. Gains are folded
+into the weights of the copy and rounded as those of the files are.
 
 Legend: B = windows, T = tokens, V = vocabulary, D = width of the residual stream.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from secateur.pruning.costs import Parameters
 from secateur.pruning.depth import HalfBlocks, remove_blocks
-from secateur.pruning.families import skeleton
+from secateur.pruning.families import blocks_of, skeleton
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
@@ -67,15 +67,19 @@ def verify_export(
             promises, or computes something else; names the first differing block.
     """
     small = model.num_parameters() <= FLOAT32_PARAMETERS
-    # Gains folded into weights are rounded with them; gains of hooks are not.
-    exact = small and (plan.gains is None or model.dtype == torch.float32)
+    stored = BaseModel(Path(folder)).dtype_of()
+    # Gains are rounded with the weights that they are folded into, but not as gates.
+    rounded = small and plan.gains is not None and model.dtype == stored != torch.float32
+    exact = small and (plan.gains is None or model.dtype == torch.float32 or rounded)
     dense = _in_float32(model) if small else model
+    if rounded:
+        _fold_gains(dense, plan, stored)
     exported = _load(folder, model.dtype)
     exported = (_in_float32(exported) if small else exported).eval()
     exported.to(dense.device)
     _check_parameters(model, plan, exported)
     windows_BT = windows_BT.to(dense.device)
-    with _gated(dense, plan):
+    with _gated(dense, replace(plan, gains=None) if rounded else plan):
         return _largest_difference(
             dense,
             exported,
@@ -281,6 +285,21 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     copy.load_state_dict(model.state_dict())
     copy.to(model.device)  # type: ignore[arg-type]
     return copy
+
+
+@torch.no_grad()
+def _fold_gains(copy: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
+    """Multiply the gains of a plan into the weights of a float32 copy, rounded as in the files."""
+    for number, block in enumerate(blocks_of(copy, plan.family)):
+        for name, parameter in block.named_parameters():
+            axes = plan.family.gain_axes(name)
+            for axis, key in enumerate(axes):
+                gain_F = (plan.gains or {}).get(f"{number}.{key}")
+                if gain_F is not None:
+                    shape = [-1 if a == axis else 1 for a in range(parameter.dim())]
+                    parameter.mul_(gain_F.to(parameter.device).view(shape))
+            if axes:
+                parameter.copy_(parameter.to(dtype))
 
 
 def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:

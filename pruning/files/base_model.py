@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,20 +20,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import __version__ as transformers_version
 
 from secateur.pruning.chains import Kind, Step, kinds_of, refuse
-from secateur.pruning.families import Family, family_named, family_of, skeleton
+from secateur.pruning.families import FAMILIES, Family, family_named, family_of, skeleton
 from secateur.pruning.files.fingerprint import fingerprint, refuse_changed
-from secateur.pruning.files.model_folder import (
-    CONFIG,
-    is_ours,
-    read_json,
-    read_stages,
-    weight_files,
+from secateur.pruning.files.folder_checks import (
+    check_folder,
+    check_settings,
+    model_settings,
+    read_settings,
 )
-from secateur.pruning.modelling import config_class, is_narrow
+from secateur.pruning.files.headers import Header, read_headers, weight_files
+from secateur.pruning.files.judge import judge, judge_blocks
+from secateur.pruning.files.model_folder import COMPANIONS, CONFIG, is_ours, read_stages
+from secateur.pruning.modelling import config_class, is_narrow, stock_type
 
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+# What is fetched of a model of the hub: what is read here, and what an export copies.
+_FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+_FILES += ["additional_chat_templates/*"]
 
 
 class BaseModel:
@@ -44,32 +50,35 @@ class BaseModel:
     Args:
         name: A folder or, as a string, the id of a model on the hub, which is downloaded once.
         setting: Name of the setting that gave `name`, for errors.
+        trust_remote_code: Whether Python files of its tokenizer may run. Models never run by code
+            that lies in their folders.
     """
 
-    def __init__(self, name: str | Path, setting: str = "base") -> None:
+    def __init__(
+        self, name: str | Path, setting: str = "base", trust_remote_code: bool = False
+    ) -> None:
         self.name, self.setting = name, setting
+        self.trust_remote_code = trust_remote_code
 
     def check(self) -> None:
         """Check the name without network access; a possible hub id is resolved by `folder`.
 
         Raises:
-            ValueError: A path does not exist, or is not a model folder.
+            ValueError: A path does not exist, or holds no text model.
         """
-        folder, shown = Path(self.name).expanduser(), f"`{self.setting}` {str(self.name)!r}"
-        if not folder.exists():
-            if folder.is_absolute() or isinstance(self.name, Path):
-                raise ValueError(
-                    f"{shown} does not exist; check the path. For a model of the hub give the "
-                    "folder that `hf download` puts it in."
-                )
-            return
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"{shown} is not a model folder: it has no {CONFIG}.")
-        if not any(folder.glob("*.safetensors")):
+        folder = Path(self.name).expanduser()
+        if folder.exists():
+            check_folder(folder, self._shown)
+            check_settings(read_settings(folder), self._shown)
+        elif folder.is_absolute() or isinstance(self.name, Path):
             raise ValueError(
-                f"{shown} holds no *.safetensors file; save the model with `save_pretrained` (safe "
-                "serialisation is its default) first."
+                f"{self._shown} does not exist; check the path. For a model of the hub give the "
+                "folder that `hf download` puts it in."
             )
+
+    @property
+    def _shown(self) -> str:
+        return f"`{self.setting}` {str(self.name)!r}"
 
     @cached_property
     def folder(self) -> Path:
@@ -83,24 +92,23 @@ class BaseModel:
         if folder.exists():
             return folder
         try:
-            return Path(snapshot_download(str(self.name), allow_patterns=_FILES))
+            folder = Path(snapshot_download(str(self.name), allow_patterns=_FILES))
         except (HFValidationError, HfHubHTTPError, OSError) as error:
             raise ValueError(
-                f"`{self.setting}` {str(self.name)!r} is neither a folder nor a model on the hub: "
-                f"{error}"
+                f"{self._shown} is neither a folder nor a model on the hub: {error}"
             ) from error
+        check_folder(folder, self._shown)
+        check_settings(read_settings(folder), self._shown)
+        return folder
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Contents of config.json, unchanged.
+        """What config.json says of the model, as it is written.
 
         Raises:
             ValueError: It cannot be read.
         """
-        try:
-            return read_json(self.folder / CONFIG)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} has no readable {CONFIG}: {error}") from error
+        return read_settings(self.folder)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -109,7 +117,30 @@ class BaseModel:
         Raises:
             ValueError: Neither transformers nor Secateur can read it.
         """
-        return read_config(self.folder)
+        return config_of(self.settings, self.folder)
+
+    @cached_property
+    def _judged(self) -> bool:
+        """Whether the files are known to hold the model; see `judge`."""
+        if Kind.PACKED in kinds_of(self.config) or stock_type(self.config.model_type) not in (
+            FAMILIES
+        ):
+            return False
+        family = family_named(self.config.model_type)
+        judge_blocks(self.folder, family, self.headers, self.config.num_hidden_layers)
+        judge(self.folder, family, self.headers, self.skeleton())
+        return True
+
+    def judge(self) -> None:
+        """Compare the headers of the files with the model that the configuration makes.
+
+        Names, shapes and types of all tensors, ties and indices, once. Models that are stored
+        quantised have other tensors, and those of unknown families may: reading these tells.
+
+        Raises:
+            ValueError: They differ, or a file cannot be read.
+        """
+        _ = self._judged
 
     @cached_property
     def family(self) -> Family:
@@ -130,13 +161,28 @@ class BaseModel:
         return weight_files(self.folder)
 
     @cached_property
+    def headers(self) -> dict[str, Header]:
+        """What the files say of every tensor, by its name.
+
+        Raises:
+            ValueError: A file cannot be read.
+        """
+        return read_headers(self.folder)
+
+    @cached_property
     def tensors(self) -> dict[str, Path]:
-        """The file of every tensor, by its name."""
-        found: dict[str, Path] = {}
-        for path in self.weight_files:
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(sorted(file.keys()), path)
-        return found
+        """The file of every tensor, by its name.
+
+        Raises:
+            ValueError: They are not those of the model.
+        """
+        self.judge()
+        if Kind.PACKED in kinds_of(self.config):
+            raise ValueError(
+                f"{self._shown} is stored quantised (`quantization_config`); its tensors can be "
+                "neither cut nor divided. Give the original weights."
+            )
+        return {name: header.path for name, header in self.headers.items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,8 +217,8 @@ class BaseModel:
         if dtype == "auto":
             if said := self.settings.get("dtype") or self.settings.get("torch_dtype"):
                 return self.dtype_of(str(said))
-            name, path = next(iter(self.tensors.items()))
-            with safe_open(path, framework="pt") as file:
+            name, header = next(iter(self.headers.items()))
+            with safe_open(header.path, framework="pt") as file:
                 first: torch.Tensor = file.get_tensor(name)
                 return first.dtype
         found = getattr(torch, dtype, None)
@@ -181,8 +227,17 @@ class BaseModel:
         return found
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: shapes without memory."""
-        return skeleton(self.config)
+        """The model on the meta device: shapes without memory.
+
+        Raises:
+            ValueError: The configuration makes none.
+        """
+        try:
+            return skeleton(self.config)
+        except Exception as error:  # of any kind: the numbers in it are somebody else's
+            raise ValueError(
+                f"{self.folder / CONFIG} makes no causal language model: {error}"
+            ) from error
 
     def load(
         self,
@@ -202,6 +257,7 @@ class BaseModel:
         """
         if is_ours(self.folder):
             _ = self.fingerprint  # which refuses what has changed
+        self.judge()
         config = copy.deepcopy(self.config)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -213,11 +269,12 @@ class BaseModel:
             ) from error
         model, found = loaded
         assert isinstance(model, PreTrainedModel)
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(
-                f"{self.folder} lacks {len(missing)} tensors of a {config.model_type!r} causal "
-                f"language model, {missing[0]!r} first; fetch or save it again."
-            )
+        for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "does not know")):
+            if not self._judged and (names := sorted(found[key])):
+                raise ValueError(
+                    f"{self.folder}: a {config.model_type!r} causal language model {what} "
+                    f"{len(names)} tensors, {names[0]!r} first; fetch or save it again."
+                )
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
         return model
@@ -228,7 +285,7 @@ class BaseModel:
         Raises:
             ValueError: There is none.
         """
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.trust_remote_code)
 
 
 def read_config(name: str | Path) -> PreTrainedConfig:
@@ -241,28 +298,51 @@ def read_config(name: str | Path) -> PreTrainedConfig:
         ValueError: Neither transformers nor Secateur can read it.
     """
     try:
-        model_type = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
-        if is_narrow(model_type):
-            family_named(model_type)  # reports an unknown family
-            config_class(model_type)  # registers it with transformers
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        settings = PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} has no readable {CONFIG}: {error}") from error
+    return config_of(model_settings(settings), name)
+
+
+def config_of(settings: dict[str, Any], name: str | Path) -> PreTrainedConfig:
+    """The configuration of a class of transformers or of ours, whatever the folder may bring."""
+    model_type = str(settings.get("model_type"))
+    if is_narrow(model_type):
+        family_named(model_type)  # an unknown one is told
+        config_class(model_type)  # from here on, transformers knows it
+    elif model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name} has no readable {CONFIG}: transformers {transformers_version} knows no "
+            f"`model_type` {model_type!r}. Known here are {', '.join(sorted(FAMILIES))}; code in a "
+            "model folder is not run."
+        )
+    fields = {key: value for key, value in settings.items() if key != "model_type"}
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
+    except Exception as error:  # of any kind: what it holds is somebody else's
+        raise ValueError(f"{name} has no readable {CONFIG}: {error}") from error
+    config.name_or_path = str(name)
     return config
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer.
 
     Args:
         name: Folder of a model or tokenizer, or a hub id.
+        trust_remote_code: Whether Python files that it brings may run.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is code that is not to run.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain exceptions
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The tokenizer of {name} is code of its own, which runs only if "
+                "`trust_remote_code` is true: read it first."
+            ) from error
         raise ValueError(f"{name} has no readable tokenizer: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

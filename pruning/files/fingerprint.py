@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.checksums import tensor_checksum
-from secateur.pruning.files.model_folder import CONFIG, MARK, read_json, weight_files
+from secateur.pruning.files.headers import weight_files
+from secateur.pruning.files.model_folder import CONFIG, MARK, read_json
 from secateur.pruning.progress import tracked
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from secateur.pruning.families import FAMILIES, Family, family_of
-from secateur.pruning.modelling import code_files, config_class, is_narrow
-from secateur.pruning.modelling.secateur_narrow import auto_map
+from secateur.pruning.families import FAMILIES, Family
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 MARK = "secateur.json"
 """File in our model folders that records how the model was made and which files were written."""
 SHARD_BYTES = 5_000_000_000
@@ -30,7 +27,7 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
-    "spiece.model",
+    "*.model",
     "chat_template*",
     "additional_chat_templates",
     "LICENSE*",
@@ -143,6 +140,7 @@ def replaced_folder(folder: str | Path, may_go: Callable[[Path], bool] = is_ours
     partial.mkdir(parents=True)
     try:
         yield partial
+        _let_others_read(partial)
         refuse_foreign(folder, may_go)
         # POSIX cannot swap two folders: the old one is renamed, and restored on failure.
         _remove(replaced)
@@ -160,27 +158,15 @@ def replaced_folder(folder: str | Path, may_go: Callable[[Path], bool] = is_ours
         raise
 
 
+def _let_others_read(folder: Path) -> None:
+    """A server under another user reads what it serves; some libraries write for one user alone."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files: those that the index names if there is one, as loading uses it."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"{folder} is not a model folder: it holds neither {WEIGHTS} nor {INDEX}. Convert "
-            "weights of another format (`pytorch_model.bin`) with `save_pretrained`."
-        )
-    files = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{folder / INDEX} is damaged: its `weight_map` names no files.")
-    names = sorted(set(files.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names.")
-    return [folder / name for name in names]
 
 
 def in_block(family: Family, name: str) -> tuple[int, str]:
@@ -189,49 +175,13 @@ def in_block(family: Family, name: str) -> tuple[int, str]:
     if not name.startswith(prefix):
         return -1, name
     block, _, relative = name.removeprefix(prefix).partition(".")
-    return int(block), relative
+    return (int(block), relative) if block.isdecimal() else (-1, name)
 
 
-def refuse_missing(base_folder: Path, names: Set[str], model: PreTrainedModel) -> None:
-    """Check that every prunable tensor exists under its name: a missing one would be left out
-    silently.
-
-    Args:
-        base_folder: A model folder.
-        names: The tensors in its files.
-        model: Its skeleton.
-    """
-    family = family_of(model.config)
-    wanted = [name for name in model.state_dict() if any(family.axes(in_block(family, name)[1]))]
-    if missing := [name for name in wanted if name not in names]:
-        raise ValueError(
-            f"{base_folder} lacks {len(missing)} tensors of a {family.model_type!r} causal "
-            f"language model, {missing[0]!r} first. Save it as a causal language model."
-        )
-
-
-def copy_companions(base_folder: Path, folder: Path, patterns: Sequence[str] = COMPANIONS) -> None:
-    """Copy all but weights and configuration from one model folder to another."""
-    for pattern in patterns:
-        for path in sorted(base_folder.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, folder / path.name)
-
-
-def write_code(folder: Path) -> None:
-    """Write the code of a narrow model beside its configuration, which names it.
-
-    Args:
-        folder: A model folder with its configuration; a stock model needs no code and is unchanged.
-    """
-    settings = read_json(folder / CONFIG)
-    if is_narrow(model_type := str(settings.get("model_type"))):
-        for path in code_files(model_type):
-            shutil.copyfile(path, folder / path.name)
-        classes = config_class(model_type).auto_classes
-        write_json(folder / CONFIG, settings | {"auto_map": auto_map(classes)})
+def companions(folder: Path) -> list[Path]:
+    """What a model folder holds beside weights and configuration; code is no part of it."""
+    found = (path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)))
+    return [path for path in dict.fromkeys(found) if path.suffix != ".py"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -259,10 +209,38 @@ def read_stages(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; export the model again.") from error
+        stages: list[dict[str, Any]] = read_json(path)["stages"]
+        for stage in stages:
+            _check_stage(stage)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error!r}; export the model again, or remove the file, and the "
+            "story of the model begins anew."
+        ) from error
     return stages
+
+
+def _check_stage(stage: Mapping[str, Any]) -> None:
+    """Check what others read of a stage.
+
+    Raises:
+        KeyError: Something is missing.
+        TypeError: Something is of another type.
+    """
+    numbers = [stage["context_tokens"]]
+    texts = [stage["base"], *stage["provenance"], *stage["models"]]
+    for figures in stage["models"].values():
+        numbers += [figures["parameters"], figures["flops_per_token"]]
+        numbers += figures["perplexity"].values()
+    weights = stage["provenance"].get("weights", {})
+    if not isinstance(weights, dict) or not isinstance(weights.get("settings", {}), dict):
+        raise TypeError("`weights` is no object")
+    if len(stage["models"]) < 2:
+        raise TypeError("`models` has not both models")
+    if wrong := [n for n in numbers if isinstance(n, bool) or not isinstance(n, int | float)]:
+        raise TypeError(f"{wrong[0]!r} is no number")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]!r} is no text")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

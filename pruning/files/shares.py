@@ -37,13 +37,13 @@ def read_shares(model: nn.Module, base: BaseModel, share: Share) -> None:
             path: stack.enter_context(safe_open(path, framework="pt")) for path in base.weight_files
         }
         for names, parameter in _by_parameter(model):
-            name = next((name for name in names if name in base.tensors), None)
+            name = next((name for name in names if name in base.headers), None)
             if name is None:
                 raise ValueError(
                     f"{base.folder} has no tensor {' or '.join(names)}; is it complete?"
                 )
             target, start = share(parameter)
-            tensor = files[base.tensors[name]].get_slice(name)
+            tensor = files[base.headers[name].path].get_slice(name)
             numel = prod(tensor.get_shape())
             if numel != numel_of(parameter):
                 raise ValueError(
@@ -54,8 +54,8 @@ def read_shares(model: nn.Module, base: BaseModel, share: Share) -> None:
             if start < stop:
                 target[: stop - start].copy_(flat_range(tensor, start, stop))
         for name, buffer in model.named_buffers():
-            if name in base.tensors:  # index buffers of a narrow model; others are computed
-                buffer.copy_(files[base.tensors[name]].get_tensor(name))
+            if name in base.headers:  # those of a narrow model; others are computed
+                buffer.copy_(files[base.headers[name].path].get_tensor(name))
 
 
 def flat_range(tensor: Any, start: int, stop: int) -> Tensor:

@@ -51,6 +51,7 @@ def compare_folders(
     dtype: str = "auto",
     device: str = "cpu",
     speed: bool = False,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Load and measure model folders.
 
@@ -63,6 +64,7 @@ def compare_folders(
         dtype: "auto" is that of the files, else a torch name such as "bfloat16".
         device: Torch device.
         speed: Measure prefill and decode as well.
+        trust_remote_code: Whether Python files of the first tokenizer may run.
 
     Raises:
         ValueError: A text is shorter than a window, a file of questions is damaged, the window does
@@ -71,12 +73,25 @@ def compare_folders(
     """
     if num_windows is not None and num_windows < 1:
         raise ValueError(f"`num_windows` must be 1 or more, got {num_windows}.")
-    bases = {name: BaseModel(Path(folder), "folders") for name, folder in folders.items()}
+    bases = {
+        name: BaseModel(Path(folder), "folders", trust_remote_code)
+        for name, folder in folders.items()
+    }
+    for base in bases.values():
+        base.judge()
     tokenizer: Any = next(iter(bases.values())).tokenizer()
     windows = {}
     for name, path in texts.items():
         ids = tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"]
         windows[name] = cut_windows(ids, window_tokens)[:num_windows]
+        largest = int(windows[name].max())
+        for model_name, base in bases.items():
+            if largest >= base.config.vocab_size:
+                raise ValueError(
+                    f"The text {name} has the token id {largest}, and the vocabulary of "
+                    f"{model_name} has {base.config.vocab_size} entries; compare models with one "
+                    "tokenizer, the first one's."
+                )
     questions = {name: read_questions(path, tokenizer) for name, path in (tasks or {}).items()}
     prompts = prompts_for(tokenizer, next(iter(windows.values())))
     models: dict[str, Any] = {}
@@ -140,6 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=device, help=f"torch device (default here: {device})")
     add("--speed", action="store_true", help="measure prefill and decode, too")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files of the tokenizer of the first model",
+    )
     add("--json", type=Path, help="write the figures to this file")
     add("--html", type=Path, help="write a page with figures and answers to this file")
     args = parser.parse_args(arguments)
@@ -160,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=args.dtype,
         device=args.device,
         speed=args.speed,
+        trust_remote_code=args.trust_remote_code,
     )
     if args.json is not None:
         args.json.write_text(report.json(), encoding="utf-8")

@@ -10,6 +10,7 @@ On CUDA, matrices whose zeros and shape a 2:4 kernel can use are packed by torch
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,14 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.files.model_folder import (
-    COMPANIONS,
-    CONFIG,
-    INDEX,
-    copy_companions,
-    replaced_folder,
-    write_code,
-)
+from secateur.pruning.files.finish import finish
+from secateur.pruning.files.headers import INDEX
+from secateur.pruning.files.model_folder import CONFIG, replaced_folder, write_json
 from secateur.pruning.weights.masks import FILE, WeightMasks
 from secateur.pruning.weights.sparsity import fits_2of4
 from secateur.pruning.weights.store import BlockStore
@@ -77,8 +73,10 @@ def write_pruned_checkpoint(
             save_file(tensors, partial / path.name, metadata={"format": "pt"})
             if progress is not None:
                 progress(number, len(files))
-        copy_companions(base.folder, partial, (CONFIG, INDEX, *COMPANIONS))
-        write_code(partial)
+        if (index := base.folder / INDEX).is_file():
+            shutil.copyfile(index, partial / INDEX)
+        write_json(partial / CONFIG, base.settings)
+        finish(partial, base.folder)
         masks.save(partial / MASKS)
 
 

@@ -20,7 +20,7 @@ from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.export.verify import ExportError, verify_export
 from secateur.pruning.families import FAMILIES, skeleton
 from secateur.pruning.files.fingerprint import fingerprint
-from secateur.pruning.files.model_folder import WEIGHTS
+from secateur.pruning.files.headers import WEIGHTS
 from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan, plan_without
 from secateur.pruning.widths.gate_hooks import GateHooks

@@ -621,16 +621,28 @@ def test_too_little_text_for_a_batch_or_a_split_is_refused(
         make(tmp_path / "a.txt", held_out=0.9).setup()
 
 
-def test_window_and_vocabulary_are_checked_against_the_model() -> None:
+def test_window_and_vocabulary_are_checked_against_the_model(
+    tmp_path: Path, make: Callable[..., TextData]
+) -> None:
     config = tiny_llama_config(max_position_embeddings=32)
     check_window(32, config)
     with pytest.raises(ValueError, match="`window_tokens` 33 is longer than the 32 positions"):
         check_window(33, config)
     tokenizer = tiny_tokenizer()
-    check_vocabulary(tokenizer, config)
-    tokenizer.add_tokens(["one", "two"])
-    with pytest.raises(ValueError, match=r"`tokenizer` has token ids up to \d+, the model's"):
-        check_vocabulary(tokenizer, tiny_llama_config(vocab_size=len(tokenizer) - 1))
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = tiny_llama_config(vocab_size=len(tokenizer) - 1)
+    texts = documents(20)
+    for number, place in ((0, None), (1, 0), (2, 19)):  # the last one is held out
+        more = [f"{text} <image>" if at == place else text for at, text in enumerate(texts)]
+        path = write(tmp_path / f"{number}.json", more)
+        data = make(path, tokenizer=str(tmp_path / "tokenizer"), held_out=0.1)
+        data.setup()
+        if place is None:
+            check_vocabulary(data, config)  # no text has it
+            continue
+        with pytest.raises(ValueError, match=rf"the id {config.vocab_size} \('<image>'\), and"):
+            check_vocabulary(data, config)
 
 
 def test_real_text_gives_the_windows_of_the_reference(data: Path, tmp_path: Path) -> None:

@@ -148,4 +148,4 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as end:
         main([str(tmp_path), str(tmp_path / "m.gguf")])
     assert end.value.code == 1
-    assert "holds no config.json" in capsys.readouterr().err
+    assert "it has no config.json" in capsys.readouterr().err

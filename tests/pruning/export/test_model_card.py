@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard as HubCard
 
+from secateur.pruning.chains import Step
 from secateur.pruning.export.model_card import ModelCard, card
 from secateur.pruning.export.stages import Origin
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report
 from secateur.pruning.plan import Plan, plan_without
 from tests.pruning.export.plans import uneven_plan, uniform_plan
@@ -125,3 +128,37 @@ def test_removed_parts_are_named(tmp_path: Path) -> None:
     text = of_plan(base, plan)
     assert "base model: all of blocks 1; the attention of blocks 0. " in text
     assert "Removed entirely" not in of_plan(base, plan_without(tiny_llama(), "x", [], {}))
+
+
+def test_the_story_of_a_base_is_not_read_as_markup(tmp_path: Path) -> None:
+    bad = "x`\n# y <script> [a](b) | c"
+    figures = {"parameters": 9, "flops_per_token": 90, "perplexity": {"validation": 5.0}}
+    models = {"dense": figures, "pruned": figures}
+    stage = {"base": bad, "provenance": {bad: {}}, "context_tokens": 16, "models": models}
+    base = tiny_folder(tmp_path / "base")
+    plan = uneven_plan(base)
+    origin = Origin(str(base), base, plan.base, provenance={"masks": {bad: bad}})
+    text = card(origin, None, plan, [stage, stage])
+    assert "<script>" not in text
+    assert "](" not in text
+    assert not any(line.startswith("# y") for line in text.splitlines())
+    table = [line for line in text.splitlines() if line.startswith("| ") and "stage" in line]
+    assert {line.count("|") for line in table} == {5}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [3],
+        [{}],
+        {"a": 1},
+        [{"base": 3, "provenance": {}, "context_tokens": 1, "models": {}}],
+        [{"base": "a", "provenance": {}, "context_tokens": "1", "models": {"a": 1, "b": 2}}],
+        [{"base": "a", "provenance": {"weights": 3}, "context_tokens": 1, "models": {}}],
+    ],
+)
+def test_a_story_that_is_none_is_told_before_anything_else(wrong: object, tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    (base / "secateur.json").write_text(json.dumps({"stages": wrong}))
+    with pytest.raises(ValueError, match=r"secateur\.json is damaged: .* or remove the file"):
+        BaseModel(base).refuse(Step.TRAINING)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from secateur.pruning.export import verify
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.export.verify import ExportError, verify_export
-from secateur.pruning.files.model_folder import CONFIG, WEIGHTS
+from secateur.pruning.files.headers import WEIGHTS
+from secateur.pruning.files.model_folder import CONFIG
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
@@ -34,7 +35,7 @@ def tamper(folder: Path, name: str, index: int | None = None) -> None:
     if index is None:
         tensors[name] = tensors[name] + 0.5
     else:
-        tensors[name][0] = index
+        tensors[name][-1] = index
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.files import base_model
 from secateur.pruning.files.base_model import BaseModel, load_tokenizer, read_config
 from secateur.pruning.files.fingerprint import fingerprint
 from tests.pruning.export.plans import uneven_plan
@@ -95,7 +97,9 @@ def test_damaged_folders_are_refused_with_the_cause(tmp_path: Path) -> None:
 def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     weights = tiny_folder(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be read as a causal language model"):
+    with pytest.raises(
+        ValueError, match="model.safetensors is damaged: .*; fetch or save it again"
+    ):
         BaseModel(tmp_path).load()
 
 
@@ -124,3 +128,26 @@ def test_a_narrow_model_is_read_by_our_code_and_not_by_that_in_its_folder(
     assert model.state_dict().keys() == found.tensors.keys()
     tiny_folder(tmp_path / "named")
     assert load_tokenizer(tmp_path / "named")("Cut")["input_ids"][0] == 1
+
+
+def test_what_is_fetched_of_the_hub_is_all_that_an_export_copies(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(base)
+
+    monkeypatch.setattr(base_model, "snapshot_download", fetch)
+    assert BaseModel("somebody/model").folder == base
+    for name in (
+        "config.json", "generation_config.json", "model.safetensors", "merges.txt", "LICENSE",
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+        "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+        "added_tokens.json", "chat_template.jinja", "chat_template.json", "NOTICE", "LICENSE.txt",
+        "additional_chat_templates/tool_use.jinja", "USE_POLICY.md", "spiece.model",
+    ):  # fmt: skip
+        assert any(fnmatch(name, pattern) for pattern in asked), name
+    for name in ("modeling_x.py", "pytorch_model.bin", "training_args.bin", "original/params.json"):
+        assert not any(fnmatch(name, pattern) for pattern in asked), name

@@ -1,0 +1,196 @@
+"""Prove an export to the bit: names, shapes, types, weights, indices and configuration.
+
+Whole tensors of the base model are multiplied by their gains, rounded to the type of the file, and
+only then indexed: another way than that of `secateur.pruning.export.slices`, which writes them.
+Logits cannot do this; in a narrow type, weights that are a few percent off pass for roundings.
+
+Memory: one tensor of the base model in float32.
+
+Legend: W = kept entries of a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.pruning.export.rewrite import exported_config
+from secateur.pruning.export.verify import ExportError
+from secateur.pruning.files.base_model import BaseModel, config_of
+from secateur.pruning.files.finish import for_older_readers
+from secateur.pruning.files.model_folder import in_block
+from secateur.pruning.plan import Plan
+
+# What tells of the making of a model; and what `rope_parameters` has, for older readers.
+_NOT_COMPARED = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "rope_scaling",
+    "rope_theta",
+    "secateur",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+def prove_cut(base: BaseModel, plan: Plan, folder: Path) -> None:
+    """Compare the files of an export with those of its base model, bit by bit.
+
+    Args:
+        base: The base model.
+        plan: The plan that was exported.
+        folder: The exported model.
+
+    Raises:
+        ExportError: A tensor or a setting is missing, too many, or not what the plan makes of it.
+    """
+    exported = _opened(folder)
+    expected = _expected(base, plan)
+    _same_names(exported, expected.keys())
+    with ExitStack() as stack:
+        read = _reader(stack)
+        for name, (theirs, rows) in expected.items():
+            own = read(exported, name)
+            wanted = rows if theirs is None else _cut(read(base, theirs), theirs, plan)
+            _same_bits(name, own, wanted)
+    settings = exported_config(base, plan)
+    _same_settings(exported.config, config_of(settings | for_older_readers(settings), folder))
+
+
+def prove_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Compare the files of a saved model with the live model, bit by bit.
+
+    Args:
+        model: The live model, in the type in which it was saved.
+        folder: The saved model.
+
+    Raises:
+        ExportError: A tensor or a setting differs.
+    """
+    saved, live = _opened(folder), model.state_dict()
+    with ExitStack() as stack:
+        read = _reader(stack)
+        for name in saved.headers:
+            if name not in live:
+                raise ExportError(f"The saved model has {name!r}, which the live one has not.")
+            _same_bits(name, read(saved, name), live[name].cpu())
+    if saved.config.model_type == model.config.model_type:  # else halves of blocks have gone
+        _same_settings(saved.config, model.config)
+
+
+def _opened(folder: Path) -> BaseModel:
+    exported = BaseModel(folder)
+    try:
+        exported.judge()
+    except ValueError as error:
+        raise ExportError(f"{folder} cannot be loaded: {error}") from error
+    return exported
+
+
+def _expected(base: BaseModel, plan: Plan) -> dict[str, tuple[str | None, Tensor]]:
+    """Name of every tensor of the smaller model to that of its origin, or to the indices that it
+    holds.
+    """
+    family, nothing = plan.family, torch.empty(0)
+    keep = plan.kept_blocks()
+    found: dict[str, tuple[str | None, Tensor]] = {}
+    for name in base.tensors:
+        block, relative = in_block(family, name)
+        if block < 0:
+            found[name] = name, nothing
+            continue
+        part = family.part_of_tensor(relative)
+        if any(plan.keeps(block, of) for of in ([part] if part else ("attn", "mlp"))):
+            found[f"{family.blocks}.{keep.index(block)}.{relative}"] = name, nothing
+    for site, index_W in zip(plan.sites, plan.kept, strict=True):
+        buffers = [b for b, name in family.index_buffers.items() if name == site.name]
+        for buffer in buffers if 0 < len(index_W) < site.size else []:
+            name = f"{family.blocks}.{keep.index(site.block)}.{buffer}"
+            found.setdefault(name, (None, index_W))
+    return found
+
+
+def _cut(tensor: Tensor, name: str, plan: Plan) -> Tensor:
+    """What a plan makes of a whole tensor: gains first, then entries."""
+    block, relative = in_block(plan.family, name)
+    if block < 0:
+        return tensor
+    gains = [(plan.gains or {}).get(f"{block}.{axis}") for axis in plan.family.gain_axes(relative)]
+    if any(gain_F is not None for gain_F in gains):
+        scaled = tensor.float()
+        for axis, gain_F in enumerate(gains):
+            if gain_F is not None:
+                outputs_of_matrix = axis == 0 and tensor.dim() == 2
+                scaled = scaled * (gain_F[:, None] if outputs_of_matrix else gain_F)
+        tensor = scaled.to(tensor.dtype)
+    for axis, site in enumerate(plan.family.axes(relative)):
+        if site is not None:
+            index_W = plan.index(block, site)
+            tensor = tensor[index_W] if axis == 0 else tensor[:, index_W]
+    return tensor
+
+
+def _reader(stack: ExitStack) -> Any:
+    files: dict[Path, Any] = {}
+
+    def read(model: BaseModel, name: str) -> Tensor:
+        path = model.headers[name].path
+        if path not in files:
+            files[path] = stack.enter_context(safe_open(path, framework="pt"))
+        tensor: Tensor = files[path].get_tensor(name)
+        return tensor
+
+    return read
+
+
+def _same_names(exported: BaseModel, expected: Any) -> None:
+    if wrong := sorted(exported.headers.keys() ^ set(expected)):
+        where = "lacks" if wrong[0] in expected else "has"
+        raise ExportError(f"The exported model {where} {wrong[0]!r}, unlike what the plan leaves.")
+
+
+def _same_bits(name: str, own: Tensor, wanted: Tensor) -> None:
+    if (own.dtype, own.shape) != (wanted.dtype, wanted.shape):
+        raise ExportError(
+            f"{name!r} is {own.dtype} of shape {list(own.shape)} in the export, and should be "
+            f"{wanted.dtype} of shape {list(wanted.shape)}."
+        )
+    bits = [t.contiguous().flatten().view(torch.uint8) for t in (own, wanted)]  # NaN is NaN
+    if not torch.equal(*bits):
+        differ = (own != wanted).sum()
+        raise ExportError(
+            f"{name!r} is not what it should be to the bit: {int(differ)} of {own.numel()} entries "
+            f"differ, the first difference is at {_first(own, wanted)}."
+        )
+
+
+def _first(own: Tensor, wanted: Tensor) -> list[int]:
+    return [int(at) for at in (own != wanted).nonzero()[:1].flatten()]
+
+
+def _same_settings(own: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
+    ours, theirs = dict(_compared(own)), dict(_compared(wanted))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ExportError(
+                f"`{name}` in the exported config.json is {ours.get(name)!r} and should be "
+                f"{theirs.get(name)!r}."
+            )
+
+
+def _compared(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    fields: Mapping[str, Any] = config.to_dict()
+    for name, value in fields.items():
+        if name not in _NOT_COMPARED:
+            yield name, value

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from secateur.pruning.commands import without_secrets
+
+TOKEN = "hf_" + "aB3" * 12
+SECRETS = {
+    "--trainer.logger.token=abc": "--trainer.logger.token=***",
+    "--trainer.logger.init_args.api_key=abc": "--trainer.logger.init_args.api_key=***",
+    "--hub-token=abc": "--hub-token=***",
+    "HF_TOKEN=abc": "HF_TOKEN=***",
+    "WANDB_API_KEY=abc": "WANDB_API_KEY=***",
+    f"--model.base={TOKEN}": "--model.base=***",
+    "--data.train=s3://me:abc@host/a.json": "--data.train=s3://***@host/a.json",
+    "--data.train=https://abc@host/a": "--data.train=https://***@host/a",
+    "{class_path: WandbLogger, init_args: {api_key: abc, project: p}}": (
+        "{class_path: WandbLogger, init_args: {api_key: ***, project: p}}"
+    ),
+    '{"password": "abc"}': '{"password": "***"}',
+    "--x=ghp_0123456789abcdefABCD": "--x=***",
+}
+PLAIN = (
+    "--data.window_tokens=16",
+    "--model.loss_chunk_tokens=512",
+    "--data.tokenizer=path/to/tokenizer",
+    "--model.base=models/hf_checkpoints/llama",
+    "--data.train=https://host/a@b.json",
+    "--trainer.max_steps=8",
+    "--model.learning={start: null}",
+    "sk-learn",
+)
+
+
+@pytest.mark.parametrize(("typed", "shown"), SECRETS.items(), ids=SECRETS)
+def test_secrets_are_not_shown(typed: str, shown: str) -> None:
+    assert without_secrets(["train.py", typed]) == ["train.py", shown]
+
+
+def test_a_secret_may_follow_its_name() -> None:
+    typed = ["--trainer.logger.api_key", "abc", "--token", "def", "--data.window_tokens", "16"]
+    shown = ["--trainer.logger.api_key", "***", "--token", "***", "--data.window_tokens", "16"]
+    assert without_secrets(typed) == shown
+
+
+@pytest.mark.parametrize("typed", PLAIN)
+def test_what_is_no_secret_is_shown(typed: str) -> None:
+    assert without_secrets([typed]) == [typed]
