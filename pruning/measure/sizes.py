@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.pruning.files.model_folder import weight_files
+from secateur.pruning.files.headers import weight_files
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.pruning.files.model_folder import INDEX, read_json, weight_files
+from secateur.pruning.files.headers import INDEX, weight_files
+from secateur.pruning.files.model_folder import read_json
 
 DAMAGED = {
     "cut off": b'{"weight_map": {"a": "b',
