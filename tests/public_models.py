@@ -230,7 +230,7 @@ _CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _WORDS_QWEN = Words((), _CHAT, None, "<|im_end|>", "<|endoftext|>", adds_bos=False, count=313)
 _WORDS_GEMMA = Words(("<pad>", "<eos>", "<bos>", "<unk>"), (), "<bos>", "<eos>", "<pad>")
 _WORDS_GEMMA_3 = Words(
-    _WORDS_GEMMA.front, ("<image_soft_token>",), "<bos>", "<eos>", "<pad>", count=VOCABULARY
+    _WORDS_GEMMA.front, ("<image_soft_token>",), "<bos>", "<eos>", "<pad>", count=VOCABULARY + 1
 )
 _ONE = "<|endoftext|>"
 _WORDS_PHI = Words((), (_ONE,), _ONE, _ONE, adds_bos=False, count=300)
@@ -325,7 +325,7 @@ PUBLIC_MODELS: Mapping[str, PublicModel] = {
     ),
     "TinyLlama": PublicModel(
         _LLAMA | {"bos_token_id": 1, "eos_token_id": 2, "rope_theta": 10000.0},
-        Words(_SENTENCEPIECE, ("[PAD]",), "<s>", "</s>", "[PAD]", count=VOCABULARY),
+        Words(_SENTENCEPIECE, ("[PAD]",), "<s>", "</s>", "[PAD]", count=VOCABULARY + 1),
     ),
     "SmolLM2-135M": PublicModel(
         _LLAMA

@@ -52,7 +52,7 @@ class Payload:
 
 def plant(folder: Path, mark: Path) -> Path:
     """Put code wherever a library may look for it; it leaves `mark` behind if it runs."""
-    code = f"open({str(mark)!r}, 'a').write(__file__)\nclass Planted: pass\n"
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Planted: pass\n"
     for name in FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(code)
@@ -81,7 +81,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, mark: Path) -> Path:
     shutil.copytree(folder / "base", folder / "teacher")
     plan = uneven_plan(folder / "base")
     plan.save(folder / "plan")
-    (folder / "plan" / "plan.py").write_text(f"open({str(mark)!r}, 'a')")
+    (folder / "plan" / "plan.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()")
     prune_checkpoint(folder / "base", plan, folder / "export")
     shutil.copytree(folder / "export", folder / "repaired")
     plant(folder / "export", mark)
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_data(
 
 
 CUSTOM = """\
-open({mark!r}, "a")
+__import__("pathlib").Path({mark!r}).touch()
 from transformers import PreTrainedTokenizerFast
 class Own(PreTrainedTokenizerFast):
     pass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from secateur.pruning.files.model_folder import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
@@ -94,15 +94,14 @@ def _of_file(path: Path) -> Iterable[tuple[str, Header]]:
 def _weight_map(folder: Path) -> Mapping[str, str]:
     """Name of every tensor to the name of its file, as the index has them."""
     path = folder / INDEX
-    try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
-        names, _ = index["weight_map"], index["metadata"]  # transformers reads both
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; fetch it again.") from error
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{path} is damaged: its `weight_map` names nothing; fetch it again.")
+    index = read_json(path)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise ValueError(f"{path} is damaged: its `weight_map` names no files; fetch it again.")
+    if "metadata" not in index:  # transformers reads it
+        raise ValueError(f"{path} is damaged: it has no `metadata`; fetch it again.")
     for file in names.values():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        if Path(file).name != file or "\\" in file:
             raise ValueError(
                 f"{path} names {file!r}, which is no file of its folder; fetch the model again."
             )
