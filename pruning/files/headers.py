@@ -96,7 +96,7 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
     path = folder / INDEX
     index = read_json(path)
     names = index.get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+    if not (isinstance(names, dict) and names and all(isinstance(f, str) for f in names.values())):
         raise ValueError(f"{path} is damaged: its `weight_map` names no files; fetch it again.")
     if "metadata" not in index:  # transformers reads it
         raise ValueError(f"{path} is damaged: it has no `metadata`; fetch it again.")

@@ -359,7 +359,7 @@ INDICES: dict[str, tuple[Any, str]] = {
     ),
     "an absolute path": ({Q: "/tmp/outside.safetensors"}, "which is no file of its folder"),
     "a path of Windows": ({Q: "..\\outside.safetensors"}, "which is no file of its folder"),
-    "a number": ({Q: 3}, "names 3, which is no file"),
+    "a number": ({Q: 3}, "its `weight_map` names no files"),
     "a file that is not there": ({Q: "model-3.safetensors"}, "lacks model-3.safetensors, which"),
     "the other file": (
         {Q: "model-00001-of-00002.safetensors"},
@@ -409,7 +409,7 @@ def test_a_damaged_index_is_told(content: str, made: dict[str, Path], tmp_path: 
     folder = copied(made, "untied", tmp_path)
     sharded(folder)
     (folder / INDEX).write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json is damaged: .*fetch it again"):
+    with pytest.raises(ValueError, match=r"index\.json is damaged: "):
         BaseModel(folder).judge()
 
 
