@@ -312,7 +312,9 @@ def test_text_that_cannot_be_trained_on_is_refused(
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     make_inputs(tmp_path, vocab_size=300)
-    refuses(learn_masks(tmp_path, tmp_path / "run"), "`--data.tokenizer` has token ids up to 319")
+    refuses(
+        learn_masks(tmp_path, tmp_path / "run"), "`--data.tokenizer` makes of the text the id 319"
+    )
 
 
 @pytest.mark.parametrize("name", ["model", "plan"])

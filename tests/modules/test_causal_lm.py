@@ -364,7 +364,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
     [
         ({"hidden_size": 16}, {}, "`architecture` needs a `model_type`"),
         ({"model_type": "elm"}, {}, "`architecture` is not one that transformers knows"),
-        (ARCHITECTURE | {"vocab_size": 100}, {}, "`tokenizer` has token ids up to 319"),
+        (ARCHITECTURE | {"vocab_size": 100}, {}, "`tokenizer` makes of the text the id 319"),
         (
             ARCHITECTURE | {"max_position_embeddings": 8},
             {},
