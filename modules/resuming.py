@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 _CURE = "Resume from another checkpoint, or start again without `--ckpt_path`."
-_DEFAULT_ONLY = "differentiable"
-"""A default that torch adds to optimisers of other libraries, and not to their groups."""
 
 
 def refuse_unlike(found: Any, expected: Any, where: str) -> None:
@@ -67,7 +65,7 @@ def refuse_incomplete(optimizer: Any) -> None:
         return
     name, averages = type(optimizer).__name__, _averages(optimizer)
     for group in optimizer.param_groups:
-        if lost := sorted(optimizer.defaults.keys() - group.keys() - {_DEFAULT_ONLY}):
+        if lost := sorted(optimizer.defaults.keys() - group.keys()):
             raise ValueError(f"The checkpoint lacks {lost[0]} of {name}. {_CURE}")
         for setting, default in optimizer.defaults.items():
             if isinstance(default, float) and not isinstance(group[setting], float | int):
