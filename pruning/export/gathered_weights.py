@@ -101,14 +101,16 @@ def _write_weights(
     max_shard_bytes: int,
 ) -> None:
     shapes = {
-        name: torch.empty(getattr(value, "ds_shape", value.shape), dtype=dtype, device="meta")
+        name: torch.empty(
+            getattr(value, "ds_shape", value.shape), dtype=_stored(value, dtype), device="meta"
+        )
         for name, (value, _) in _saved(model).items()
     }
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
     unwritten: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, weight in weights:
         file = split.tensor_to_filename[name]
-        unwritten[file][name] = weight.to("cpu", dtype, copy=True)
+        unwritten[file][name] = weight.to("cpu", _stored(weight, dtype), copy=True)
         if len(unwritten[file]) == len(split.filename_to_tensors[file]):
             _save(unwritten.pop(file), folder / file)
     if split.is_sharded:
@@ -125,6 +127,11 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
                     f"{path} does not contain {name!r} as it was written: the weight has become "
                     "NaN, or the disk is damaged."
                 )
+
+
+def _stored(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor in the files; indices keep theirs."""
+    return dtype if weight.is_floating_point() else weight.dtype
 
 
 def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

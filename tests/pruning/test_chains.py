@@ -37,7 +37,9 @@ def test_kinds_are_read_from_the_configuration() -> None:
 )
 def test_widths_do_not_follow_on_a_pattern(pattern: str, refused: bool, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path)
-    stages = [{"provenance": {"weights": {"settings": {"pattern": pattern}}}}]
+    figures = {"parameters": 1, "flops_per_token": 1, "perplexity": {}}
+    stage = {"base": "b", "context_tokens": 16, "models": {"dense": figures, "pruned": figures}}
+    stages = [stage | {"provenance": {"weights": {"settings": {"pattern": pattern}}}}]
     (base / "secateur.json").write_text(json.dumps({"stages": stages}))
     BaseModel(base).refuse(Step.BLOCKS)
     if not refused:
@@ -46,6 +48,6 @@ def test_widths_do_not_follow_on_a_pattern(pattern: str, refused: bool, tmp_path
     with pytest.raises(ValueError, match="zeros in a pattern.* then prune weights"):
         BaseModel(base).refuse(Step.WIDTHS)
     # Training without masks fills the zeros.
-    stages.append({"provenance": {}})
+    stages.append(stage | {"provenance": {}})
     (base / "secateur.json").write_text(json.dumps({"stages": stages}))
     BaseModel(base).refuse(Step.WIDTHS)
