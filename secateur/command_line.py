@@ -160,10 +160,7 @@ class TrainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            first: BaseException = error
-            while first.__cause__ is not None:
-                first = first.__cause__
-            raise first from None
+            raise _raised_here(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; only SaveCheckpoint writes checkpoints.
@@ -226,6 +223,19 @@ class TrainCLI(LightningCLI):
             lines.writerow(["window", "nll"])
             values = (value for batch in batches for value in batch)
             lines.writerows((rank + i * num_ranks, value) for i, value in enumerate(values))
+
+
+def _raised_here(error: BaseException) -> BaseException:
+    """The outermost error of a chain that the package raised, else the innermost of all."""
+    while error.__cause__ is not None:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        module = place.tb_frame.f_globals.get("__name__", "") if place is not None else ""
+        if module.startswith("secateur.") and module != __name__:
+            return error
+        error = error.__cause__
+    return error
 
 
 def _present(argument: str) -> str:

@@ -49,8 +49,7 @@ class Keep(Wish):
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"`--keep` must be in (0, 1), got {self.fraction}.")
+        _check_fraction("--keep", self.fraction)
 
     def keep(self, config: PreTrainedConfig, dtype: torch.dtype, times: Times) -> float:
         return self.fraction
@@ -112,8 +111,7 @@ class Latency(Wish):
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"`--latency` must be in (0, 1), got {self.fraction}.")
+        _check_fraction("--latency", self.fraction)
 
     def keep(self, config: PreTrainedConfig, dtype: torch.dtype, times: Times) -> float:
         num_blocks = config.num_hidden_layers
@@ -134,6 +132,16 @@ class Latency(Wish):
             "measured here with all blocks and with half of them; decoding is not measured, and "
             "narrower blocks gain less time than removed ones"
         )
+
+
+def _check_fraction(option: str, fraction: float) -> None:
+    """Refuse a fraction outside (0, 1).
+
+    Raises:
+        ValueError: It is out of its range.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"`{option}` must be in (0, 1), got {fraction}.")
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
