@@ -84,6 +84,8 @@ def fork(work: Callable[[Announce], object], folder: Path) -> Fork:
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
+        # The parent's streams may be others than its files 1 and 2, as within pytest.
+        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, encoding="utf-8")
         os.chdir(folder)
         # Torch recreates the thread pool, lost in a fork, on its next use; if the first uses were
         # simultaneous in several threads, as in surgery, one of them would fail.
