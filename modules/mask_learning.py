@@ -308,18 +308,17 @@ class MaskLearning(LanguageModelling):
                 teacher_ND = predicting_states(self.model, input_BT)
         gates = None if settled else self._gates()
         with self._applied(gates) as model:
-            hidden_ND = predicting_states(model, input_BT)
-        head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-        losses = token_losses(
-            hidden_ND,
-            input_BT[:, 1:].flatten(),
-            head_of(model),
-            teacher_ND=teacher_ND,
-            teacher_head=head_of(self.model),
-            parameters=head,
-            weights=weights,
-            chunk_tokens=self.frozen.loss_chunk_tokens,
-        )
+            head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+            losses = token_losses(
+                predicting_states(model, input_BT),
+                input_BT[:, 1:].flatten(),
+                head_of(model),
+                teacher_ND=teacher_ND,
+                teacher_head=head_of(self.model),
+                parameters=head,
+                weights=weights,
+                chunk_tokens=self.frozen.loss_chunk_tokens,
+            )
         if gates is None:
             fraction, penalty = zero + float(self._notes.get("kept", self.budget.keep)), zero
         else:

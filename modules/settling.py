@@ -111,12 +111,27 @@ def named_gains(gains: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return dict(zip(sizes, gains.split([*sizes.values()]), strict=True))
 
 
-class _LowRank(Settled):
+class _Weights(Settled):
+    """A cut model whose float32 parameters train; products are computed in the type of its weights.
+
+    Below float32 that is bfloat16 only: gradients in float16 would have to be scaled.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: torch.dtype) -> None:
+        super().__init__(model)
+        self._low = weights == torch.bfloat16
+
+    def applied(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._low)
+
+
+class _LowRank(_Weights):
     """Low-rank updates of a cut model."""
 
     def __init__(self, model: PreTrainedModel, lora: LoRA) -> None:
+        weights = model.dtype
         lora.inject(model)
-        super().__init__(model)
+        super().__init__(model, weights)
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -132,11 +147,12 @@ class _LowRank(Settled):
             yield self.model
 
 
-class _AllWeights(Settled):
+class _AllWeights(_Weights):
     """All weights of a cut model, in float32; the weights before are kept on the CPU."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model.float().requires_grad_(True))
+        super().__init__(model.requires_grad_(True), model.dtype)
+        model.float()
         self._before = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
 
     def trained(self) -> list[nn.Parameter]:
@@ -208,7 +224,7 @@ class LowRank(Trained):
 
 @dataclass(frozen=True)
 class AllWeights(Trained):
-    """All weights, in float32 while they train.
+    """All weights, in float32 while they train; products of a bfloat16 model stay in bfloat16.
 
     Args:
         lr: Highest learning rate, above 0; 0.0003 if not given. It rises over the first tenth of

@@ -431,6 +431,30 @@ def test_weights_of_the_cut_model_train_and_can_be_undone(
     assert not torch.allclose(undone, seen[-1], atol=1e-6)
 
 
+@pytest.mark.parametrize("train", [LowRank(LoRA(rank=2, dropout=0.0)), AllWeights()], ids=str)
+def test_weights_train_in_float32_and_products_stay_in_bfloat16(
+    inputs: Path, data: TextData, tmp_path: Path, train: Trained
+) -> None:
+    module = MaskLearning(
+        str(inputs / "base"),
+        learning=QUICK,
+        frozen=FrozenBase(dtype="bfloat16"),
+        settle=Settle(fraction=1.0, train=train, **FEW),
+    )
+    types: set[torch.dtype] = set()
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            types.update(parameter.dtype for parameter in pl_module.settled.trained())
+            model = pl_module.settled.model
+            model.get_output_embeddings().register_forward_hook(
+                lambda _, inputs, output: types.add(output.dtype)
+            )
+
+    trainer(tmp_path, Look(), max_steps=2, limit_val_batches=0).fit(module, data)
+    assert types == {torch.float32, torch.bfloat16}
+
+
 def test_every_sample_is_on_budget(make: Make) -> None:
     module = make(budget=Budget(0.4))
     for step in range(3):

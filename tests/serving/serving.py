@@ -2,7 +2,8 @@
 
 `make test-serving` makes their environment and runs this file; its name keeps it out of
 `make test`, which needs neither. Prompts are of four lengths in one batch, one of them longer than
-a chunk of vLLM's prefill, with prefix caching on.
+a chunk of vLLM's prefill, with prefix caching on. Greedy tokens are compared up to the first one
+that rounding may decide, which differs between processors.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,24 @@ def ask_vllm(folders: dict[str, Path], place: Path, eager: bool = True) -> dict[
     return answers
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What transformers computes for a prompt: greedy tokens, with no end of the text, how far
+    each is ahead of the second best, and the log-probabilities of the first.
+    """
+
+    tokens: list[int]
+    leads: list[float]
+    first_V: torch.Tensor
+
+    def clear(self, lead: float) -> int:
+        """Number of tokens before the first one that leads by less than `lead` nats."""
+        return next((i for i, own in enumerate(self.leads) if own < lead), len(self.leads))
+
+
 @cache
-def expected(folder: Path, half_gelu: bool = False) -> list[tuple[list[int], torch.Tensor]]:
-    """What transformers computes: greedy tokens and first log-probabilities of every prompt.
+def expected(folder: Path, half_gelu: bool = False) -> list[Answer]:
+    """The answers of transformers to all prompts.
 
     The GELU of llama.cpp is a table from float16 to float16.
     """
@@ -91,16 +108,15 @@ def expected(folder: Path, half_gelu: bool = False) -> list[tuple[list[int], tor
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    """Tokens, with no end of the text, and log-probabilities of the first one."""
+def greedy(model: Any, prompt: list[int]) -> Answer:
     tokens: list[int] = []
-    first_V = None
+    leads, logprobs_NV = [], []
     for _ in range(NEW_TOKENS):
-        logprobs_V = model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1)
-        first_V = logprobs_V if first_V is None else first_V
-        tokens.append(int(logprobs_V.argmax()))
-    assert first_V is not None
-    return tokens, first_V
+        logprobs_NV.append(model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1))
+        best, second = logprobs_NV[-1].topk(2).values.tolist()
+        leads.append(best - second)
+        tokens.append(int(logprobs_NV[-1].argmax()))
+    return Answer(tokens, leads, logprobs_NV[0])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -120,12 +136,12 @@ def test_what_vllm_has_built_in(name: str, folders: dict[str, Path], vllm: dict[
 def assert_equal(said: dict[str, Any], folder: Path) -> None:
     """Greedy tokens are equal to those of transformers, and first log-probabilities nearly."""
     assert "error" not in said, said
-    for (tokens, first_V), ours, logprobs in zip(
-        expected(folder), said["tokens"], said["logprobs"], strict=True
-    ):
-        assert ours == tokens
+    known = expected(folder)
+    for answer, ours, logprobs in zip(known, said["tokens"], said["logprobs"], strict=True):
+        clear = answer.clear(1e-4)
+        assert ours[:clear] == answer.tokens[:clear]
         for token, value in logprobs.items():
-            assert value == pytest.approx(float(first_V[int(token)]), abs=1e-3)
+            assert value == pytest.approx(float(answer.first_V[int(token)]), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -139,13 +155,14 @@ def test_llama_cpp(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     tolerance = 3e-3 if gemma else 1e-3  # what is nearly between two float16 falls either way
     server = LlamaCpp()
     with running(server, PYTHON, folders[name], "float32", tmp_path) as url:
-        for prompt, (tokens, first_V) in zip(PROMPTS, known, strict=True):
+        for prompt, ours in zip(PROMPTS, known, strict=True):
             answer = server.ask(url, prompt, "", NEW_TOKENS)
             assert answer.logprobs is not None
             for token, value in answer.logprobs.items():
-                assert value == pytest.approx(float(first_V[token]), abs=tolerance)
-            if 2 not in tokens:  # llama.cpp is told never to end a text
-                assert answer.tokens == tokens
+                assert value == pytest.approx(float(ours.first_V[token]), abs=tolerance)
+            if 2 not in ours.tokens:  # llama.cpp is told never to end a text
+                clear = ours.clear(tolerance if gemma else 1e-4)
+                assert answer.tokens[:clear] == ours.tokens[:clear]
 
 
 def test_q8_0_has_its_size(folders: dict[str, Path], tmp_path: Path) -> None:
