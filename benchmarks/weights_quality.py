@@ -31,6 +31,7 @@ from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.barber import Barber
 from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.dsnot import DSnoT
+from secateur.pruning.weights.joint_saliency import JointSaliency
 from secateur.pruning.weights.layers import MlpOnly
 from secateur.pruning.weights.least_squares import LeastSquares
 from secateur.pruning.weights.loop import prune_weights
@@ -85,6 +86,10 @@ def combinations(pattern: Pattern) -> dict[str, WeightRecipe]:
             if suffix == "alpha" and not isinstance(pattern, Unstructured):
                 continue
             found[f"{name}+{suffix}"] = replace(base, **change)
+    if isinstance(pattern, NM):
+        joint = WeightRecipe(pattern, JointSaliency(), compensation=SparseGPTSweep())
+        found["joint+sweep"] = joint
+        found["joint+least_squares"] = replace(joint, compensation=LeastSquares())
     return found
 
 
@@ -101,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="merge the figures into this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    known = combinations(Unstructured(0.5))
+    known = combinations(Unstructured(0.5)) | combinations(NM(2, 4))
     if args.list:
         print("\n".join(known))
         return
@@ -185,7 +190,7 @@ def table(figures: dict[str, Any]) -> str:
     """The measured figures as a Markdown table, with those of the reference in brackets."""
     points = list(POINTS)
     lines = [f"| | {' | '.join(points)} |", f"|---|{'---|' * len(points)}"]
-    for name in combinations(Unstructured(0.5)):
+    for name in combinations(Unstructured(0.5)) | combinations(NM(2, 4)):
         cells = []
         for point in points:
             values = [figures.get(f"{name}_{point}_{text}") for text in WINDOWS]

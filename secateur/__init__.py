@@ -57,6 +57,7 @@ _HOMES = {
         "remove_blocks",
     ),
     "pruning.weights.alpha_pruning": ("AlphaPruning",),
+    "pruning.weights.joint_saliency": ("JointSaliency",),
     "pruning.weights.dass": ("DaSS",),
     "pruning.weights.dsnot": ("DSnoT",),
     "pruning.weights.least_squares": ("LeastSquares",),

@@ -11,8 +11,8 @@ the upper Cholesky factor of H^-1 (U^T U = H^-1),
 An input that is always zero gets a diagonal of 1, and its weights count as zero: they are removed
 first.
 
-Two parts share this sweep: `ObsSaliency` chooses masks by it, and `SparseGPTSweep` computes weights
-for any mask. Together they are SparseGPT, in one sweep.
+Parts share this sweep: `ObsSaliency` (and `JointSaliency`) choose masks by it, and `SparseGPTSweep`
+computes weights for any mask. `ObsSaliency` and `SparseGPTSweep` are SparseGPT, in one sweep.
 
 Worked by hand: rows w = (1, 2), H = [[2, 1], [1, 2]] undamped. H^-1 = [[2, -1], [-1, 2]] / 3, so
 U = [[sqrt(2/3), -sqrt(1/6)], [0, sqrt(1/2)]]. Removing w_0 costs err = 1 / sqrt(2/3), and w_1
@@ -30,6 +30,7 @@ Legend: O = output features, I = input features, C = columns of a block.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ _COLUMNS = 128  # columns of a block, as in the paper
 
 
 Choose = Callable[[Tensor, Tensor, slice], Tensor]
-"""A function from weights (O, C), diagonal of the factor (C,) and columns to a mask (O, C)."""
+"""A function from weights (O, C), factor of these columns (C, C) and columns to a mask (O, C)."""
 
 
 def sweep(
@@ -79,7 +80,7 @@ def sweep(
         for j in range(start, end):
             if (j - start) % step == 0:
                 own = slice(j, min(j + step, end))
-                mask_IO[own] = choose(w_IO[own].T, diagonal_I[own], own).T
+                mask_IO[own] = choose(w_IO[own].T, factor_II[own, own], own).T
             err_CO[j - start] = w_IO[j].masked_fill(mask_IO[j], 0) / diagonal_I[j]
             w_IO[j].masked_fill_(~mask_IO[j], 0)
             w_IO[j + 1 : end].addr_(factor_II[j, j + 1 : end], err_CO[j - start], alpha=-1)
@@ -88,8 +89,48 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class ObsSaliency(Damped, Score):
-    """Keep weights whose removal could not be compensated, chosen column by column in a sweep.
+class SweptScore(Damped, Score):
+    """Keep weights whose removal could not be compensated, chosen column by column in a sweep."""
+
+    @abstractmethod
+    def chosen(
+        self,
+        weight_OC: Float[Tensor, "O C"],
+        factor_CC: Float[Tensor, "C C"],
+        zero_OC: Bool[Tensor, "O C"],
+        matrix: Matrix,
+    ) -> Bool[Tensor, "O C"]:
+        """The mask of some columns.
+
+        Args:
+            weight_OC: Their weights, updated by the sweep so far.
+            factor_CC: Their part of the factor of the inverse Hessian.
+            zero_OC: Weights that were zero before the sweep; they are removed first.
+            matrix: The matrix that they are part of.
+        """
+
+    def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:
+        start_OI = _read_weight(matrix)
+        zero_OI = start_OI == 0
+
+        def choose(weight_OC: Tensor, factor_CC: Tensor, columns: slice) -> Tensor:
+            return self.chosen(weight_OC, factor_CC, zero_OI[:, columns], matrix)
+
+        columns = matrix.pattern.sweep_columns(_COLUMNS)
+        weight_OI, mask_OI = sweep(
+            start_OI,
+            factor_of(matrix, self.damping),
+            choose,
+            matrix.pattern.column_step(matrix.group, columns),
+            columns,
+        )
+        matrix.swept = (self.damping, mask_OI, weight_OI)
+        return mask_OI
+
+
+@dataclass(frozen=True)
+class ObsSaliency(SweptScore):
+    """Keep weights whose removal could not be compensated, each judged by itself.
 
     Compared over all rows x 128 columns; within an N:M group along the inputs.
 
@@ -106,24 +147,15 @@ class ObsSaliency(Damped, Score):
     def refuse(self, linear: PrunableLinear, pattern: Pattern, group: Group) -> str | None:
         return None
 
-    def mask(self, matrix: Matrix) -> Bool[Tensor, "O I"]:
-        start_OI = _read_weight(matrix)
-        zero_OI = start_OI == 0
-
-        def choose(weight_OC: Tensor, diagonal_C: Tensor, columns: slice) -> Tensor:
-            score_OC = (weight_OC / diagonal_C).square().masked_fill(zero_OI[:, columns], -1)
-            return matrix.pattern.mask(score_OC, matrix.group)
-
-        columns = matrix.pattern.sweep_columns(_COLUMNS)
-        weight_OI, mask_OI = sweep(
-            start_OI,
-            factor_of(matrix, self.damping),
-            choose,
-            matrix.pattern.column_step(matrix.group, columns),
-            columns,
-        )
-        matrix.swept = (self.damping, mask_OI, weight_OI)
-        return mask_OI
+    def chosen(
+        self,
+        weight_OC: Float[Tensor, "O C"],
+        factor_CC: Float[Tensor, "C C"],
+        zero_OC: Bool[Tensor, "O C"],
+        matrix: Matrix,
+    ) -> Bool[Tensor, "O C"]:
+        score_OC = (weight_OC / factor_CC.diagonal()).square().masked_fill(zero_OC, -1)
+        return matrix.pattern.mask(score_OC, matrix.group)
 
 
 @dataclass(frozen=True)

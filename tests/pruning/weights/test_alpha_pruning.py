@@ -2,8 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from secateur.pruning.weights.alpha_pruning import AlphaPruning, spread_sparsity, tail_exponent
+from secateur.pruning.weights.alpha_pruning import (
+    AlphaPruning,
+    ClosestToPowerLaw,
+    Median,
+    Peak,
+    TailStart,
+    scaled_spread,
+    spread_sparsity,
+    tail_exponent,
+)
 from secateur.pruning.weights.pattern import NM, Unstructured
 from tests.pruning.weights.matrices import noise
 
@@ -53,18 +63,42 @@ def test_the_mean_is_kept_up_to_the_limits(sparsity: float, spread: float) -> No
         assert found == pytest.approx([0.41, 0.99])
 
 
-def test_the_exponent_of_a_power_law_is_found() -> None:
+TAILS = [Peak(), Median(), ClosestToPowerLaw()]
+
+
+def with_spectrum(lambda_E: Tensor) -> Tensor:
+    rotation = torch.linalg.qr(noise(len(lambda_E), len(lambda_E))).Q
+    return rotation * lambda_E.sqrt()
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=str)
+def test_the_exponent_of_a_power_law_is_found(tail: TailStart) -> None:
     # eigenvalues at the quantiles of a power law with exponent 3: P(lambda > x) = x^-2
-    places = (torch.arange(400) + 0.5) / 400
-    lambda_E = places.pow(-1 / 2)
-    rotation = torch.linalg.qr(noise(400, 400)).Q
-    weight_OI = rotation * lambda_E.sqrt()
-    assert tail_exponent(weight_OI) == pytest.approx(3.0, abs=0.15)
+    weight_OI = with_spectrum(((torch.arange(400) + 0.5) / 400).pow(-1 / 2))
+    assert tail_exponent(weight_OI, tail) == pytest.approx(3.0, rel=0.05)
+    assert tail_exponent(10 * weight_OI, tail) == pytest.approx(3.0, rel=0.05)
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=str)
+def test_eigenvalues_that_are_rounding_do_not_count(tail: TailStart) -> None:
+    weight_OI = noise(60, 40) * torch.linspace(0, 3, 40).exp()
+    found = tail_exponent(weight_OI, tail)
+    singular = torch.cat([weight_OI, weight_OI[:, :5]], 1)
+    assert tail_exponent(torch.cat([weight_OI, torch.zeros(60, 3)], 1), tail) == pytest.approx(
+        found, rel=1e-4
+    )
+    assert tail_exponent(singular, tail) != pytest.approx(found, rel=1e-4)
+
+
+def test_exponents_that_are_nearly_equal_spread_less() -> None:
+    assert scaled_spread([2.0, 4.0], 0.2) == 0.2
+    assert scaled_spread([1.66, 1.81], 0.2) == pytest.approx(0.03)
+    assert scaled_spread([3.0, 3.0], 0.2) == 0
 
 
 def test_a_lighter_tail_has_a_larger_exponent() -> None:
-    weight_OI = noise(120, 80)
-    heavy_OI = weight_OI * torch.linspace(0, 3, 80).exp()
+    weight_OI = noise(600, 400)
+    heavy_OI = weight_OI * torch.linspace(0, 3, 400).exp()
     heavy, light = tail_exponent(heavy_OI), tail_exponent(weight_OI)
     assert heavy is not None
     assert light is not None
@@ -73,8 +107,8 @@ def test_a_lighter_tail_has_a_larger_exponent() -> None:
 
 def test_it_gives_every_block_its_own_sparsity() -> None:
     blocks = [
-        {"0.up": noise(60, 40)},
-        {"1.up": noise(60, 40, seed=1) * torch.linspace(0, 3, 40).exp()},
+        {"0.up": noise(600, 400)},
+        {"1.up": noise(600, 400, seed=1) * torch.linspace(0, 3, 400).exp()},
     ]
     light, heavy = AlphaPruning().sparsities(lambda: iter(blocks), 0.5) or []
     assert heavy < light
@@ -98,5 +132,5 @@ def test_a_spread_out_of_range_is_refused(spread: float) -> None:
 
 def test_a_matrix_without_a_tail_is_refused() -> None:
     blocks = [{"0.up": noise(4, 4), "0.down": torch.ones(4, 4)}]
-    with pytest.raises(ValueError, match="no tail in 0.down: fewer than two eigen.*Use Uniform"):
+    with pytest.raises(ValueError, match="no tail in 0.down: fewer than two different eigen.*Use Uniform"):
         AlphaPruning().sparsities(lambda: iter(blocks), 0.5)

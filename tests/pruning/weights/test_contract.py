@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from secateur.pruning.weights.dsnot import DSnoT
 from secateur.pruning.weights.formats import write_pruned_checkpoint
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.weights.guard import decide
+from secateur.pruning.weights.joint_saliency import JointSaliency
 from secateur.pruning.weights.layers import AllLinears, AttentionOnly, LayerSelection, MlpOnly
 from secateur.pruning.weights.least_squares import LeastSquares
 from secateur.pruning.weights.loop import prune_weights
@@ -54,6 +56,7 @@ ROWS: dict[type, WeightRecipe] = {
     Wanda: WeightRecipe(HALF, Wanda()),
     DaSS: WeightRecipe(NM(4, 8), DaSS()),
     ObsSaliency: WeightRecipe(NM(2, 4), ObsSaliency()),
+    JointSaliency: WeightRecipe(NM(2, 4), JointSaliency(), compensation=SparseGPTSweep()),
     Unstructured: WeightRecipe(Unstructured(0.7), Wanda()),
     NM: WeightRecipe(NM(3, 8), Wanda()),
     PerRow: WeightRecipe(Unstructured(0.5, PerRow()), Magnitude()),
@@ -79,7 +82,7 @@ def parts() -> Iterator[type]:
                 and value.__module__ == f"secateur.pruning.weights.{module.name}"
             ):
                 axes = (Allocation, Score, Refinement, Compensation, Pattern, Group, LayerSelection)
-                if value is Gradually or (issubclass(value, axes) and value not in axes):
+                if value is Gradually or (issubclass(value, axes) and not isabstract(value)):
                     yield value
 
 

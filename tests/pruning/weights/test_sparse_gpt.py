@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from secateur.pruning.blocks.statistics import Gram
 from secateur.pruning.weights.hessian import damped, inverse_factors
+from secateur.pruning.weights.joint_saliency import JointSaliency, joint_losses
 from secateur.pruning.weights.least_squares import LeastSquares, refit
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
@@ -165,6 +168,66 @@ def test_the_factors_are_those_of_the_inverses_and_only_a_failure_is_damped_more
         product_II = factor_II.T @ factor_II @ damped(hessian_II, 1e-9)
         torch.testing.assert_close(product_II, torch.eye(12), atol=1e-3, rtol=0)
     assert bool(factor_SII[1].isfinite().all())
+
+
+def test_joint_losses_by_hand() -> None:
+    inverse_CC = torch.eye(4)
+    inverse_CC[0, 1] = inverse_CC[1, 0] = 0.9
+    sets, loss_OS = joint_losses(torch.ones(1, 4), inverse_CC, 2)
+    assert sets == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    torch.testing.assert_close(loss_OS, torch.tensor([[2 / 1.9, 2, 2, 2, 2, 2]]))
+    inverse_CC[0, 1] = inverse_CC[1, 0] = -0.9
+    torch.testing.assert_close(joint_losses(torch.ones(1, 4), inverse_CC, 2)[1][0, 0], tensor(20.0))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 4), NM(4, 8)])
+def test_a_joint_choice_loses_less_than_single_ones(pattern: NM) -> None:
+    """In one group, which is all there is, the set of the least squared error is found."""
+    for seed in range(10):
+        weight_OI, x_BTI = noise(1, pattern.m, seed=seed), correlated(2, 60, pattern.m, seed=seed)
+        matrix = matrix_of(weight_OI, x_BTI, pattern)
+        mask_OI = JointSaliency(1e-6).mask(matrix)
+        errors = {}
+        for gone in combinations(range(pattern.m), pattern.n):
+            keep_OI = torch.ones_like(mask_OI)
+            keep_OI[0, list(gone)] = False
+            refitted_OI = LeastSquares(1e-6).weight(matrix, keep_OI)
+            errors[gone] = output_error(weight_OI, refitted_OI, x_BTI)
+        assert (~mask_OI[0]).nonzero()[:, 0].tolist() == [*min(errors, key=lambda g: errors[g])]
+
+
+def test_a_joint_choice_loses_less_over_many_groups() -> None:
+    ratios = []
+    for seed in range(8):
+        weight_OI, x_BTI = noise(16, 64, seed=seed), correlated(2, 100, 64, seed=seed)
+        lost = []
+        for score in (JointSaliency(), ObsSaliency()):
+            matrix = matrix_of(weight_OI, x_BTI, NM(2, 4), PerRow())
+            swept_OI = SparseGPTSweep().weight(matrix, score.mask(matrix))
+            lost.append(output_error(weight_OI, swept_OI, x_BTI))
+        ratios.append(lost[0] / lost[1])
+    assert max(ratios) < 1.1
+    assert sum(ratios) / len(ratios) < 1
+
+
+def test_a_joint_choice_removes_zeros_first() -> None:
+    weight_OI = noise(8, 40)
+    weight_OI[:, 1::4] = 0
+    weight_OI[0] = 0
+    matrix = matrix_of(weight_OI, correlated(2, 60, 40), NM(2, 4), PerRow())
+    mask_OI = JointSaliency().mask(matrix)
+    assert not mask_OI[:, 1::4].any()
+    assert mask_OI[0].view(-1, 4).tolist() == [[False, False, True, True]] * 10
+
+
+def test_a_joint_choice_is_for_small_groups_along_the_inputs() -> None:
+    score, linear = JointSaliency(), matrix_of(noise(4, 32), noise(1, 9, 32), NM(2, 4)).linear
+    assert score.refuse(linear, NM(2, 4), PerRow()) is None
+    assert "`pattern` NM with `group` PerRow" in str(
+        score.refuse(linear, Unstructured(0.5), PerRow())
+    )
+    assert "`pattern` NM with `group` PerRow" in str(score.refuse(linear, NM(2, 4), PerColumn()))
+    assert "12870 for `m` 16; use `m` up to 8" in str(score.refuse(linear, NM(8, 16), PerRow()))
 
 
 def test_layers_that_read_inputs_as_wide_are_factorised_together() -> None:
