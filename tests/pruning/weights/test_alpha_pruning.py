@@ -132,5 +132,7 @@ def test_a_spread_out_of_range_is_refused(spread: float) -> None:
 
 def test_a_matrix_without_a_tail_is_refused() -> None:
     blocks = [{"0.up": noise(4, 4), "0.down": torch.ones(4, 4)}]
-    with pytest.raises(ValueError, match="no tail in 0.down: fewer than two different eigen.*Use Uniform"):
+    with pytest.raises(
+        ValueError, match="no tail in 0.down: fewer than two different eigen.*Use Uniform"
+    ):
         AlphaPruning().sparsities(lambda: iter(blocks), 0.5)
