@@ -11,7 +11,8 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help setup demo demo-real test test-fast test-cluster test-serving test-oldest check clean
+.PHONY: help setup demo demo-real test test-fast test-cluster test-serving test-oldest check site \
+	clean
 
 help:
 	@echo "make setup      the environment, in .venv"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-serving  exported models in vLLM and llama.cpp, in .venv-serving"
 	@echo "make test-oldest  exported models with the oldest transformers"
 	@echo "make check      format, lint, types, direction of imports"
+	@echo "make site       the documentation as a site, in site/"
 	@echo "make clean      remove caches and runs; .venv stays"
 
 setup: $(READY)
@@ -91,6 +93,17 @@ check: setup
 	cd build/check && ../../.venv/bin/lint-imports --no-cache --config ../../pyproject.toml
 	rm -rf build
 
+# An environment of its own: nothing of the package is imported, its docstrings are read.
+SITE_READY := .venv-site/.ready
+
+$(SITE_READY): docs/requirements.txt
+	test -x .venv-site/bin/python || $(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -m pip install -r docs/requirements.txt
+	touch $@
+
+site: $(SITE_READY)
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict
+
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -520,7 +520,7 @@ class MaskLearning(LanguageModelling):
         dense = self.model
         if self.frozen.quantisation is not None:  # packed weights are not used for the export
             dense = load_original(self.base_model, self.device, copies=2)
-        one = OneRank(base, device)
+        one = OneRank(base, device, self.budget.cost.times)
         if self.settled is None or isinstance(self.settled, MaskedGains):
             deliver(FromFiles(plan, dense), origin, folder, windows_NT, one, measured=True)
         else:

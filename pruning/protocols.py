@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.pruning.costs import CostTable
+from secateur.pruning.costs import CostModel
 from secateur.pruning.depth.units import Unit
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.plan import Plan
@@ -29,7 +29,7 @@ class LearnsMasks(Protocol):
     temperature: float
     """Present temperature of the gates, above 0."""
     sites: list[Site]
-    table: CostTable
+    table: CostModel
 
     @property
     def mask_steps(self) -> int:

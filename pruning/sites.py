@@ -17,6 +17,16 @@ from transformers import PreTrainedModel
 
 from secateur.pruning.families import PARTS, Family, blocks_of, part_of
 
+SMALLEST_FAST = 512
+"""Entries of the residual stream from which on shapes determine speed."""
+
+
+def fast_multiple(stream: int) -> int:
+    """The multiple of widths that suits matrix hardware, by the size of the residual stream."""
+    if stream < SMALLEST_FAST:
+        return 1
+    return 64 if stream >= 1024 else 32
+
 
 @dataclass(frozen=True, order=True)
 class Site:

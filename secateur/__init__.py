@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "pruning.plan": ("Plan",),
-    "pruning.costs": ("Flops", "Parameters"),
+    "pruning.costs": ("Bytes", "Flops", "Parameters"),
+    "pruning.widths.latency": ("Latency",),
     "pruning.schedules": ("Cosine", "Cubic", "Linear"),
     "pruning.losses": ("LossWeights",),
     "pruning.lora": ("LoRA",),
@@ -75,6 +76,7 @@ _HOMES = {
     "pruning.export.cut": ("cut",),
     "pruning.export.deliver": ("deliver", "export"),
     "pruning.export.rewrite": ("prune_checkpoint",),
+    "pruning.measure.latency": ("measure_latency",),
     "pruning.measure.report": ("measure",),
     "pruning.measure.compare": ("compare_folders",),
     "modules": ("CausalLM", "MaskLearning", "ShardedDDP", "TextData", "Zero"),

@@ -24,6 +24,7 @@ _TRAINING = {
 }
 _COMMANDS = {
     "advise": ("pruning.advise.command", "measure a model here, and tell what pruning comes to"),
+    "latency": ("pruning.measure.latency", "measure times of all widths here, for a budget"),
     "surgery": ("pruning.export.rewrite", "cut a checkpoint down to a plan, streamed"),
     "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),

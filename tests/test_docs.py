@@ -1,4 +1,4 @@
-"""What the documentation names exists: imports, names of the package, files."""
+"""What the documentation names exists: imports, names of the package, files, pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import secateur
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/RESULTS.md"])
 FOLDERS = ("pruning", "modules", "callbacks", "secateur", "configs", "tests", "benchmarks", "docs")
 
 
@@ -27,3 +27,11 @@ def test_a_page_names_what_exists(page: Path) -> None:
     files += re.findall(r"\bdocs/\w+\.md", text) if page.parent == ROOT else []
     if page.name != "CHANGELOG.md":  # it tells of what was, too
         assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    """As on a forge; `make site` checks those of the site, and headings."""
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []

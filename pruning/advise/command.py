@@ -117,6 +117,7 @@ def told(base: BaseModel, texts: Sequence[Path], wish: Wish, args: argparse.Name
         f"windows of {window_tokens} tokens; 1000 tokens take {1e3 * times.forward:.2f} s "
         f"forward, {1e3 * times.backward:.2f} s forward and backward.",
         f"Wanted: {wish.said(keep)}.",
+        *wish.also(base.config, dtype),
     ]
     for number, advice in enumerate(advise(asked, times, losses), start=1):
         lines += ["", f"{number}. {advice.title}"]

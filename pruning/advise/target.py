@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from secateur.pruning.advise.probe import Times
+from secateur.pruning.costs import Bytes
 from secateur.pruning.families import skeleton
 from secateur.pruning.measure.sizes import count
 
@@ -33,6 +34,10 @@ class Wish(ABC):
     @abstractmethod
     def said(self, keep: float) -> str:
         """How the wish became a fraction, in words."""
+
+    def also(self, config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:
+        """Lines on a budget that counts what is wished for itself; arguments as for `keep`."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,16 @@ class Fits(Wish):
             "server needs beside is not)"
         )
 
+    def also(self, config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:
+        bits = 8.0 * dtype.itemsize
+        cost = Bytes(self.context_tokens, 1, bits, bits, bits)
+        keep = self.num_bytes / cost.table(skeleton(config)).dense
+        return [
+            "Widths can be chosen by these bytes instead of FLOPs: --model.budget.cost Bytes "
+            f"--model.budget.cost.context_tokens {self.context_tokens} --model.budget.keep "
+            f"{keep:.4f} (bits per weight, other parameter and cache: {bits:g}, as the files)."
+        ]
+
 
 @dataclass(frozen=True)
 class Latency(Wish):
@@ -132,6 +147,12 @@ class Latency(Wish):
             "measured here with all blocks and with half of them; decoding is not measured, and "
             "narrower blocks gain less time than removed ones"
         )
+
+    def also(self, config: PreTrainedConfig, dtype: torch.dtype) -> list[str]:
+        return [
+            "Widths can be chosen by measured times instead of FLOPs, see `python -m secateur "
+            "latency --help`."
+        ]
 
 
 def _check_fraction(option: str, fraction: float) -> None:

@@ -16,6 +16,7 @@ from secateur.pruning.export.streamed import streamed
 from secateur.pruning.export.verify import ExportError
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.generation import prompts_for
+from secateur.pruning.measure.latency_table import LatencyTable
 from secateur.pruning.measure.perplexity import of_windows, window_nll
 from secateur.pruning.measure.report import Report, measure
 from secateur.pruning.measure.row import Row
@@ -66,12 +67,15 @@ class OneRank(Ranks):
     Args:
         dense_folder: Folder of the dense model, for the size of its files.
         device: Device of the computation.
+        latency: Table of times whose predictions are told; None for no predictions.
     """
 
     first = True
 
-    def __init__(self, dense_folder: Path, device: torch.device) -> None:
-        self.dense_folder, self.device = dense_folder, device
+    def __init__(
+        self, dense_folder: Path, device: torch.device, latency: LatencyTable | None = None
+    ) -> None:
+        self.dense_folder, self.device, self.latency = dense_folder, device, latency
 
     def together(self, work: Callable[[], T]) -> list[T]:
         return [work()]
@@ -93,6 +97,7 @@ class OneRank(Ranks):
             speed=speed_settings(windows_NT),
             tokenizer=tokenizer,
             prompts=prompts_for(tokenizer, windows_NT) if tokenizer else (),
+            latency=self.latency,
         )
 
 

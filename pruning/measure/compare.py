@@ -17,6 +17,7 @@ from rich.console import Console
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.generation import prompts_for
+from secateur.pruning.measure.latency_table import read_table
 from secateur.pruning.measure.page import Page
 from secateur.pruning.measure.perplexity import cut_windows
 from secateur.pruning.measure.report import Report, measure
@@ -51,6 +52,7 @@ def compare_folders(
     dtype: str = "auto",
     device: str = "cpu",
     speed: bool = False,
+    latency: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Load and measure model folders.
@@ -64,15 +66,19 @@ def compare_folders(
         dtype: "auto" is that of the files, else a torch name such as "bfloat16".
         device: Torch device.
         speed: Measure prefill and decode as well.
+        latency: Table of times, see `python -m secateur latency`: measure them as it says, and tell
+            what it predicts.
         trust_remote_code: Whether Python files of the first tokenizer may run.
 
     Raises:
         ValueError: A text is shorter than a window, a file of questions is damaged, the window does
-            not fit a model, or `num_windows` is below 1.
+            not fit a model, `num_windows` is below 1, or the table of times is damaged or that of
+            another model.
         OSError: A file or folder cannot be read.
     """
     if num_windows is not None and num_windows < 1:
         raise ValueError(f"`num_windows` must be 1 or more, got {num_windows}.")
+    table = None if latency is None else read_table(latency, "--latency")
     bases = {
         name: BaseModel(Path(folder), "folders", trust_remote_code)
         for name, folder in folders.items()
@@ -110,6 +116,7 @@ def compare_folders(
         tasks=questions,
         tokenizer=tokenizer,
         prompts=prompts,
+        latency=table,
     )
 
 
@@ -155,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=device, help=f"torch device (default here: {device})")
     add("--speed", action="store_true", help="measure prefill and decode, too")
+    add("--latency", type=Path, metavar="TABLE", help="the same as in a table, and what it says")
     add(
         "--trust-remote-code",
         action="store_true",
@@ -180,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=args.dtype,
         device=args.device,
         speed=args.speed,
+        latency=args.latency,
         trust_remote_code=args.trust_remote_code,
     )
     if args.json is not None:

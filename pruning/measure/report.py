@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from secateur.pruning.measure.generation import Prompt, generate
+from secateur.pruning.measure.latency_table import PHASES, LatencyTable
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.measure.row import Row
 from secateur.pruning.measure.sizes import count, file_bytes, memory_bytes, zero_fraction
@@ -44,7 +45,8 @@ class Report:
 
     def untimed(self) -> Report:
         """The same without times, which differ from run to run."""
-        return replace(self, rows=[replace(row, speed=None) for row in self.rows])
+        rows = [replace(row, speed=None, predicted_seconds={}) for row in self.rows]
+        return replace(self, rows=rows)
 
     def table(self) -> Table:
         """The report as a table for a terminal."""
@@ -137,6 +139,8 @@ class Report:
             cells["zeros in blocks"] = f"{row.zeros:.4f}"
         if row.speed is not None:
             cells |= _times(row.speed)
+        for phase, seconds in row.predicted_seconds.items():
+            cells[f"{phase} by the table, ms"] = f"{seconds * 1e3:.2f}"
         if row.memory_bytes is not None:
             cells["weights in memory, MB"] = f"{row.memory_bytes / 1e6:.2f}"
         if row.file_bytes is not None:
@@ -174,6 +178,7 @@ def measure(
     tasks: Mapping[str, Sequence[Question]] | None = None,
     tokenizer: Any = None,
     prompts: Sequence[Prompt] = (),
+    latency: LatencyTable | None = None,
 ) -> Report:
     """Measure models side by side; the dense one comes first.
 
@@ -186,15 +191,23 @@ def measure(
         tasks: Name to multiple-choice questions, see `read_questions`; None skips them.
         tokenizer: Decodes the answers to `prompts`.
         prompts: Prompts that all models answer, see `prompts_for`; empty skips them.
+        latency: Table of times; speed is measured at its prompt, tokens and batch, and what it
+            predicts is told beside.
 
     Raises:
-        ValueError: There is no model or no text, or a folder belongs to no model.
+        ValueError: There is no model or no text, a folder belongs to no model, or the table is that
+            of another model.
     """
     folders = folders or {}
     if not models or not texts:
         raise ValueError(f"A report needs models and texts, got {len(models)} and {len(texts)}.")
     if strange := sorted(set(folders) - set(models)):
         raise ValueError(f"`folders` names {', '.join(strange)}, which `models` does not.")
+    if latency is not None:
+        for model in models.values():
+            latency.check_model(model.config, "The table of times")
+        names = ("batch_size", "prompt_tokens", "new_tokens")
+        speed = {**(speed or {}), **{name: getattr(latency, name) for name in names}}
     speeds = measure_speed(models, **speed) if speed is not None else {}
     rows = [
         Row(
@@ -212,13 +225,21 @@ def measure(
             memory_bytes=memory_bytes(model),
             zeros=zero_fraction(model),
             generation=generate(model, tokenizer, prompts) if prompts else None,
+            predicted_seconds=(
+                {} if latency is None else {p: latency.seconds(model, p) for p in PHASES}
+            ),
         )
         for name, model in models.items()
     ]
     first = next(iter(models.values()))
     device = next(first.parameters()).device.type
-    conditions = {"device": device, "dtype": str(first.dtype).removeprefix("torch.")}
+    conditions: dict[str, Any] = {
+        "device": device,
+        "dtype": str(first.dtype).removeprefix("torch."),
+    }
     if device == "cpu":
         conditions["threads"] = torch.get_num_threads()
+    if latency is not None:
+        conditions["table of times from"] = latency.measured_on
     context = max(windows_NT.shape[1] for windows_NT in texts.values())
     return Report(rows, context, conditions | dict(speed or {}))

@@ -26,6 +26,7 @@ class Row:
         memory_bytes: Bytes of its parameters and buffers in memory, if it was loaded whole.
         zeros: Fraction of the weights in its blocks that are exactly zero, if they were counted.
         generation: What it answers, if it was asked.
+        predicted_seconds: Phase to the time of a pass by a latency table, if there is one.
     """
 
     name: str
@@ -37,3 +38,4 @@ class Row:
     memory_bytes: int | None = None
     zeros: float | None = None
     generation: Generation | None = None
+    predicted_seconds: Mapping[str, float] = field(default_factory=dict)

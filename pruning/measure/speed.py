@@ -115,18 +115,18 @@ def _generate(
     input_BT = prompt_BT.to(device)
     cache = DynamicCache(config=model.config)
     others = _start_memory(model, device)
-    begin = _now(clock, device)
+    begin = now(clock, device)
     logits = model(
         input_ids=input_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
     ).logits
-    prefilled = _now(clock, device)
+    prefilled = now(clock, device)
     next_B1 = logits[:, -1:].argmax(-1)
     next_B1.tolist()  # as in a server that streams its output
-    first = _now(clock, device)
+    first = now(clock, device)
     for _ in range(new_tokens - 1):
         logits = model(input_ids=next_B1, past_key_values=cache, use_cache=True).logits
         next_B1 = logits[:, -1:].argmax(-1)
-    end = _now(clock, device)
+    end = now(clock, device)
     assert cache.get_seq_length() == prompt_BT.shape[1] + new_tokens - 1
     peak = torch.cuda.max_memory_allocated(device) - others if others is not None else None
     return _Run(prefilled - begin, first - begin, end - begin, peak)
@@ -145,7 +145,8 @@ def _start_memory(model: Any, device: torch.device) -> int | None:
     return allocated - sum(own.values())
 
 
-def _now(clock: Callable[[], float], device: torch.device) -> float:
+def now(clock: Callable[[], float], device: torch.device) -> float:
+    """The time in seconds, once the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock()

@@ -17,11 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from secateur.pruning.costs import Cost, CostTable, Flops
+from secateur.pruning.costs import Cost, CostModel, Flops
 from secateur.pruning.families import Family, family_of
-from secateur.pruning.sites import Site
+from secateur.pruning.sites import SMALLEST_FAST, Site, fast_multiple
 
-_SMALLEST_FAST = 512  # entries of the residual stream above which shapes determine speed
 # Measured on one core (width 576, bfloat16): gathering takes as long as a product with about 540
 # features. Estimated from memory traffic, it is about the same on a GPU at width 4096.
 _SELECTION = 512
@@ -49,7 +48,7 @@ class Budget:
     Args:
         keep: Fraction of the dense cost to keep, in (0, 1].
         cost: The measure of cost: `Flops` or `Parameters`, of the block projections or the whole
-            model.
+            model; `Bytes` of weights and cache; or `Latency`, by a table that was measured.
         min_width: Fewest entries that a site keeps, 1 or more.
         width_multiple: Every width is a multiple of this, 1 or more (8, 64 and 128 suit matrix
             hardware); a site whose size is not a multiple may also stay uncut. None means 32 if the
@@ -102,11 +101,10 @@ class Budget:
     def suited(self, sites: Sequence[Site]) -> Budget:
         """The same budget with `width_multiple` and `selection` set for these sites."""
         stream = max((site.size for site in sites if site.is_of_stream), default=0)
-        real = stream >= _SMALLEST_FAST
-        multiple, selection = (64 if stream >= 1024 else 32, _SELECTION) if real else (1, 0)
+        selection = _SELECTION if stream >= SMALLEST_FAST else 0
         return replace(
             self,
-            width_multiple=multiple if self.width_multiple is None else self.width_multiple,
+            width_multiple=self.width_multiple or fast_multiple(stream),
             selection=selection if self.selection is None else self.selection,
         )
 
@@ -125,7 +123,7 @@ class Budget:
             return site.name == "mlp_mid"
         return self.sites is None or site.is_part or site.name in self.sites
 
-    def check(self, sites: Sequence[Site], table: CostTable) -> None:
+    def check(self, sites: Sequence[Site], table: CostModel) -> None:
         """Check before training that the budget can be met.
 
         Raises:
@@ -135,7 +133,7 @@ class Budget:
         """
         self.suited(sites)._check(sites, table)
 
-    def _check(self, sites: Sequence[Site], table: CostTable) -> None:
+    def _check(self, sites: Sequence[Site], table: CostModel) -> None:
         names = list(dict.fromkeys(site.name for site in sites if not site.is_part))
         if strange := [name for name in self.sites or () if name not in names]:
             raise ValueError(f"`sites` names {strange[0]!r}; the model has {', '.join(names)}.")
@@ -159,7 +157,7 @@ class Budget:
         reachable = float(table.fraction(floor_S))
         if reachable > self.keep:
             shape = f"`min_width` {self.min_width} and `width_multiple` {self.width_multiple}"
-            cure = "Raise `keep` or lower the widths."
+            cure = self.cost.cure
             if self.uniform:
                 shape, cure = f"`uniform`, {shape}", f"{cure[:-1]}, or set `uniform` to false."
             if self.sites is not None:
@@ -173,7 +171,7 @@ class Budget:
         self,
         scores_N: Float[Tensor, " N"],
         sites: Sequence[Site],
-        table: CostTable,
+        table: CostModel,
         most_S: Int[Tensor, " S"] | None = None,
     ) -> tuple[Tensor, ...]:
         """Choose the kept entries: the highest scores that exactly fit the budget.
@@ -189,7 +187,7 @@ class Budget:
         Args:
             scores_N: Higher means keep; P(keep) or the logits, of any monotone scale.
             sites: The sites, in order.
-            table: Cost table of the same sites.
+            table: Cost of the same sites.
             most_S: Largest number of entries that each site may keep; None means all.
 
         With `parts`, their gates are ranked together with the chunks. Parts outside the prefix are
@@ -209,7 +207,7 @@ class Budget:
         self,
         scores_N: Float[Tensor, " N"],
         sites: Sequence[Site],
-        table: CostTable,
+        table: CostModel,
         most_S: Int[Tensor, " S"] | None,
     ) -> tuple[Tensor, ...]:
         self._check(sites, table)
@@ -233,7 +231,7 @@ class Budget:
             for order, width in zip(ranked, widths_S.tolist(), strict=True)
         )
 
-    def _uniform_widths(self, sites: Sequence[Site], table: CostTable, limit: float) -> Tensor:
+    def _uniform_widths(self, sites: Sequence[Site], table: CostModel, limit: float) -> Tensor:
         """The largest common MLP width within the limit."""
         floor_S = torch.tensor([self._floor(site) for site in sites])
         narrow_S = torch.tensor([self.prunes(site) for site in sites])
@@ -251,7 +249,7 @@ class Budget:
         self,
         scores_N: Tensor,
         sites: Sequence[Site],
-        table: CostTable,
+        table: CostModel,
         limit: float,
         ranked: Sequence[Tensor],
         most_S: Tensor,
@@ -283,7 +281,7 @@ class Budget:
         self,
         scores_N: Tensor,
         sites: Sequence[Site],
-        table: CostTable,
+        table: CostModel,
         limit: float,
         ranked: Sequence[Tensor],
         floor_S: Tensor,
@@ -309,7 +307,7 @@ class Budget:
         self,
         scores_N: Tensor,
         sites: Sequence[Site],
-        table: CostTable,
+        table: CostModel,
         limit: float,
         ranked: Sequence[Tensor],
         floor_S: Tensor,
@@ -325,17 +323,17 @@ class Budget:
         # does not fit, its site gets no more.
         rest = list(zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True))
         open_sites = {site for site, _ in rest}
-        marginal = table.marginal(widths_S).tolist()
         for site, size in rest:
             if site not in open_sites:
                 continue
-            if cost + size * marginal[site] > limit:
+            more = table.increase(widths_S, site, size)
+            if cost + more > limit:
                 open_sites.remove(site)
                 if not open_sites:
                     break
                 continue
             widths_S[site] += size
-            cost, marginal = float(table(widths_S)), table.marginal(widths_S).tolist()
+            cost += more
         return widths_S
 
     @property
@@ -386,7 +384,7 @@ def _widths_of_prefix(
 
 
 def _longest_prefix(
-    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, table: CostTable, limit: float
+    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, table: CostModel, limit: float
 ) -> int:
     """The number of chunks in the longest prefix that costs at most the limit."""
     low, high = 0, len(chunk_sites)  # the result is in [low, high]; cost grows with every chunk

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.pruning.costs import CostTable
+from secateur.pruning.costs import CostModel
 from secateur.pruning.progress import tracked
 from secateur.pruning.sites import Site, find_sites
 from secateur.pruning.widths.budget import Budget
@@ -81,7 +81,7 @@ def close_worst(
     score: WidthScore,
     budget: Budget,
     sites: Sequence[Site],
-    table: CostTable,
+    table: CostModel,
 ) -> Ranking:
     """Run one round: close the worst of the open gates until the budget is met.
 
@@ -91,7 +91,7 @@ def close_worst(
         score: The score.
         budget: Budget after this round; at most the present cost.
         sites: The sites, in order.
-        table: Cost table of the same sites.
+        table: Cost of the same sites.
 
     Raises:
         ValueError: The budget cannot be met, or a value is not finite.

@@ -69,7 +69,7 @@ class WidthScore(ABC):
         Args:
             values_N: Result of `values`.
             sites: The sites, in order.
-            marginal_S: Cost of one more entry of every site, see `CostTable.marginal`.
+            marginal_S: Cost of one more entry of every site, see `CostModel.marginal`.
 
         Raises:
             ValueError: The score cannot compare these sites.
