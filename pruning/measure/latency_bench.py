@@ -249,7 +249,7 @@ class Bench:
         """Median seconds of every piece, and the median of their spreads, by phase."""
         places = {**{kind: place for place, kind in enumerate(self.kinds)}, "mlp": len(self.kinds)}
         # One attention of every kind, and an MLP.
-        widths: list[Widths] = [{"mlp": 0} for _ in self.kinds] + [{"attn": 0}]
+        widths = [*({"mlp": 0} for _ in self.kinds), {"attn": 0}]
         of_base = [*self.kinds.values(), next(iter(self.kinds.values()))]
         host = self.narrow(widths, of_base, _FEW_TOKENS)
         calls = {phase: self._calls(host, phase) for phase in PHASES}

@@ -13,6 +13,7 @@ from secateur.pruning.advise.command import main, num_bytes
 from secateur.pruning.advise.methods import Setting, advise
 from secateur.pruning.advise.probe import Losses, Times, measure_losses, measure_times
 from secateur.pruning.advise.target import Fits, Keep, Latency, cache_bytes_per_token
+from secateur.pruning.costs import Bytes
 from secateur.pruning.depth import bypassed
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.measure.sizes import count
@@ -81,6 +82,16 @@ def test_a_size_becomes_a_fraction_of_the_blocks() -> None:
         Fits(1e9, 100).keep(config, dtype, TIMES)
     with pytest.raises(ValueError, match="alone take .* lower `--context`"):
         Fits(1e3, 100).keep(config, dtype, TIMES)
+
+
+def test_a_size_is_also_told_as_a_budget_of_bytes() -> None:
+    config, dtype = tiny_llama_config(), torch.bfloat16
+    wanted = 0.75 * Bytes(100, 1, 16.0, 16.0, 16.0).table(tiny_llama()).dense
+    (said,) = Fits(wanted, 100).also(config, dtype)
+    assert "--model.budget.cost Bytes --model.budget.cost.context_tokens 100 " in said
+    assert "--model.budget.keep 0.7500 (" in said
+    assert "`python -m secateur latency --help`" in Latency(0.5).also(config, dtype)[0]
+    assert Keep(0.5).also(config, dtype) == []
 
 
 def test_a_time_becomes_a_fraction_on_a_straight_line() -> None:
