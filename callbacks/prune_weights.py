@@ -70,7 +70,8 @@ class PruneWeights(Prune):
 
     Args:
         pattern: How many entries of every group are removed: `Unstructured` or `NM`.
-        score: Which weights are kept: `Magnitude`, `Wanda` (if not given), `DaSS` or `ObsSaliency`.
+        score: Which weights are kept: `Magnitude`, `Wanda` (if not given), `DaSS`, `ObsSaliency`
+            or `JointSaliency`.
         allocation: How the sparsity is spread over the blocks: `Uniform` (if not given) or
             `AlphaPruning`.
         refinement: Changes the masks: `DSnoT` or `Barber`; none if not given.

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +63,7 @@ from secateur.pruning.export.sources import FromFiles, FromModel
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.families import skeleton
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.losses import head_of, token_losses
+from secateur.pruning.losses import TokenLosses, head_of, token_losses
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan, plan_from_indices
@@ -70,10 +71,11 @@ from secateur.pruning.protocols import calibration_windows
 from secateur.pruning.sites import Site, split
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.gates import GateSampler
+from secateur.pruning.widths.gates import GateSampler, Stream
 from secateur.pruning.widths.hypernetwork import GRUHypernetwork, Hypernetwork
 from secateur.pruning.widths.learning import GateLearning, Importance, masks_of
 from secateur.pruning.widths.memory import ORIGINAL, Run
+from secateur.pruning.widths.policy_gradient import Draw
 
 import_all(secateur.pruning.widths)
 
@@ -140,6 +142,7 @@ class MaskLearning(LanguageModelling):
         self._trained = False
         self.sites: list[Site]
         self.start_N: Tensor
+        self._average = torch.tensor(math.nan)  # the state of the baseline of a policy gradient
         self.settled_N: Tensor
         self.settled: Settled | None = None
         self._notes: dict[str, Any] = {}
@@ -177,6 +180,7 @@ class MaskLearning(LanguageModelling):
         """Reset the gates to their state before the first step."""
         self.hypernetwork = self._make_hypernetwork([site.size for site in self.sites])
         torch.nn.init.zeros_(self.start_N)
+        self._average = torch.tensor(math.nan)
         torch.nn.init.zeros_(self.settled_N)
         self.settled, self._notes = None, {}  # first: the following lines depend on it
         if self.settle is not None and not self._cuts:
@@ -300,16 +304,38 @@ class MaskLearning(LanguageModelling):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
         input_BT = batch["input_ids"]
-        settled = self._has_settled
-        weights = self.settle.loss if settled and self.settle else self.learning.loss
-        teacher_ND, zero = None, self.start_N.new_zeros(())
+        if self._has_settled:
+            losses = self._losses(input_BT, None)
+            fraction = losses.total.new_tensor(self._notes.get("kept", self.budget.keep))
+            loss, penalty = losses.total, torch.zeros_like(fraction)
+        else:
+            draw, evaluate = self._draws(), partial(self._losses, input_BT)
+            found = self.learning.gradient.estimate(draw, evaluate, self._average)
+            self._average = found.average
+            losses, gates = found.losses, self._open(split(found.gates_N, self.sites))
+            fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
+            penalty = self.learning.pressure.penalty(fraction, self.keep_target)
+            loss = found.surrogate + penalty
+        self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
+        if isinstance(self.trainer.model, DistributedDataParallel):  # waits for all gradients
+            loss = loss + 0.0 * torch.stack([p.sum() for p in self._resting()]).sum()
+        if not bool(loss.isfinite()):
+            cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
+            self.stop_diverged(cause, loss)
+        return loss
+
+    def _losses(self, input_BT: Tensor, gates_N: Tensor | None) -> TokenLosses:
+        """Losses of the model with the given gates on one batch; with None, of the settled one."""
+        settled = self.settle if gates_N is None else None
+        weights = self.learning.loss if settled is None else settled.loss
+        teacher_ND = None
         if weights.distillation:
             with torch.no_grad():
                 teacher_ND = predicting_states(self.model, input_BT)
-        gates = None if settled else self._gates()
+        gates = None if gates_N is None else self._open(split(gates_N, self.sites))
         with self._applied(gates) as model:
             head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-            losses = token_losses(
+            return token_losses(
                 predicting_states(model, input_BT),
                 input_BT[:, 1:].flatten(),
                 head_of(model),
@@ -319,19 +345,6 @@ class MaskLearning(LanguageModelling):
                 weights=weights,
                 chunk_tokens=self.frozen.loss_chunk_tokens,
             )
-        if gates is None:
-            fraction, penalty = zero + float(self._notes.get("kept", self.budget.keep)), zero
-        else:
-            fraction = self.table.fraction(torch.stack([gate.sum() for gate in gates]))
-            penalty = self.learning.pressure.penalty(fraction, self.keep_target)
-        self._log_step(losses.cross_entropy, losses.distillation, fraction, penalty)
-        loss = losses.total + penalty
-        if isinstance(self.trainer.model, DistributedDataParallel):  # waits for all gradients
-            loss = loss + 0.0 * torch.stack([p.sum() for p in self._resting()]).sum()
-        if not bool(loss.isfinite()):
-            cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
-            self.stop_diverged(cause, loss)
-        return loss
 
     def _resting(self) -> list[nn.Parameter]:
         """Parameters that are not trained in this part of training."""
@@ -562,6 +575,7 @@ class MaskLearning(LanguageModelling):
         checkpoint["settled"] = {
             "plan": self.plan().state() if cut_by else None,
             "notes": self._notes,
+            "average": self._average,
         }
         super().on_save_checkpoint(checkpoint)
 
@@ -575,6 +589,7 @@ class MaskLearning(LanguageModelling):
         """
         super().on_load_checkpoint(checkpoint)
         self._notes = checkpoint["settled"]["notes"]
+        self._average = checkpoint["settled"].get("average", self._average)
         if (state := checkpoint["settled"]["plan"]) is not None:
             assert self.settle is not None
             with torch.no_grad():
@@ -618,6 +633,7 @@ class MaskLearning(LanguageModelling):
             batch_size=data.batch_size,
             window_tokens=data.window_tokens,
             checkpointing=self.frozen.gradient_checkpointing,
+            forward_only=not self._back_propagates,
             loss_chunk_tokens=self.frozen.loss_chunk_tokens,
             distillation=any(
                 loss.distillation
@@ -626,6 +642,16 @@ class MaskLearning(LanguageModelling):
             ),
             hypernetwork=self._make_hypernetwork,
             optimizer_bytes=optimizer_bytes(self._make_optimizer([nn.Parameter(torch.ones(1))])),
+        )
+
+    @property
+    def _back_propagates(self) -> bool:
+        """Whether any part of the run needs a backward pass through the model."""
+        start = self.learning.start
+        return (
+            self.learning.gradient.back_propagates
+            or (start is not None and start.score.back_propagates)
+            or (self.settle is not None and self.settle.fraction > 0)
         )
 
     @torch.no_grad()
@@ -649,19 +675,17 @@ class MaskLearning(LanguageModelling):
         kept = budget.finalise(scores_N.float().cpu(), self.sites, self.table)
         return masks_of(kept, self.sites)
 
-    def _gates(self) -> tuple[Tensor, ...]:
-        """Sample the gates of this step."""
+    def _draws(self) -> Callable[[int], Draw]:
+        """The draws of the gates of this step, by number."""
         logits_N = self.hypernetwork() + self.start_N
         if not bool(logits_N.isfinite().all()):
             self.stop_diverged("a logit of the gates", logits_N.sum())
-        gates_N = self.learning.pressure.draw(
-            self.sampler,
-            logits_N,
-            self.global_step,
-            self.global_rank,
-            self._on_budget,
-        )
-        return self._open(split(gates_N, self.sites))
+
+        def draw(number: int) -> Draw:
+            place = Stream(self.global_step, self.global_rank, number)
+            return self.learning.pressure.draw(self.sampler, logits_N, place, self._on_budget)
+
+        return draw
 
     def _open(self, gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Set gates to one at sites that the budget does not prune."""

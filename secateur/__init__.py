@@ -21,9 +21,11 @@ _HOMES = {
     "pruning.lora": ("LoRA",),
     "pruning.files.base_model": ("BaseModel",),
     "pruning.widths.budget": ("Budget",),
+    "pruning.widths.feature_statistics": ("Fluctuation", "WandaWidth"),
     "pruning.widths.gate_gradient": ("Fisher", "GateGradient"),
     "pruning.widths.gradual_ranking": ("GradualRanking",),
     "pruning.widths.learning": ("ExactBudget", "GateLearning", "Importance", "Penalty"),
+    "pruning.widths.policy_gradient": ("LeaveOneOut", "MovingAverage", "PolicyGradient"),
     "pruning.widths.refit": ("Refit", "refit"),
     "pruning.widths.width_magnitude": ("RandomOrder", "WidthMagnitude"),
     "pruning.widths.gates": (

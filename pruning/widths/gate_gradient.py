@@ -74,6 +74,7 @@ class _WindowGradients(WidthScore):
     """A score that averages a function of the gate gradients over windows."""
 
     reads_text: ClassVar[bool] = True
+    back_propagates: ClassVar[bool] = True
 
     @abstractmethod
     def of(self, gradients_BN: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:

@@ -14,11 +14,13 @@ Legend: N = all gates of a model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 _TINY = 1e-7  # keeps log(u) and log(1 - u) finite for u drawn from [0, 1)
 
@@ -34,6 +36,10 @@ class Noise(ABC):
     def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """P(logit + noise > 0)."""
 
+    @abstractmethod
+    def log_density(self, noise_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Logarithm of the density of the noise."""
+
 
 class Logistic(Noise):
     """Logistic noise, the difference of two Gumbel variables: P(keep) = sigmoid(logit)."""
@@ -45,6 +51,9 @@ class Logistic(Noise):
     def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         return logits_N.sigmoid()
 
+    def log_density(self, noise_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return F.logsigmoid(noise_N) + F.logsigmoid(-noise_N)
+
 
 class ReferenceGumbel(Noise):
     """One Gumbel variable, as in the released DISP-LLM code: P(keep) = 1 - exp(-exp(logit))."""
@@ -54,6 +63,9 @@ class ReferenceGumbel(Noise):
 
     def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         return -torch.expm1(-logits_N.exp())
+
+    def log_density(self, noise_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return -noise_N - (-noise_N).exp()
 
 
 class Relaxation(ABC):
@@ -116,8 +128,23 @@ class ReinMax(Relaxation):
         return hard_N + slope_N * (logits_N - logits_N.detach())
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The place of a draw in a run; every place has noise of its own.
+
+    Args:
+        step: Optimiser step, 0 or more.
+        rank: Rank of this process, 0 or more; ignored unless the sampler draws `per_rank`.
+        sample: Number of the draw within its step, 0 to 15.
+    """
+
+    step: int
+    rank: int = 0
+    sample: int = 0
+
+
 class GateSampler:
-    """Sampler of the gates of a step: a pure function of (logits, seed, step, rank).
+    """Sampler of the gates of a step: a pure function of (logits, seed, step, rank, sample).
 
     It keeps no state between draws, so resuming at a step repeats its noise exactly, on any number
     of ranks.
@@ -175,42 +202,37 @@ class GateSampler:
             )
         self._temperature = value
 
-    def __call__(
-        self, logits_N: Float[Tensor, " N"], step: int, rank: int = 0
-    ) -> Float[Tensor, " N"]:
+    def __call__(self, logits_N: Float[Tensor, " N"], stream: Stream) -> Float[Tensor, " N"]:
         """Gates in [0, 1] for one training step, differentiable in the logits.
 
         Args:
             logits_N: Output of the hypernetwork.
-            step: Optimiser step, 0 or more.
-            rank: Rank of this process, 0 or more; ignored unless `per_rank`.
+            stream: The place of the draw.
         """
-        noise_N = self.noise_of(logits_N, step, rank)
+        noise_N = self.noise_of(logits_N, stream)
         return self.relaxation(logits_N + self.offset, noise_N, self.temperature)
 
-    def noise_of(
-        self, logits_N: Float[Tensor, " N"], step: int, rank: int = 0
-    ) -> Float[Tensor, " N"]:
-        """Draw the noise of a step, in the type and on the device of the logits.
+    def noise_of(self, logits_N: Float[Tensor, " N"], stream: Stream) -> Float[Tensor, " N"]:
+        """Draw noise, in the type and on the device of the logits.
 
         Args:
             logits_N: Output of the hypernetwork.
-            step: Optimiser step, 0 or more.
-            rank: Rank of this process, 0 or more; ignored unless `per_rank`.
+            stream: The place of the draw.
         """
-        uniform_N = self._uniform(len(logits_N), step, rank if self.per_rank else 0)
+        uniform_N = self._uniform(len(logits_N), stream)
         return self.noise.from_uniform(uniform_N).to(logits_N)
 
     def keep_probability(self, logits_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """P(keep) of every gate; deterministic."""
         return self.noise.keep_probability(logits_N + self.offset)
 
-    def _uniform(self, count: int, step: int, rank: int) -> Tensor:
-        # One stream per (seed, step, rank). The generator uses the low 32 bits of its seed, which
-        # are distinct within a run for up to 8191 ranks and half a million steps. It is on the CPU,
-        # whose stream is the same on every machine.
+    def _uniform(self, count: int, stream: Stream) -> Tensor:
+        # The generator uses the low 32 bits of its seed, which are distinct within a run for up to
+        # 8191 ranks (511 with 16 samples) and half a million steps. It is on the CPU, whose stream
+        # is the same on every machine.
+        place = (stream.rank if self.per_rank else 0) + stream.sample * 511
         generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + step) * 8191 + rank & 0x7FFF_FFFF_FFFF_FFFF
+            (self.seed * 1_000_003 + stream.step) * 8191 + place & 0x7FFF_FFFF_FFFF_FFFF
         )
         return torch.rand(count, generator=generator)
 

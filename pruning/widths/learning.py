@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.sites import Site
 from secateur.pruning.widths.budget import log_ratio_penalty
 from secateur.pruning.widths.gate_gradient import Fisher
-from secateur.pruning.widths.gates import GateSampler
+from secateur.pruning.widths.gates import GateSampler, Stream
 from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.policy_gradient import Draw, Estimator, Pathwise
 from secateur.pruning.widths.scores import WidthScore
 
 OnBudget = Callable[[Tensor], Tensor]
@@ -36,17 +38,15 @@ class Pressure(ABC):
         self,
         sampler: GateSampler,
         logits_N: Float[Tensor, " N"],
-        step: int,
-        rank: int,
+        stream: Stream,
         on_budget: OnBudget,
-    ) -> Float[Tensor, " N"]:
+    ) -> Draw:
         """Draw the gates of a step, in [0, 1], differentiable in the logits.
 
         Args:
             sampler: Noise and relaxation.
             logits_N: Logits, without the offset of the sampler.
-            step: Optimiser step, 0 or more.
-            rank: Rank of this process.
+            stream: Step, rank and number of the draw.
             on_budget: Returns the masks of the best scores within the budget of this step.
         """
 
@@ -90,11 +90,16 @@ class Penalty(Pressure):
         self,
         sampler: GateSampler,
         logits_N: Float[Tensor, " N"],
-        step: int,
-        rank: int,
+        stream: Stream,
         on_budget: OnBudget,
-    ) -> Float[Tensor, " N"]:
-        return sampler(logits_N, step, rank)
+    ) -> Draw:
+        gates_N = sampler(logits_N, stream)
+
+        def log_probability() -> Tensor:
+            kept_N, keep_N = gates_N.detach().round(), sampler.keep_probability(logits_N)
+            return -F.binary_cross_entropy(keep_N, kept_N, reduction="sum")
+
+        return Draw(gates_N, log_probability)
 
     def keep_probability(
         self,
@@ -133,14 +138,17 @@ class ExactBudget(Pressure):
         self,
         sampler: GateSampler,
         logits_N: Float[Tensor, " N"],
-        step: int,
-        rank: int,
+        stream: Stream,
         on_budget: OnBudget,
-    ) -> Float[Tensor, " N"]:
-        noisy_N = logits_N + sampler.noise_of(logits_N, step, rank)
+    ) -> Draw:
+        noisy_N = logits_N + sampler.noise_of(logits_N, stream)
         hard_N, threshold = _split_at_budget(noisy_N.detach(), on_budget)
         soft_N = ((noisy_N - threshold) / self.temperature).sigmoid()
-        return hard_N + (soft_N - soft_N.detach())
+        return Draw(
+            hard_N + (soft_N - soft_N.detach()),
+            # That of the noisy logits, of which the masks are a function.
+            lambda: sampler.noise.log_density(noisy_N.detach() - logits_N).sum(),
+        )
 
     def keep_probability(
         self,
@@ -186,11 +194,14 @@ class GateLearning:
         pressure: How gates meet the budget: `ExactBudget` or `Penalty`.
         loss: Loss that trains the gates.
         start: Initial ranking; None starts with all gates open.
+        gradient: `Pathwise` back-propagates through the model; `PolicyGradient` only runs it
+            forward, so that no activations are stored.
     """
 
     pressure: Pressure = field(default_factory=ExactBudget)
     loss: LossWeights = field(default_factory=LossWeights)
     start: Importance | None = field(default_factory=Importance)
+    gradient: Estimator = field(default_factory=Pathwise)
 
 
 def _split_at_budget(scores_N: Tensor, on_budget: OnBudget) -> tuple[Tensor, Tensor]:

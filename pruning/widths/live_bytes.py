@@ -86,6 +86,7 @@ class _Step:
     batch_size: int
     window_tokens: int
     checkpointing: bool
+    forward_only: bool
 
 
 def model_step(
@@ -94,6 +95,7 @@ def model_step(
     batch_size: int,
     window_tokens: int,
     checkpointing: bool,
+    forward_only: bool = False,
 ) -> tuple[int, int]:
     """Result of `decoder_step` for the frozen model of a configuration, computed from a few blocks.
 
@@ -107,9 +109,10 @@ def model_step(
         batch_size: Windows, 1 or more.
         window_tokens: Tokens of a window, 1 or more.
         checkpointing: Recompute activations in the backward pass.
+        forward_only: There is no backward pass.
     """
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    step = _Step(config, text, dtype, batch_size, window_tokens, checkpointing)
+    step = _Step(config, text, dtype, batch_size, window_tokens, checkpointing, forward_only)
     if is_narrow(config.model_type):
         return _blocks(step, config.num_hidden_layers)
     two, four = _blocks(step, 2), _blocks(step, 4)
@@ -129,11 +132,16 @@ def _blocks(step: _Step, num_blocks: int) -> tuple[int, int]:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=step.dtype)
         model.requires_grad_(False)
         model.train()
-        return decoder_step(model, step.batch_size, step.window_tokens, step.checkpointing)
+        sizes = step.batch_size, step.window_tokens
+        return decoder_step(model, *sizes, step.checkpointing, step.forward_only)
 
 
 def decoder_step(
-    model: Any, batch_size: int, window_tokens: int, checkpointing: bool
+    model: Any,
+    batch_size: int,
+    window_tokens: int,
+    checkpointing: bool,
+    forward_only: bool = False,
 ) -> tuple[int, int]:
     """Bytes of live tensors after the forward pass with gates, and the peak of forward and
     backward.
@@ -143,6 +151,7 @@ def decoder_step(
         batch_size: Windows, 1 or more.
         window_tokens: Tokens of a window, 1 or more.
         checkpointing: Recompute activations in the backward pass.
+        forward_only: There is no backward pass.
     """
     hooks = GateHooks(model)
     if model.config._attn_implementation == "sdpa":
@@ -161,12 +170,13 @@ def decoder_step(
     input_BT = torch.zeros((batch_size, window_tokens), dtype=torch.long, device=device)
     live = LiveBytes([*model.parameters(), *model.buffers()])
     with live:
-        with hooks.applied(gates):
+        with hooks.applied(gates), torch.set_grad_enabled(not forward_only):
             output = model.get_decoder()(input_ids=input_BT, use_cache=False)
             hidden_BTD = output.last_hidden_state
             del output
         kept = live.now
-        hidden_BTD.backward(torch.ones_like(hidden_BTD))
+        if not forward_only:
+            hidden_BTD.backward(torch.ones_like(hidden_BTD))
     hooks.remove()
     return kept, live.peak
 

@@ -70,6 +70,7 @@ class Run:
         batch_size: Windows of a rank, 1 or more.
         window_tokens: Tokens of a window, 2 or more.
         checkpointing: Recompute activations in the backward pass.
+        forward_only: There is no backward pass (`PolicyGradient`), so no activations are kept.
         loss_chunk_tokens: Tokens whose logits are in memory at once, 1 or more.
         distillation: Whether the loss compares with the model with open gates.
         hypernetwork: Makes the hypernetwork; called with the sizes of the sites.
@@ -90,6 +91,7 @@ class Run:
     batch_size: int = 1
     window_tokens: int = 2048
     checkpointing: bool = True
+    forward_only: bool = False
     loss_chunk_tokens: int = 512
     distillation: bool = True
     hypernetwork: Callable[[Sequence[int]], nn.Module] = SharedHeads
@@ -198,7 +200,14 @@ def footprint(config: PreTrainedConfig, run: Run) -> Footprint:
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
     trained += sum(gain_sizes(model, family).values())
 
-    kept, peak = model_step(config, run.dtype, run.batch_size, run.window_tokens, run.checkpointing)
+    kept, peak = model_step(
+        config,
+        run.dtype,
+        run.batch_size,
+        run.window_tokens,
+        run.checkpointing,
+        run.forward_only,
+    )
     # Flattened hidden states, their gradient in chunks and in full, and those of the teacher.
     head: Any = model.get_output_embeddings()
     hidden = run.tokens * head.in_features * size

@@ -30,9 +30,11 @@ class WidthScore(ABC):
 
     Attributes:
         reads_text: Whether `values` needs calibration windows.
+        back_propagates: Whether `values` needs the memory of a backward pass through the model.
     """
 
     reads_text: ClassVar[bool]
+    back_propagates: ClassVar[bool] = False
 
     @abstractmethod
     def values(

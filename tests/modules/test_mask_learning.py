@@ -20,12 +20,25 @@ from secateur.pruning.losses import LossWeights
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.sites import split
 from secateur.pruning.widths.budget import Budget, log_ratio_penalty
+from secateur.pruning.widths.feature_statistics import WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.gates import GateSampler, StraightThrough
+from secateur.pruning.widths.gates import GateSampler, StraightThrough, Stream
 from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.hypernetwork import FreeLogits
-from secateur.pruning.widths.learning import ExactBudget, GateLearning, Importance, Penalty
+from secateur.pruning.widths.learning import (
+    ExactBudget,
+    GateLearning,
+    Importance,
+    Penalty,
+    Pressure,
+)
+from secateur.pruning.widths.policy_gradient import (
+    Baseline,
+    LeaveOneOut,
+    MovingAverage,
+    PolicyGradient,
+)
 from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE
@@ -459,12 +472,53 @@ def test_every_sample_is_on_budget(make: Make) -> None:
     module = make(budget=Budget(0.4))
     for step in range(3):
         logits_N = module.hypernetwork() + module.start_N
-        gates_N = ExactBudget().draw(module.sampler, logits_N, step, 0, module._on_budget)
+        drawn = ExactBudget().draw(module.sampler, logits_N, Stream(step), module._on_budget)
+        gates_N = drawn.gates_N
         assert set(gates_N.detach().round(decimals=5).unique().tolist()) <= {0.0, 1.0}
         widths_S = torch.stack([gate.detach().sum() for gate in split(gates_N, module.sites)])
         assert 0.39 < float(module.table.fraction(widths_S)) <= 0.4 + 1e-6
         (gradient_N,) = torch.autograd.grad(gates_N.sum(), logits_N)
         assert bool((gradient_N > 0).all())
+
+
+@pytest.mark.parametrize("pressure", [ExactBudget(), Penalty()], ids=str)
+@pytest.mark.parametrize("baseline", [LeaveOneOut(), MovingAverage()], ids=str)
+def test_a_policy_gradient_runs_forward_only_and_resumes(
+    inputs: Path, data: TextData, tmp_path: Path, pressure: Pressure, baseline: Baseline
+) -> None:
+    start = Importance(WandaWidth(), GradualRanking(1, 1, 4))
+    gradient = PolicyGradient(3, baseline)
+    learning = GateLearning(pressure, start=start, gradient=gradient)
+
+    class NoGraph(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(Path(trainer.default_root_dir) / "half.ckpt")
+
+        def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+            seen, todo = set(), [loss.grad_fn]
+            while todo:
+                node = todo.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    todo += [parent for parent, _ in node.next_functions]
+            names = {type(node).__name__ for node in seen}
+            assert "_SumOverChunksBackward" not in names  # the language model has no graph
+
+    def run(to: Path, **kwargs: Any) -> MaskLearning:
+        module = MaskLearning(str(inputs / "base"), learning=learning, settle=None)
+        assert not module._back_propagates
+        trainer(to, NoGraph(), max_steps=4, limit_val_batches=0).fit(module, data, **kwargs)
+        return module
+
+    whole = run(tmp_path / "whole")
+    again = run(tmp_path / "again", ckpt_path=tmp_path / "whole" / "half.ckpt")
+    assert all(map(torch.equal, whole.plan().kept, again.plan().kept))
+    assert all(map(torch.equal, whole.hypernetwork.parameters(), again.hypernetwork.parameters()))
+    first = MaskLearning(str(inputs / "base"), learning=learning, settle=None)
+    first.configure_model()
+    trained = zip(whole.hypernetwork.parameters(), first.hypernetwork.parameters(), strict=True)
+    assert not all(torch.equal(after, before) for after, before in trained)
 
 
 def test_without_a_step_the_ranking_decides(inputs: Path, data: TextData, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from secateur.pruning.plan import Plan
 from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
 from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.refit import Refit
@@ -41,6 +42,8 @@ ROWS: dict[type, tuple[WidthScore, Refit | None]] = {
     WidthMagnitude: (WidthMagnitude(), None),
     GateGradient: (GateGradient(), None),
     Fisher: (Fisher(), None),
+    WandaWidth: (WandaWidth(), None),
+    Fluctuation: (Fluctuation(), None),
     Refit: (Fisher(), Refit()),
 }
 KEEP = 0.6

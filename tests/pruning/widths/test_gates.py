@@ -14,6 +14,7 @@ from secateur.pruning.widths.gates import (
     Relaxation,
     Soft,
     StraightThrough,
+    Stream,
 )
 
 LOGITS = (-3.0, -0.7, 0.0, 0.4, 2.5)
@@ -114,7 +115,7 @@ def test_reinmax_by_hand() -> None:
 def test_gates_lie_between_0_and_1(relaxation: Relaxation, noise: Noise) -> None:
     temperature = 1.0 if isinstance(relaxation, ReinMax) else 0.1
     sampler = GateSampler(noise, relaxation, offset=0.0, temperature=temperature)
-    gates = sampler(torch.linspace(-20, 20, 1001), step=0)
+    gates = sampler(torch.linspace(-20, 20, 1001), Stream(0))
     assert float(gates.min()) >= 0
     assert float(gates.max()) <= 1
     if not isinstance(relaxation, Soft):
@@ -124,33 +125,33 @@ def test_gates_lie_between_0_and_1(relaxation: Relaxation, noise: Noise) -> None
 def test_a_draw_depends_on_seed_and_step_and_on_nothing_else() -> None:
     logits = torch.zeros(500)
     sampler = GateSampler(seed=4)
-    first = sampler(logits, step=7)
+    first = sampler(logits, Stream(7))
     torch.rand(3)
-    sampler(logits, step=8)
-    assert torch.equal(first, sampler(logits, step=7))
-    assert torch.equal(first, GateSampler(seed=4)(logits, step=7))
-    assert not torch.equal(first, sampler(logits, step=8))
-    assert not torch.equal(first, GateSampler(seed=5)(logits, step=7))
+    sampler(logits, Stream(8))
+    assert torch.equal(first, sampler(logits, Stream(7)))
+    assert torch.equal(first, GateSampler(seed=4)(logits, Stream(7)))
+    assert not torch.equal(first, sampler(logits, Stream(8)))
+    assert not torch.equal(first, GateSampler(seed=5)(logits, Stream(7)))
 
 
 def test_drawing_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
-    GateSampler()(torch.zeros(10), step=3)
+    GateSampler()(torch.zeros(10), Stream(3))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_ranks_share_their_masks_unless_asked_not_to() -> None:
     logits = torch.zeros(500)
     shared, own = GateSampler(per_rank=False), GateSampler(per_rank=True)
-    assert torch.equal(shared(logits, step=1, rank=0), shared(logits, step=1, rank=3))
-    draws = [own(logits, step=step, rank=rank) for step in range(3) for rank in range(4)]
+    assert torch.equal(shared(logits, Stream(1, 0)), shared(logits, Stream(1, 3)))
+    draws = [own(logits, Stream(step, rank)) for step in range(3) for rank in range(4)]
     assert len({tuple(draw.tolist()) for draw in draws}) == 12
-    assert torch.equal(draws[0], shared(logits, step=0))
+    assert torch.equal(draws[0], shared(logits, Stream(0)))
 
 
 def test_the_offset_starts_training_almost_dense() -> None:
     sampler = GateSampler(Logistic(), StraightThrough(), offset=3.0)
-    gates = sampler(torch.zeros(100_000), step=0)
+    gates = sampler(torch.zeros(100_000), Stream(0))
     assert float(gates.mean()) == pytest.approx(1 / (1 + math.exp(-3)), abs=0.004)
     assert float(sampler.keep_probability(torch.zeros(1))) == pytest.approx(0.952574, abs=1e-6)
 

@@ -72,6 +72,18 @@ def test_fake_blocks_predict_six_real_ones(
     assert model_step(config, dtype, 2, 32, checkpointing) == pytest.approx(real, rel=0.01)
 
 
+def test_forward_passes_alone_keep_the_hidden_states_only() -> None:
+    config = tiny_config("llama", num_hidden_layers=6)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kept, peak = decoder_step(model.requires_grad_(False).train(), 2, 32, False, True)
+    assert kept <= 64 * 24 * 4 * 2
+    both, peak_of_both = model_step(config, torch.float32, 2, 32, False)
+    assert peak < peak_of_both / 3
+    found = model_step(config, torch.float32, 2, 32, False, True)
+    assert found == pytest.approx((kept, peak), rel=0.01)
+    assert footprint(config, replace(TINY, forward_only=True)).activations < both
+
+
 def test_the_loss_of_a_chunk_is_counted_with_its_distillation() -> None:
     # Logits in bf16, in float32, and their log-softmax; later log-softmax and two gradients.
     alone = loss_peak(64, 24, 1000, torch.bfloat16, distillation=False)

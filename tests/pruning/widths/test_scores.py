@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from secateur.pruning.families import FAMILIES, family_of
 from secateur.pruning.measure.perplexity import window_nll
 from secateur.pruning.sites import Site, find_sites
 from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth, _Moments
 from secateur.pruning.widths.gate_gradient import (
     Fisher,
     GateGradient,
@@ -152,3 +153,42 @@ def test_ranks_cannot_judge_parts() -> None:
     values_N = WidthMagnitude().values(model, family)
     with pytest.raises(ValueError, match="`parts` of the budget to false"):
         WidthMagnitude().scores(values_N, sites, marginal_S)
+
+
+def test_features_become_values_by_hand() -> None:
+    feature = _Moments()
+    feature.add(torch.tensor([[[3.0, 1.0], [4.0, 1.0]]]))
+    readers = [torch.tensor([[1.0, 2.0], [-3.0, 2.0]])]
+    torch.testing.assert_close(WandaWidth().of(feature, readers), tensor([10.0, 8**0.5]).double())
+    torch.testing.assert_close(Fluctuation().of(feature, readers), tensor([5.0, 0.0]).double())
+    torch.testing.assert_close(WandaWidth().of(feature, []), tensor([5.0, 2**0.5]).double())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_those_that_a_gate_multiplies(name: str) -> None:
+    """The last gate of a model has nothing behind it, so closing it changes no value before it."""
+    model = tiny_model(name).double()
+    family = family_of(model.config)
+    sites = find_sites(model, family)
+    values_N = WandaWidth().values(model, family, None, windows())
+    assert len(values_N) == sum(site.size for site in sites)
+    assert bool((values_N > 0).any())
+    # All windows at once or one by one is the same text.
+    torch.testing.assert_close(WandaWidth().values(model, family, None, windows(), 1), values_N)
+    closed = [torch.ones(site.size) for site in sites]
+    closed[-1] = torch.zeros(sites[-1].size)
+    behind_N = WandaWidth().values(model, family, closed, windows())
+    before = sum(site.size for site in sites[:-1])
+    torch.testing.assert_close(behind_N[:before], values_N[:before])
+
+
+def test_widths_by_fluctuation_differ_and_parts_are_refused() -> None:
+    sites = [Site(0, "mlp_in", 4), Site(0, "mlp_mid", 4)]
+    values_N = torch.tensor([1.0, 1, 1, 9, 100, 200, 300, 400])
+    scores_N = Fluctuation().scores(values_N, sites, torch.ones(2))
+    assert scores_N.argmax() == 3
+    for own_I in scores_N.split(4):
+        assert float(own_I.mean()) == pytest.approx(0, abs=1e-6)
+        assert float(own_I.std()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="has one gate"):
+        Fluctuation().scores(torch.ones(1), [Site(0, "mlp", 1)], torch.ones(1))
