@@ -119,9 +119,9 @@ class _FeatureScore(WidthScore):
         blocks = blocks_of(model, family)
         values = []
         for site, feature in zip(find_sites(model, family), moments, strict=True):
-            block = blocks[site.block]
+            block: Any = blocks[site.block]
             paths = [p.path for p in family.projections_of(block) if p.input == site.name]
-            readers: Any = [block.get_submodule(path).weight.detach() for path in paths]
+            readers = [block.get_submodule(path).weight.detach() for path in paths]
             values.append(self.of(feature, readers).float().cpu())
         return self.finite(torch.cat(values))
 
