@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.data import write_figures
-from secateur.pruning.depth import Perplexity, bypassed, peak_bytes, prune_blocks, remove_blocks
+from secateur.pruning.depth import Perplexity, bypassed, peak_bytes, remove_blocks
+from secateur.pruning.export.rewrite import prune_blocks
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.measure.sizes import count
 from secateur.pruning.measure.speed import measure_speed

@@ -47,8 +47,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from benchmarks.data import write_figures
 from benchmarks.export_speed import HEAD_SIZE, random_plan, shape
 from secateur.pruning.costs import Flops
-from secateur.pruning.depth.rewrite_blocks import prune_blocks
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from secateur.pruning.export.servers import VLLM, NativeVLLM, running
 from secateur.pruning.families import family_of
 from secateur.pruning.files.base_model import BaseModel

@@ -56,8 +56,9 @@ from secateur.modules.settling import (
 from secateur.modules.teacher import predicting_states
 from secateur.pruning.chains import Step
 from secateur.pruning.commands import import_all
+from secateur.pruning.export.alignment import report_alignment
 from secateur.pruning.export.cut import cut
-from secateur.pruning.export.deliver import check_folder, deliver, report_alignment
+from secateur.pruning.export.deliver import check_folder, deliver
 from secateur.pruning.export.ranks import AllRanks, OneRank
 from secateur.pruning.export.sources import FromFiles, FromModel
 from secateur.pruning.export.stages import Origin

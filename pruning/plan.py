@@ -98,7 +98,7 @@ class Plan:
         """Test whether the attention (`attn`) or the MLP (`mlp`) of a block is kept, at any width;
         False for a part that the base model lacks.
         """
-        return (block, part) in self._parts - self.removed_parts
+        return (block, part) in self._parts and (block, part) not in self.removed_parts
 
     def kept_blocks(self) -> list[int]:
         """Blocks of the base model that are not entirely removed, in order."""

@@ -26,7 +26,7 @@ _COMMANDS = {
     "advise": ("pruning.advise.command", "measure a model here, and tell what pruning comes to"),
     "latency": ("pruning.measure.latency", "measure times of all widths here, for a budget"),
     "surgery": ("pruning.export.rewrite", "cut a checkpoint down to a plan, streamed"),
-    "depth": ("pruning.depth.command", "remove blocks from a checkpoint, streamed"),
+    "depth": ("pruning.export.depth_command", "remove blocks from a checkpoint, streamed"),
     "compare": ("pruning.measure.compare", "measure model folders side by side"),
     "gguf": ("pruning.export.gguf_file", "write a model folder as one file for llama.cpp"),
     "nemotron-nas": (

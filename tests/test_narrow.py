@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from secateur.pruning.blocks.linears import linears_of
-from secateur.pruning.depth import command as depth_command
-from secateur.pruning.export import rewrite
+from secateur.pruning.export import depth_command, rewrite
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.base_model import BaseModel

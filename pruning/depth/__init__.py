@@ -4,7 +4,6 @@ from secateur.pruning.depth.cache import Cached
 from secateur.pruning.depth.compensation import Compensation, remove_compensated
 from secateur.pruning.depth.perplexity_score import Perplexity
 from secateur.pruning.depth.removal import bypassed, remove_blocks, shortened_config
-from secateur.pruning.depth.rewrite_blocks import prune_blocks
 from secateur.pruning.depth.scores import BlockMagnitude, BlockScore, BlockScores, ReverseOrder
 from secateur.pruning.depth.search import BlockChoice, Greedy, OneShot, Search
 from secateur.pruning.depth.similarity import AngularDistance, BlockInfluence
@@ -50,7 +49,6 @@ __all__ = [
     "bypassed",
     "fractions",
     "peak_bytes",
-    "prune_blocks",
     "remove_blocks",
     "remove_compensated",
     "shortened_config",

@@ -17,6 +17,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.pruning.export.publish import ALIGNMENT
+from secateur.pruning.export.ranks import speed_settings
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.report import Report, measure
@@ -52,3 +54,28 @@ def compare_alignment(
             prune_checkpoint(base_folder, replace(plan, gains=None), folders[name])
             models[name] = BaseModel(Path(folders[name])).load(dense.dtype, dense.device)
         return measure(models, {"validation": windows_NT}, folders, speed=speed)
+
+
+def report_alignment(
+    model: PreTrainedModel,
+    aligned: Plan,
+    free: Plan,
+    base_folder: Path,
+    folder: Path,
+    windows_NT: Tensor,
+) -> Report:
+    """Write `alignment.md` and `alignment.json`: cost and benefit of a width multiple.
+
+    Args:
+        model: The dense base model, with no gates applied.
+        aligned: The plan that was exported.
+        free: The plan of the same budget without a width multiple.
+        base_folder: Folder of the base model.
+        folder: Folder of the smaller model; the files are written beside it.
+        windows_NT: Token windows (int64) to measure on.
+    """
+    speed = speed_settings(windows_NT)
+    report = compare_alignment(model, base_folder, aligned, free, windows_NT, speed)
+    for name, text in zip(ALIGNMENT, (report.json(), report.markdown()), strict=True):
+        (folder.parent / name).write_text(text, encoding="utf-8")
+    return report

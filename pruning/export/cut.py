@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.depth.removal import shortened_config
-from secateur.pruning.export.rewrite import own_code
+from secateur.pruning.export.configuration import own_code
 from secateur.pruning.export.slices import Slices
 from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.plan import Plan

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.pruning.export.alignment import compare_alignment
 from secateur.pruning.export.model_card import card
-from secateur.pruning.export.publish import ALIGNMENT, publish
-from secateur.pruning.export.ranks import OneRank, Ranks, speed_settings
+from secateur.pruning.export.publish import publish
+from secateur.pruning.export.ranks import OneRank, Ranks
 from secateur.pruning.export.sources import FromFiles, Source
 from secateur.pruning.export.stages import Origin, write_mark
 from secateur.pruning.files.base_model import BaseModel
@@ -75,7 +74,7 @@ def deliver(
         def describe() -> None:
             if ranks.first:
                 stages = write_mark(partial, origin, report)
-                text = card(origin, report, what.plan, stages)
+                text = card(origin, report, what.plan, stages, what.proven)
                 (partial / "README.md").write_text(text, encoding="utf-8")
 
         ranks.together(describe)
@@ -134,31 +133,6 @@ def check_folder(folder: Path, base_folder: Path | None) -> None:
         refuse_base(folder, base_folder)
     refuse_foreign(folder)
     refuse_foreign(folder.parent / "plan", is_plan)
-
-
-def report_alignment(
-    model: PreTrainedModel,
-    aligned: Plan,
-    free: Plan,
-    base_folder: Path,
-    folder: Path,
-    windows_NT: Tensor,
-) -> Report:
-    """Write `alignment.md` and `alignment.json`: cost and benefit of a width multiple.
-
-    Args:
-        model: The dense base model, with no gates applied.
-        aligned: The plan that was exported.
-        free: The plan of the same budget without a width multiple.
-        base_folder: Folder of the base model.
-        folder: Folder of the smaller model; the files are written beside it.
-        windows_NT: Token windows (int64) to measure on.
-    """
-    speed = speed_settings(windows_NT)
-    report = compare_alignment(model, base_folder, aligned, free, windows_NT, speed)
-    for name, text in zip(ALIGNMENT, (report.json(), report.markdown()), strict=True):
-        (folder.parent / name).write_text(text, encoding="utf-8")
-    return report
 
 
 def _random_windows(config: PreTrainedConfig) -> Tensor:

@@ -11,20 +11,20 @@ Legend: W = kept entries of a site.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.pruning.export.rewrite import exported_config
+from secateur.pruning.export.configuration import exported_config
 from secateur.pruning.export.verify import ExportError
 from secateur.pruning.files.base_model import BaseModel, config_of
 from secateur.pruning.files.finish import for_older_readers
+from secateur.pruning.files.headers import read_tensor
 from secateur.pruning.files.model_folder import in_block
 from secateur.pruning.plan import Plan
 
@@ -55,16 +55,28 @@ def prove_cut(base: BaseModel, plan: Plan, folder: Path) -> None:
     Raises:
         ExportError: A tensor or a setting is missing, too many, or not what the plan makes of it.
     """
+    prove_files(_expected(base, plan), exported_config(base, plan), folder)
+
+
+def prove_files(
+    expected: Mapping[str, Callable[[], Tensor]], settings: dict[str, Any], folder: Path
+) -> None:
+    """Compare the files of a model with the tensors that they should hold, bit by bit.
+
+    Args:
+        expected: Name of every tensor to a function that makes it.
+        settings: What config.json should say.
+        folder: The model.
+
+    Raises:
+        ExportError: A tensor or a setting is missing, too many, or another.
+    """
     exported = _opened(folder)
-    expected = _expected(base, plan)
-    _same_names(exported, expected.keys())
-    with ExitStack() as stack:
-        read = _reader(stack)
-        for name, (theirs, rows) in expected.items():
-            own = read(exported, name)
-            wanted = rows if theirs is None else _cut(read(base, theirs), theirs, plan)
-            _same_bits(name, own, wanted)
-    settings = exported_config(base, plan)
+    if wrong := sorted(exported.headers.keys() ^ expected.keys()):
+        where = "lacks" if wrong[0] in expected else "has"
+        raise ExportError(f"The exported model {where} {wrong[0]!r}, unlike what the plan leaves.")
+    for name, make in expected.items():
+        _same_bits(name, read_tensor(exported.headers[name].path, name), make())
     _same_settings(exported.config, config_of(settings | for_older_readers(settings), folder))
 
 
@@ -79,12 +91,10 @@ def prove_saved(model: PreTrainedModel, folder: Path) -> None:
         ExportError: A tensor or a setting differs.
     """
     saved, live = _opened(folder), model.state_dict()
-    with ExitStack() as stack:
-        read = _reader(stack)
-        for name in saved.headers:
-            if name not in live:
-                raise ExportError(f"The saved model has {name!r}, which the live one has not.")
-            _same_bits(name, read(saved, name), live[name].cpu())
+    for name, header in saved.headers.items():
+        if name not in live:
+            raise ExportError(f"The saved model has {name!r}, which the live one has not.")
+        _same_bits(name, read_tensor(header.path, name), live[name].cpu())
     if saved.config.model_type == model.config.model_type:  # else halves of blocks have gone
         _same_settings(saved.config, model.config)
 
@@ -98,32 +108,30 @@ def _opened(folder: Path) -> BaseModel:
     return exported
 
 
-def _expected(base: BaseModel, plan: Plan) -> dict[str, tuple[str | None, Tensor]]:
-    """Name of every tensor of the smaller model to that of its origin, or to the indices that it
-    holds.
-    """
-    family, nothing = plan.family, torch.empty(0)
-    keep = plan.kept_blocks()
-    found: dict[str, tuple[str | None, Tensor]] = {}
-    for name in base.tensors:
+def _expected(base: BaseModel, plan: Plan) -> dict[str, Callable[[], Tensor]]:
+    """Name of every tensor of the smaller model to a function that makes it."""
+    family, keep = plan.family, plan.kept_blocks()
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, path in base.tensors.items():
         block, relative = in_block(family, name)
+        make = partial(_cut, path, name, plan)
         if block < 0:
-            found[name] = name, nothing
+            found[name] = make
             continue
         part = family.part_of_tensor(relative)
         if any(plan.keeps(block, of) for of in ([part] if part else ("attn", "mlp"))):
-            found[f"{family.blocks}.{keep.index(block)}.{relative}"] = name, nothing
+            found[f"{family.blocks}.{keep.index(block)}.{relative}"] = make
     for site, index_W in zip(plan.sites, plan.kept, strict=True):
         buffers = [b for b, name in family.index_buffers.items() if name == site.name]
         for buffer in buffers if 0 < len(index_W) < site.size else []:
             name = f"{family.blocks}.{keep.index(site.block)}.{buffer}"
-            found.setdefault(name, (None, index_W))
+            found.setdefault(name, index_W.clone)
     return found
 
 
-def _cut(tensor: Tensor, name: str, plan: Plan) -> Tensor:
-    """What a plan makes of a whole tensor: gains first, then entries."""
-    block, relative = in_block(plan.family, name)
+def _cut(path: Path, name: str, plan: Plan) -> Tensor:
+    """What a plan makes of a whole tensor of a file: gains first, then entries."""
+    tensor, (block, relative) = read_tensor(path, name), in_block(plan.family, name)
     if block < 0:
         return tensor
     gains = [(plan.gains or {}).get(f"{block}.{axis}") for axis in plan.family.gain_axes(relative)]
@@ -139,25 +147,6 @@ def _cut(tensor: Tensor, name: str, plan: Plan) -> Tensor:
             index_W = plan.index(block, site)
             tensor = tensor[index_W] if axis == 0 else tensor[:, index_W]
     return tensor
-
-
-def _reader(stack: ExitStack) -> Any:
-    files: dict[Path, Any] = {}
-
-    def read(model: BaseModel, name: str) -> Tensor:
-        path = model.headers[name].path
-        if path not in files:
-            files[path] = stack.enter_context(safe_open(path, framework="pt"))
-        tensor: Tensor = files[path].get_tensor(name)
-        return tensor
-
-    return read
-
-
-def _same_names(exported: BaseModel, expected: Any) -> None:
-    if wrong := sorted(exported.headers.keys() ^ set(expected)):
-        where = "lacks" if wrong[0] in expected else "has"
-        raise ExportError(f"The exported model {where} {wrong[0]!r}, unlike what the plan leaves.")
 
 
 def _same_bits(name: str, own: Tensor, wanted: Tensor) -> None:

@@ -101,7 +101,11 @@ class ModelCard:
 
 
 def card(
-    origin: Origin, report: Report | None, plan: Plan | None, stages: list[dict[str, Any]]
+    origin: Origin,
+    report: Report | None,
+    plan: Plan | None,
+    stages: list[dict[str, Any]],
+    proven: str,
 ) -> str:
     """Write the model card of an export; without times, so that equal runs give equal cards.
 
@@ -110,6 +114,7 @@ def card(
         report: Base model and new model side by side; None if they were not measured.
         plan: The kept indices; None if no width was cut.
         stages: All stages that led to the model.
+        proven: A sentence on what was verified.
 
     Returns:
         The text of README.md.
@@ -131,7 +136,7 @@ def card(
         base_model=origin.name,
         fingerprint=origin.fingerprint,
         verdict=" ".join(verdict.text for verdict in verdicts),
-        summary=" ".join((_what_was_done(origin), *_what_stays(plan, stock), _VERIFIED)),
+        summary=" ".join((_what_was_done(origin), *_what_stays(plan, stock), proven)),
         stock=stock,
         tables=tables,
         widths=plan.describe() if plan else None,
@@ -250,10 +255,6 @@ Which entries of the residual stream a block reads and writes differs from block
 _STOCK_WIDTHS = """\
 {width} neurons are kept in the MLP of every block; which ones differs between blocks{gains}. This
 is a stock model of its family."""
-
-_VERIFIED = """\
-Before this folder was published, its logits were compared with those of the model that it was
-made from, on complete windows and in a cached decode."""
 
 _OWN_CODE_LOADING = """\
 ```python

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from secateur.pruning.commands import CommandParser
-from secateur.pruning.export.rewrite import own_code
+from secateur.pruning.export.configuration import own_code
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import (
     CONFIG,

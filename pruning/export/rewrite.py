@@ -1,49 +1,45 @@
-"""Cut a checkpoint by a plan without loading the model: tensors are streamed and sliced.
+"""Change a checkpoint without loading the model: tensors are streamed, and proven to the bit.
 
-The result is a model folder: safetensors, configuration, tokenizer, the plan, and, if widths differ
-between blocks, the code that loads it. A plan that only narrows all MLPs to one width or removes
-whole blocks leaves a stock model of the family. The base model may be narrow itself: cutting its
-index buffers like weights composes both plans. Equal inputs give equal folders, byte for byte.
+`prune_checkpoint` cuts them by a plan. A plan that only narrows all MLPs to one width or removes
+whole blocks leaves a stock model of the family; others leave a narrow one and the code that loads
+it. The base model may be narrow itself: cutting its index buffers like weights composes both plans.
 
-Memory: one shard of the output; the input is memory-mapped. The base model is hashed while it is
-cut.
+`prune_blocks` leaves out those of removed blocks and renumbers the others.
 
-As a command: `python -m secateur surgery --help`.
+`write_pruned_checkpoint` writes new weights in their place: safetensors with zeros, of unchanged
+size, and packed masks, one bit per weight. The compressed formats `sparse-bitmask` and
+`sparse-24-bitmask` of the package compressed-tensors are not written: transformers 5.23 requires
+version 0.15 or newer, which no longer decompresses them (in 0.20 the matrices are random).
+
+Equal inputs give equal folders, byte for byte. Memory: one tensor; the input is memory-mapped.
+
+As commands: `python -m secateur surgery --help`, `python -m secateur depth --help`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import get_console
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from secateur.pruning.chains import Step
 from secateur.pruning.commands import CommandParser
-from secateur.pruning.export.slices import Slice, Slices
-from secateur.pruning.families import PARTS, part_of
+from secateur.pruning.depth.remaining import lacking_parts
+from secateur.pruning.depth.removal import PROVENANCE, checked_blocks, shortened_fields
+from secateur.pruning.export.deliver import deliver
+from secateur.pruning.export.ranks import OneRank
+from secateur.pruning.export.sources import Cut, NewWeights, Source, WithoutBlocks
+from secateur.pruning.export.stages import Origin
+from secateur.pruning.families import PARTS
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.files.finish import finish
-from secateur.pruning.files.headers import INDEX, WEIGHTS
-from secateur.pruning.files.model_folder import (
-    CONFIG,
-    SHARD_BYTES,
-    refuse_base,
-    replaced_folder,
-    write_json,
-)
-from secateur.pruning.modelling import config_class, narrow_type
-from secateur.pruning.modelling.secateur_narrow import auto_map
-from secateur.pruning.plan import IN_MODEL, Plan
-from secateur.pruning.progress import Advance, phase
+from secateur.pruning.files.model_folder import SHARD_BYTES, refuse_base
+from secateur.pruning.plan import Plan, plan_without
+from secateur.pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.store import BlockStore
 
 
 def prune_checkpoint(
@@ -53,10 +49,7 @@ def prune_checkpoint(
     *,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the smaller model that a plan leaves of a checkpoint.
-
-    The folder appears when everything is written; on any failure it is removed. An earlier pruned
-    model in its place is replaced only at that moment.
+    """Write the smaller model that a plan leaves of a checkpoint, and prove it from its files.
 
     Args:
         base_folder: Model folder with config.json and safetensors, in one file or several.
@@ -66,172 +59,117 @@ def prune_checkpoint(
             own.
 
     Raises:
-        ValueError: The plan does not fit the base model, the base model is damaged or quantised,
-            or something else exists at `folder`.
-        OSError: Reading or writing failed, for example because the disk is full.
+        ValueError: As for `deliver`; or the base model is damaged or quantised.
+        OSError: As for `deliver`.
     """
-    refuse_base(folder, base_folder)
-    with replaced_folder(folder) as partial:
-        write_pruned(base_folder, plan, partial, max_shard_bytes)
+    what, masks = Cut(plan, max_shard_bytes=max_shard_bytes), {"masks": dict(plan.provenance)}
+    _deliver(what, BaseModel(Path(base_folder)), plan.base, folder, masks)
 
 
-def write_pruned(
+def prune_blocks(
     base_folder: str | Path,
-    plan: Plan,
-    folder: Path,
-    max_shard_bytes: int = SHARD_BYTES,
+    folder: str | Path,
+    *,
+    remove: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the smaller model into an empty folder; see `prune_checkpoint`.
-
-    Raises:
-        ValueError: As for `prune_checkpoint`.
-    """
-    if max_shard_bytes < 1:
-        raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes}.")
-    base = BaseModel(Path(base_folder))
-    with _hashed(base, plan.base):
-        plan.verify(base.config)
-        cuts = _find_cuts(base, plan)
-        with phase("Writing weights", sum(cut.num_bytes for cut in cuts)) as advance:
-            _write_weights(cuts, folder, max_shard_bytes, advance)
-    write_json(folder / CONFIG, exported_config(base, plan))
-    finish(folder, base.folder)
-    plan.save(folder / IN_MODEL)
-
-
-@contextmanager
-def _hashed(base: BaseModel, expected: str) -> Iterator[None]:
-    """Compute the fingerprint of the base model in parallel to a `with` block.
-
-    Raises:
-        ValueError: It is not the expected one; replaces errors of the block that follow from this.
-    """
-    base.check()
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(lambda: base.fingerprint)
-        try:
-            yield
-        finally:
-            if found.result() != expected:
-                raise ValueError(
-                    f"The plan was made for the base model with fingerprint {expected[:16]}..., "
-                    f"and {base.folder} has {found.result()[:16]}...; give the base model that the "
-                    "plan was made for."
-                )
-
-
-def exported_config(base: BaseModel, plan: Plan) -> dict[str, Any]:
-    """The configuration of the smaller model: that of the base model and its new widths.
-
-    They are one field if the plan leaves a stock model, else `block_widths`, one entry per
-    remaining block; a removed part has width 0.
-    """
-    config = dict(base.settings)
-    by_block, keep = plan.widths_by_block(), plan.kept_blocks()
-    if len(keep) < len(by_block):
-        from secateur.pruning.depth.removal import shortened_fields  # imports this module
-
-        method = {"method": plan.provenance.get("method", "a plan")}
-        config |= shortened_fields(base.config, keep, method)
-    if (width := plan.stock_mlp_width()) is not None:
-        return config | {plan.family.mlp_width: width}
-    return config | own_code(plan)
-
-
-def own_code(plan: Plan) -> dict[str, Any]:
-    """Configuration entries of a model with custom code."""
-    model_type, by_block = narrow_type(plan.model_type), plan.widths_by_block()
-    classes = config_class(model_type).auto_classes
-    return {
-        "model_type": model_type,
-        "architectures": [classes["AutoModelForCausalLM"].__name__],
-        "auto_map": auto_map(classes),
-        "block_widths": [_shown(by_block[block]) for block in plan.kept_blocks()],
-    }
-
-
-def _shown(widths: dict[str, int]) -> dict[str, int]:
-    """Widths of a block in the form of `block_widths`: a missing part is only a width of 0."""
-    inside = {name: width for name, width in widths.items() if width and name not in PARTS}
-    there = {part_of(name) for name in inside}
-    return {part: 0 for part in PARTS if part not in there} | inside
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A tensor of the smaller model, not read yet.
+    """Write a checkpoint without some of its blocks, and prove it from its files.
 
     Args:
-        name: Name of the tensor.
-        num_bytes: Its size.
-        make: Function that reads and cuts it.
+        base_folder: Model folder with config.json and safetensors, in one file or several.
+        folder: Folder of the smaller model.
+        remove: Indices of the blocks to remove, in any order; or give `keep`.
+        keep: Indices of the blocks to keep, in any order; or give `remove`.
+        provenance: Facts to record with the blocks, such as score and data; JSON values.
+
+    Raises:
+        ValueError: As for `deliver`; or blocks are out of range or repeated, none would remain,
+            both or neither of the lists are given, the base model is damaged, quantised or of an
+            unknown family, or its configuration has a rule that depends on the index of a block.
+        OSError: As for `deliver`.
     """
-
-    name: str
-    num_bytes: int
-    make: Callable[[], Tensor]
-
-
-def _find_cuts(base: BaseModel, plan: Plan) -> list[_Cut]:
-    """All tensors of the smaller model: those of the base model, then the index buffers."""
-    slices, cuts = Slices(plan), []
-    for name in base.tensors:
-        header = base.headers[name]
-        try:
-            own = slices.of(name, header.shape)
-        except ValueError as error:
-            raise ValueError(f"In {header.path}, {error}") from error
-        if own is not None:
-            num_bytes = own.num_entries * _bytes_of(header.dtype)
-            cuts.append(_Cut(own.name, num_bytes, partial(_read, header.path, name, own)))
-    done = {cut.name for cut in cuts}  # with the buffers of a base model that is narrow
-    for name, index_W in slices.index_buffers().items():
-        if name not in done:
-            cuts.append(_Cut(name, 8 * len(index_W), index_W.clone))
-    return cuts
+    base = BaseModel(Path(base_folder))
+    refuse_base(folder, base.name)
+    base.refuse(Step.BLOCKS)
+    num_blocks = base.config.num_hidden_layers
+    staying = _staying(num_blocks, remove, keep)
+    facts = dict(provenance or {})
+    fields = shortened_fields(base.config, staying, {"base": base.fingerprint} | facts)
+    skeleton, blocks = base.skeleton(), set(range(num_blocks)) - set(staying)
+    gone = {(block, part) for block in blocks for part in PARTS} - lacking_parts(skeleton)
+    plan = plan_without(skeleton, base.fingerprint, gone, {"method": "depth"} | facts)
+    depth = {"depth": {"kept_blocks": staying} | facts}
+    _deliver(WithoutBlocks(plan, fields[PROVENANCE]), base, base.fingerprint, folder, depth)
 
 
-def _read(path: Path, name: str, own: Slice) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return own.of(tensor)
-
-
-def _write_weights(
-    cuts: Sequence[_Cut],
-    folder: Path,
-    max_shard_bytes: int,
-    advance: Advance,
+def write_pruned_checkpoint(
+    base_folder: str | Path,
+    store: BlockStore,
+    masks: WeightMasks,
+    folder: str | Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    shards: list[list[_Cut]] = [[]]
-    filled = 0
-    for cut in cuts:
-        if shards[-1] and filled + cut.num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(cut)
-        filled += cut.num_bytes
-    total = sum(cut.num_bytes for cut in cuts)
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = WEIGHTS
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        with ThreadPoolExecutor() as pool:
-            for cut, tensor in zip(shard, pool.map(lambda cut: cut.make(), shard), strict=True):
-                tensors[cut.name], weight_map[cut.name] = tensor, name
-                advance(cut.num_bytes)
-        # One key only: with more, their order in the file is random.
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX, content)
+    """Write a checkpoint in which the finished blocks of a run replace the original ones.
+
+    Files, shards and types are those of the checkpoint. The result is proven from its files.
+
+    Args:
+        base_folder: Model folder that was pruned.
+        store: The finished blocks, all of them.
+        masks: The masks; written to the subfolder `masks`.
+        folder: Folder of the sparse model.
+        progress: Called with the numbers of files written and of all files.
+
+    Raises:
+        ValueError: As for `deliver`; or the blocks or masks are of another model, or a block is not
+            finished.
+        OSError: As for `deliver`.
+    """
+    base = BaseModel(Path(base_folder))
+    if store.settings.get("model") != base.fingerprint:
+        raise ValueError(
+            f"`store` {store.folder} holds no blocks of {base.folder}: another model was pruned, "
+            "or this one in memory, or it has changed since. Give the folder that StreamedBlocks "
+            "read; write a model in memory by its `save_pretrained`."
+        )
+    if missing := [name for name in masks if name not in base.tensors]:
+        raise ValueError(
+            f"`masks` name {len(missing)} tensors that {base.folder} lacks, {missing[0]!r} first; "
+            "give those that `prune_weights` returned."
+        )
+    weights = {"weights": {"settings": store.settings}}
+    _deliver(NewWeights(store, masks, progress), base, base.fingerprint, folder, weights)
 
 
-def _bytes_of(dtype: str) -> int:
-    """Bytes per entry of a safetensors type such as `BF16`, `F32`, `F8_E4M3` or `BOOL`."""
-    return 1 if dtype == "BOOL" else int("".join(filter(str.isdigit, dtype.split("_")[0]))) // 8
+def _deliver(
+    what: Source, base: BaseModel, fingerprint: str, folder: str | Path, provenance: dict[str, Any]
+) -> None:
+    """Deliver what is proven from the files alone; no model is loaded, and nothing measured."""
+    origin = Origin(str(base.name), base.folder, fingerprint, provenance=provenance)
+    one, no_windows_NT = OneRank(base.folder, torch.device("cpu")), torch.empty(0, 1).long()
+    deliver(what, origin, Path(folder), no_windows_NT, one, measured=False)
+
+
+def _staying(
+    num_blocks: int, remove: Iterable[int] | None, keep: Iterable[int] | None
+) -> list[int]:
+    """Indices of the kept blocks, in order.
+
+    Raises:
+        ValueError: Not exactly one list is given, or blocks do not exist or are repeated.
+    """
+    if (remove is None) == (keep is None):
+        raise ValueError("Give either `remove` or `keep`, the blocks to remove or those to keep.")
+    if keep is not None:
+        staying = sorted(checked_blocks(keep, num_blocks))
+    else:
+        gone = checked_blocks(remove or [], num_blocks)
+        staying = [block for block in range(num_blocks) if block not in gone]
+    if len(staying) == num_blocks:
+        raise ValueError(f"All {num_blocks} blocks would be kept; name one to remove.")
+    return staying
 
 
 _HELP = """\

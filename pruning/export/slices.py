@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from secateur.pruning.families import PARTS
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.files.headers import read_tensor
 from secateur.pruning.files.model_folder import in_block
+from secateur.pruning.files.tensors import Made
 from secateur.pruning.plan import Plan
 
 
@@ -34,11 +38,6 @@ class Slice:
     shape: tuple[int, ...]
     indices: tuple[Tensor | None, ...]
     gains: tuple[Tensor, ...]
-
-    @property
-    def num_entries(self) -> int:
-        """Entries that stay."""
-        return prod(self.shape)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Cut a tensor; the result has its type and shares no memory with it."""
@@ -120,3 +119,33 @@ class Slices:
         """Test whether a tensor of a block is part of the smaller model, cut or not."""
         part = self._family.part_of_tensor(relative)
         return any(self._plan.keeps(block, name) for name in ([part] if part else PARTS))
+
+
+def cut_tensors(base: BaseModel, plan: Plan) -> list[tuple[Path, Made]]:
+    """All tensors of the smaller model, with the files that they come from.
+
+    Those of the base model come first, then the index buffers that it lacks.
+
+    Raises:
+        ValueError: The files of the base model do not fit the plan.
+    """
+    slices, found = Slices(plan), []
+    for name, path in base.tensors.items():
+        header = base.headers[name]
+        try:
+            own = slices.of(name, header.shape)
+        except ValueError as error:
+            raise ValueError(f"In {path}, {error}") from error
+        if own is not None:
+            make = partial(_read, path, name, own)
+            found.append((path, Made(own.name, header.dtype, own.shape, make)))
+    done = {made.name for _, made in found}
+    for name, index_W in slices.index_buffers().items():
+        if name not in done:
+            made = Made(name, "I64", (len(index_W),), index_W.clone)
+            found.append((base.folder, made))
+    return found
+
+
+def _read(path: Path, name: str, own: Slice) -> Tensor:
+    return own.of(read_tensor(path, name))

@@ -1,27 +1,46 @@
-"""Sources of an export: files cut by a plan, or a live model, sharded or not."""
+"""Sources of an export: files of the base model, changed and streamed, or a live model.
+
+Files are changed tensor by tensor, see `secateur.pruning.files.tensors`: cut by a plan, without
+some blocks, or with new weights.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.pruning.export.exact import prove_cut, prove_saved
+from secateur.pruning.depth.removal import PROVENANCE
+from secateur.pruning.export.configuration import exported_config, own_code
+from secateur.pruning.export.exact import prove_cut, prove_files, prove_saved
 from secateur.pruning.export.gathered_weights import Whole, num_parameters, write_gathered
-from secateur.pruning.export.rewrite import own_code, write_pruned
+from secateur.pruning.export.slices import cut_tensors
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.export.streamed import verify_recorded, verify_streamed
 from secateur.pruning.export.verify import record, verify_export, verify_saved
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.finish import finish
-from secateur.pruning.files.model_folder import CONFIG, SHARD_BYTES, read_json, write_json
+from secateur.pruning.files.headers import read_tensor
+from secateur.pruning.files.model_folder import (
+    BLOCKS,
+    CONFIG,
+    MASKS,
+    SHARD_BYTES,
+    in_block,
+    read_json,
+    write_json,
+)
+from secateur.pruning.files.tensors import Made, by_file, packed, write_tensors
 from secateur.pruning.plan import IN_MODEL, Plan
+from secateur.pruning.weights.masks import WeightMasks
+from secateur.pruning.weights.store import BlockStore
 
 Proof = Callable[[Path], object]
 """A function that raises ExportError unless the model in a folder equals the source."""
@@ -32,8 +51,12 @@ class Source(ABC):
 
     plan: Plan | None
     """The kept indices of the base model; None if no width was cut."""
-    dense: PreTrainedModel | None
-    """The live base model, to measure beside; None if it is sharded."""
+    dense: PreTrainedModel | None = None
+    """The live base model, to measure beside; None if it is sharded, or nothing is measured."""
+    proven = """\
+Before this folder was published, its logits were compared with those of the model that it was
+made from, on complete windows and in a cached decode."""
+    """What was verified, a sentence for the model card."""
 
     def ready(self) -> AbstractContextManager[None]:
         """Prepare the live model for export, and restore it at the end."""
@@ -59,9 +82,47 @@ class Source(ABC):
         """
 
 
+_TO_THE_BIT = """\
+Before this folder was published, its weights and its configuration were compared, bit by bit, with
+those that should come of the files of the base model. No model was run."""
+
+
 @dataclass(frozen=True)
-class FromFiles(Source):
-    """The files of the base model, cut by a plan; they are streamed and keep their type.
+class Cut(Source):
+    """The files of the base model, cut by a plan; the export is proven from the files alone.
+
+    Args:
+        plan: The kept indices.
+        max_shard_bytes: Largest weight file in bytes, 1 or more.
+    """
+
+    plan: Plan
+    max_shard_bytes: int = field(default=SHARD_BYTES, kw_only=True)
+    proven = _TO_THE_BIT
+
+    def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
+        return lambda folder: prove_cut(BaseModel(origin.folder), self.plan, folder)
+
+    def write(self, folder: Path | None, origin: Origin) -> None:
+        if folder is None:
+            return
+        base, plan = BaseModel(origin.folder), self.plan
+        if base.fingerprint != plan.base:
+            raise ValueError(
+                f"The plan was made for the base model with fingerprint {plan.base[:16]}..., and "
+                f"{base.folder} has {base.fingerprint[:16]}...; give the base model that the plan "
+                "was made for."
+            )
+        plan.verify(base.config)
+        tensors = (made for _, made in cut_tensors(base, plan))
+        files = packed(tensors, self.max_shard_bytes)
+        _write_changed(base, files, exported_config(base, plan), folder)
+        plan.save(folder / IN_MODEL)
+
+
+@dataclass(frozen=True)
+class FromFiles(Cut):
+    """The files of the base model, cut by a plan; the export also computes what the plan says.
 
     Args:
         plan: The kept indices.
@@ -69,24 +130,80 @@ class FromFiles(Source):
             files, layer by layer.
     """
 
-    plan: Plan
     dense: PreTrainedModel | None = None
+    proven = Source.proven
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        base, dense, plan = BaseModel(origin.folder), self.dense, self.plan
+        to_the_bit, dense, plan = super().proof(origin, windows_BT, device), self.dense, self.plan
 
         def prove(folder: Path) -> None:
-            prove_cut(base, plan, folder)
+            to_the_bit(folder)
             if dense is None:
-                verify_streamed(base.folder, plan, folder, windows_BT, device)
+                verify_streamed(origin.folder, plan, folder, windows_BT, device)
             else:
                 verify_export(dense, plan, folder, windows_BT)
 
         return prove
 
+
+@dataclass(frozen=True)
+class WithoutBlocks(Cut):
+    """The files of the base model without some blocks; they are as many, and keep their order.
+
+    Args:
+        plan: The kept indices: all, except of the removed blocks.
+        record: Remaining blocks and removals, for config.json and `blocks.json`; JSON values.
+    """
+
+    record: Mapping[str, Any]
+
     def write(self, folder: Path | None, origin: Origin) -> None:
-        if folder is not None:
-            write_pruned(origin.folder, self.plan, folder)
+        assert folder is not None
+        base = BaseModel(origin.folder)
+        settings = exported_config(base, self.plan) | {PROVENANCE: self.record}
+        _write_changed(base, by_file(cut_tensors(base, self.plan)), settings, folder)
+        self.plan.save(folder / IN_MODEL)
+        write_json(folder / BLOCKS, self.record)
+
+
+@dataclass(frozen=True)
+class NewWeights(Source):
+    """The files of the base model with the weights of finished blocks; their masks lie beside them.
+
+    Args:
+        store: The finished blocks.
+        masks: The kept weights, by the names of the changed tensors.
+        progress: Called with the numbers of files written and of all files.
+    """
+
+    store: BlockStore
+    masks: WeightMasks
+    progress: Callable[[int, int], None] | None = None
+    plan = None
+    proven = _TO_THE_BIT
+
+    def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
+        base = BaseModel(origin.folder)
+        expected = {made.name: made.make for _, made in self._tensors(base)}
+        return lambda folder: prove_files(expected, base.settings, folder)
+
+    def write(self, folder: Path | None, origin: Origin) -> None:
+        assert folder is not None
+        base = BaseModel(origin.folder)
+        _write_changed(base, by_file(self._tensors(base)), base.settings, folder, self.progress)
+        self.masks.save(folder / MASKS)
+
+    def _tensors(self, base: BaseModel) -> Iterator[tuple[Path, Made]]:
+        def make(path: Path, name: str) -> Callable[[], Tensor]:
+            if name not in self.masks:
+                return lambda: read_tensor(path, name)
+            block, relative = in_block(base.family, name)
+            dtype = read_tensor(path, name).dtype
+            return lambda: self.store.weight(block, relative).to(dtype)
+
+        for name, path in base.tensors.items():
+            header = base.headers[name]
+            yield path, Made(name, header.dtype, header.shape, make(path, name))
 
 
 @dataclass(frozen=True)
@@ -138,7 +255,7 @@ class FromShares(Source):
     whole: Whole
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
-    plan = dense = None
+    plan = None
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -160,6 +277,19 @@ class FromShares(Source):
         write_gathered(self.model, folder, self.dtype, self.whole)
         if folder is not None:
             _complete(folder, origin, self.tokenizer, None)
+
+
+def _write_changed(
+    base: BaseModel,
+    files: Sequence[Sequence[Made]],
+    settings: Mapping[str, Any],
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a model folder whose tensors are made of those of the base model."""
+    write_tensors(files, folder, progress)
+    write_json(folder / CONFIG, settings)
+    finish(folder, base.folder)
 
 
 def _complete(

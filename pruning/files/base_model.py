@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,7 +31,7 @@ from secateur.pruning.files.folder_checks import (
     model_settings,
     read_settings,
 )
-from secateur.pruning.files.headers import Header, read_headers, weight_files
+from secateur.pruning.files.headers import Header, read_headers, read_tensor, weight_files
 from secateur.pruning.files.judge import judge, judge_blocks
 from secateur.pruning.files.model_folder import COMPANIONS, CONFIG, is_ours, read_stages
 from secateur.pruning.modelling import config_class, is_narrow, stock_type
@@ -218,9 +218,7 @@ class BaseModel:
             if said := self.settings.get("dtype") or self.settings.get("torch_dtype"):
                 return self.dtype_of(str(said))
             name, header = next(iter(self.headers.items()))
-            with safe_open(header.path, framework="pt") as file:
-                first: torch.Tensor = file.get_tensor(name)
-                return first.dtype
+            return read_tensor(header.path, name).dtype
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype):
             raise ValueError(f"`dtype` must be auto or a torch type, got {dtype!r}.")

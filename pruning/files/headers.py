@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from secateur.pruning.files.model_folder import read_json
 
@@ -73,6 +74,13 @@ def read_headers(folder: Path) -> dict[str, Header]:
                 "the model again."
             )
     return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Read one tensor of a file; its bytes are memory-mapped."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _of_file(path: Path) -> Iterable[tuple[str, Header]]:

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.families import Family
-from secateur.pruning.files.headers import Header
+from secateur.pruning.files.headers import Header, read_tensor
 from secateur.pruning.files.model_folder import in_block
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -129,8 +128,7 @@ def _judge_tied(folder: Path, names: list[str], headers: Mapping[str, Header]) -
     """One tensor under several names is the same under all of them."""
     first = None
     for name in names if len(names) > 1 else []:
-        with safe_open(headers[name].path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+        tensor = read_tensor(headers[name].path, name)
         first = tensor if first is None else first
         if not torch.equal(first, tensor):
             raise ValueError(
@@ -141,8 +139,7 @@ def _judge_tied(folder: Path, names: list[str], headers: Mapping[str, Header]) -
 
 
 def _judge_index(name: str, header: Header, size: int) -> None:
-    with safe_open(header.path, framework="pt") as file:
-        index_W = file.get_tensor(name)
+    index_W = read_tensor(header.path, name)
     rising = bool((index_W[1:] > index_W[:-1]).all())
     if not rising or int(index_W[0]) < 0 or int(index_W[-1]) >= size:
         raise ValueError(

@@ -16,6 +16,10 @@ from secateur.pruning.plan import DESCRIPTION, TENSORS, Plan
 CONFIG = "config.json"
 MARK = "secateur.json"
 """File in our model folders that records how the model was made and which files were written."""
+BLOCKS = "blocks.json"
+"""File that records removed blocks and their base model."""
+MASKS = "masks"
+"""Subfolder with the masks of single weights, which nothing there loads as weights."""
 SHARD_BYTES = 5_000_000_000
 """Largest weight file in bytes, unless one tensor is larger."""
 
@@ -55,7 +59,7 @@ def is_plan(folder: Path) -> bool:
 
 def _written_before(folder: Path) -> bool:
     """Test whether a folder is a model of ours from before `secateur.json` existed."""
-    if (folder / "blocks.json").is_file():
+    if (folder / BLOCKS).is_file() or (folder / MASKS / "masks.safetensors").is_file():
         return True
     try:
         plan, config = Plan.load(folder), read_json(folder / CONFIG)

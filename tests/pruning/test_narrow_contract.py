@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from secateur.pruning.costs import Cost, Flops, Parameters
-from secateur.pruning.depth import HalfBlocks, Unit, bypassed, prune_blocks, remove_blocks
+from secateur.pruning.depth import HalfBlocks, Unit, bypassed, remove_blocks
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import export
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.sizes import count

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.pruning.depth.rewrite_blocks import prune_blocks
 from secateur.pruning.export.nemotron_nas import write_nemotron_nas
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from tests.pruning.export.plans import native_plan, uneven_plan, uniform_plan
 from tests.tiny import tiny_family_folder, tiny_tokenizer
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from secateur.pruning.depth import Unit, bypassed, fractions, prune_blocks, remove_blocks
+from secateur.pruning.depth import Unit, bypassed, fractions, remove_blocks
+from secateur.pruning.export.rewrite import prune_blocks
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.files.finish import for_older_readers
 from secateur.pruning.measure.sizes import count

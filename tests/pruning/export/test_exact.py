@@ -56,6 +56,7 @@ def plan(base: Path) -> Plan:
 @pytest.fixture(scope="module")
 def right(base: Path, plan: Plan) -> Path:
     prune_checkpoint(base, plan, base.parent / "right")
+    (base.parent / "right" / "secateur.json").unlink()  # which tells what has been changed since
     return base.parent / "right"
 
 

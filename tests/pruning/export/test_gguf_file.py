@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateur.pruning.depth.rewrite_blocks import prune_blocks
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from tests.pruning.export.plans import native_plan, uneven_plan, uniform_plan
 from tests.tiny import tiny_family_folder, tiny_folder, tiny_tokenizer
 

@@ -17,10 +17,12 @@ from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.pruning.measure.test_verdict import row, speed
 from tests.tiny import tiny_folder, tiny_llama
 
+PROVEN = "Every bit was compared."
+
 
 def of_plan(base: Path, plan: Plan) -> str:
     provenance = {"masks": dict(plan.provenance)}
-    return card(Origin(str(base), base, plan.base, provenance=provenance), None, plan, [])
+    return card(Origin(str(base), base, plan.base, provenance=provenance), None, plan, [], PROVEN)
 
 
 def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_times_are_not_told(tmp_path: Path) -> None:
     texts = []
     for slow in (1.0, 5.0):
         rows = [row("dense", 10.0, speed=speed(1.0, 1.1)), row("p", 10.0, speed=speed(slow, slow))]
-        texts.append(card(origin, Report(rows, 48, {}), uneven_plan(base), []))
+        texts.append(card(origin, Report(rows, 48, {}), uneven_plan(base), [], PROVEN))
     assert texts[0] == texts[1]
 
 
@@ -90,7 +92,7 @@ def test_the_title_names_the_base_and_no_place_on_a_disk_is_told(tmp_path: Path)
     masks = {"masks": {"kept": 0.5, "counted": "block flops"}}
     origin = Origin(str(base), base, plan.base, command, provenance=masks)
     plan = replace(plan, provenance=masks["masks"])
-    text = card(origin, None, plan, [])
+    text = card(origin, None, plan, [], PROVEN)
     assert "# base (llama, 28k parameters), pruned to 50.0% of its block flops" in text
     assert str(tmp_path) not in text
     assert "python train.py fit --model.base=base --data.train text.json --x a/b" in text
@@ -101,7 +103,7 @@ def test_a_collapse_is_in_the_title(tmp_path: Path) -> None:
     plan = uneven_plan(base)
     for made, collapsed in ((21.0, True), (11.0, False)):
         report = Report([row("dense", 10.0), row("pruned", made)], 48, {})
-        text = card(Origin(str(base), base, plan.base), report, plan, [])
+        text = card(Origin(str(base), base, plan.base), report, plan, [], PROVEN)
         title, verdict = text.split("---\n")[2].strip().split("\n\n")[:2]
         assert title.endswith("QUALITY HAS COLLAPSED") is collapsed
         assert ("has collapsed" in verdict) is collapsed
@@ -138,7 +140,7 @@ def test_the_story_of_a_base_is_not_read_as_markup(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     plan = uneven_plan(base)
     origin = Origin(str(base), base, plan.base, provenance={"masks": {bad: bad}})
-    text = card(origin, None, plan, [stage, stage])
+    text = card(origin, None, plan, [stage, stage], PROVEN)
     assert "<script>" not in text
     assert "](" not in text
     assert not any(line.startswith("# y") for line in text.splitlines())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from secateur.pruning.blocks.source import StreamedBlocks
 from secateur.pruning.commands import UsageError
-from secateur.pruning.export import rewrite
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export import rewrite, sources
+from secateur.pruning.export.rewrite import (
+    prune_blocks,
+    prune_checkpoint,
+    write_pruned_checkpoint,
+)
+from secateur.pruning.export.verify import ExportError
 from secateur.pruning.families import skeleton
+from secateur.pruning.files import tensors as files
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.headers import INDEX, WEIGHTS
+from secateur.pruning.files.model_folder import MARK, read_stages
 from secateur.pruning.plan import Plan, full_plan
+from secateur.pruning.weights.loop import prune_weights
+from secateur.pruning.weights.magnitude import Magnitude
+from secateur.pruning.weights.pattern import Unstructured
+from secateur.pruning.weights.recipe import WeightRecipe
+from secateur.pruning.weights.store import BlockStore
 from tests.pruning.export.plans import uneven_plan, uniform_plan
 from tests.runs import content
 from tests.tiny import tiny_folder, tiny_llama
@@ -86,7 +102,7 @@ def test_shards_are_read_and_written_and_agree_with_one_file(tmp_path: Path) -> 
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    index = json.loads((tmp_path / "many" / rewrite.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
     files = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(files) > 2
     assert index["weight_map"] == {name: f.name for f in files for name in load_file(f)}
@@ -128,15 +144,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base = tiny_folder(tmp_path / "base")
     prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
     before = sorted(tmp_path.iterdir()), fingerprint(tmp_path / "small")
-    written = []
+    written: list[Any] = []
 
-    def save_once(tensors: Any, path: Path, **kwargs: Any) -> None:
+    def once(ordered: Any, header: Any = files._header) -> Any:
         if written:
             raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(path)
-        save_file(tensors, path, **kwargs)
+        written.append(ordered)
+        return header(ordered)
 
-    monkeypatch.setattr(rewrite, "save_file", save_once)
+    monkeypatch.setattr(files, "_header", once)
     for name in ("small", "new"):
         written.clear()
         with pytest.raises(OSError, match="No space left"):
@@ -149,12 +165,10 @@ def test_an_earlier_model_of_ours_is_replaced(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     small = tmp_path / "small"
     prune_checkpoint(base, uneven_plan(base, 1), small)
-    (small / "left over").touch()
     # What a killed run leaves behind does not matter.
     (tmp_path / ".small.secateur-partial").mkdir()
     (tmp_path / ".small.secateur-partial" / "half").touch()
     prune_checkpoint(base, uneven_plan(base, 2), small)
-    assert not (small / "left over").exists()
     assert json.loads((small / "plan" / "plan.json").read_text())["provenance"] == {"seed": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "small"]
 
@@ -195,9 +209,9 @@ def test_a_plan_for_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    tensors = load_file(base / rewrite.WEIGHTS)
+    tensors = load_file(base / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, base / rewrite.WEIGHTS)
+    save_file(tensors, base / WEIGHTS)
     plan = uneven_plan(base)
     with pytest.raises(ValueError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj"):
         prune_checkpoint(base, plan, tmp_path / "small")
@@ -205,9 +219,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    tensors = load_file(base / rewrite.WEIGHTS)
+    tensors = load_file(base / WEIGHTS)
     packed = tensors["model.layers.0.mlp.up_proj.weight"].view(-1, 1)
-    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": packed}, base / rewrite.WEIGHTS)
+    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": packed}, base / WEIGHTS)
     with pytest.raises(ValueError, match=r"in shape \[888, 1\], and config.json makes it"):
         prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
 
@@ -215,9 +229,9 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_a_checkpoint_of_packed_weights_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    tensors = load_file(base / rewrite.WEIGHTS)
+    tensors = load_file(base / WEIGHTS)
     name = "model.layers.0.mlp.up_proj.weight"
-    save_file(tensors | {name: tensors[name].to(dtype)}, base / rewrite.WEIGHTS)
+    save_file(tensors | {name: tensors[name].to(dtype)}, base / WEIGHTS)
     with pytest.raises(ValueError, match="up_proj.weight' in (I8|F8_E4M3); is it quantised"):
         prune_checkpoint(base, uneven_plan(base), tmp_path / "small")
 
@@ -280,3 +294,72 @@ def test_the_command_blames_the_wrong_base_whatever_else_follows_from_it(tmp_pat
     with pytest.raises(ValueError, match="give the base model that the plan was made for"):
         rewrite.main([str(other), str(tmp_path / "plan"), str(tmp_path / "small")])
     assert not (tmp_path / "small").exists()
+
+
+def with_new_weights(base: Path, folder: Path) -> None:
+    store = BlockStore(folder.with_name("store"))
+    recipe = WeightRecipe(Unstructured(0.5), Magnitude())
+    found = prune_weights(StreamedBlocks(base), recipe, store=store)
+    write_pruned_checkpoint(base, store, found.masks, folder)
+
+
+VERBS: dict[str, Callable[[Path, Path], object]] = {
+    "masks": lambda base, out: prune_checkpoint(base, uneven_plan(base), out),
+    "depth": lambda base, out: prune_blocks(base, out, remove=[1]),
+    "weights": with_new_weights,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_proves_what_it_has_written_and_tells_so(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_folder(tmp_path / "base")
+    figures = {"parameters": 9, "flops_per_token": 90, "perplexity": {"validation": 5.0}}
+    stage = {"base": "the first", "provenance": {}, "context_tokens": 16}
+    stage |= {"models": {"dense": figures, "pruned": figures}}
+    (base / MARK).write_text(json.dumps({"stages": [stage]}))
+    VERBS[verb](base, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`the first`, pruned ({verb}) by Secateur." in card
+    assert "bit by bit" in card
+    assert "No model was run." in card
+    assert read_stages(tmp_path / "out") == [stage]  # those of the base go on
+    assert BaseModel(tmp_path / "out").load().num_parameters() > 0
+
+    def damaged(made: Any, folder: Path, *more: Any) -> None:
+        files.write_tensors(made, folder, *more)
+        wrong = bytearray((folder / WEIGHTS).read_bytes())
+        wrong[-9] ^= 1
+        (folder / WEIGHTS).write_bytes(wrong)
+
+    monkeypatch.setattr(sources, "write_tensors", damaged)
+    before = content(tmp_path / "out")
+    with pytest.raises(ExportError, match="not what it should be to the bit: 1 of"):
+        VERBS[verb](base, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_files_are_those_of_the_library(num_files: int, tmp_path: Path) -> None:
+    """Equal bytes, of all types that a model may have, whatever their sizes."""
+    types = {"F32": torch.float32, "I64": torch.int64, "BF16": torch.bfloat16}
+    types |= {"F16": torch.float16, "F64": torch.float64}
+    values = {
+        f"{number}.{name}": torch.full((number,) * (number % 3), 0.5).to(dtype)
+        for number in range(num_files, 12)
+        for name, dtype in types.items()
+    }
+
+    def made(names: Sequence[str]) -> list[files.Made]:
+        return [
+            files.Made(name, name.split(".")[1], tuple(values[name].shape), values[name].clone)
+            for name in sorted(names)
+        ]
+
+    groups = [list(values)[place::num_files] for place in range(num_files)]
+    files.write_tensors([made(group) for group in groups], tmp_path)
+    written = sorted(tmp_path.glob("*.safetensors"))
+    for file, group in zip(written, groups, strict=True):
+        save_file({n: values[n] for n in group}, tmp_path / "other", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "other").read_bytes()

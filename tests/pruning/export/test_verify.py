@@ -13,7 +13,7 @@ from secateur.pruning.export import verify
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.export.verify import ExportError, verify_export
 from secateur.pruning.files.headers import WEIGHTS
-from secateur.pruning.files.model_folder import CONFIG
+from secateur.pruning.files.model_folder import CONFIG, MARK
 from secateur.pruning.plan import Plan
 from secateur.pruning.widths.gate_hooks import GateHooks
 from tests.pruning.export.plans import uneven_plan
@@ -26,6 +26,7 @@ def exported(path: Path, with_gains: bool = True, **overrides: Any) -> tuple[Pla
     base = tiny_folder(path / "base", **overrides)
     plan = uneven_plan(base, with_gains=with_gains)
     prune_checkpoint(base, plan, path / "small")
+    (path / "small" / MARK).unlink()  # which tells what has been changed since
     return plan, path / "small"
 
 
@@ -127,6 +128,7 @@ def test_a_large_model_is_compared_in_its_own_type(
     tiny_llama().to(torch.bfloat16).save_pretrained(base)
     plan = uneven_plan(base)
     prune_checkpoint(base, plan, tmp_path / "small")
+    (tmp_path / "small" / MARK).unlink()
     live: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     monkeypatch.delattr(verify, "_in_float32")  # no copy is made
     verify_export(live, plan, tmp_path / "small", WINDOWS_BT)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from secateur import program
 from secateur.modules import CausalLM, ShardedDDP, Zero
 from secateur.pruning.blocks.source import StreamedBlocks
-from secateur.pruning.depth import prune_blocks
 from secateur.pruning.export.gguf_file import write_gguf
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.compare import compare_folders
 from tests.pruning.export.plans import uneven_plan

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.pruning.depth import prune_blocks
 from secateur.pruning.export.deliver import deliver
 from secateur.pruning.export.ranks import OneRank
-from secateur.pruning.export.rewrite import prune_checkpoint
+from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from secateur.pruning.export.sources import FromModel
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.files.base_model import BaseModel

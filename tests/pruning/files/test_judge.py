@@ -31,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("made")
     untied = tiny_folder(root / "untied")
     prune_checkpoint(untied, uneven_plan(untied), root / "narrow")
+    (root / "narrow" / "secateur.json").unlink()  # which tells what has been changed since
     return {
         "untied": untied,
         "tied": tiny_folder(root / "tied", tie_word_embeddings=True),

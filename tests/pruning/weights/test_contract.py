@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 import secateur.pruning.weights
 from secateur.pruning.blocks.linears import linears_of
 from secateur.pruning.blocks.source import LiveBlocks, StreamedBlocks
+from secateur.pruning.export.rewrite import write_pruned_checkpoint
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.barber import Barber
 from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.dsnot import DSnoT
-from secateur.pruning.weights.formats import write_pruned_checkpoint
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.weights.guard import decide
 from secateur.pruning.weights.joint_saliency import JointSaliency

@@ -17,13 +17,14 @@ from secateur.pruning.blocks.source import (
     StreamedBlocks,
     check_windows,
 )
+from secateur.pruning.export.rewrite import write_pruned_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.barber import Barber
 from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.dsnot import DSnoT
-from secateur.pruning.weights.formats import to_semi_structured, write_pruned_checkpoint
+from secateur.pruning.weights.formats import to_semi_structured
 from secateur.pruning.weights.guard import decide
 from secateur.pruning.weights.layers import AttentionOnly, MlpOnly
 from secateur.pruning.weights.least_squares import LeastSquares

@@ -10,17 +10,17 @@ from pathlib import Path
 from rich import get_console
 
 from secateur.pruning.commands import CommandParser
-from secateur.pruning.depth.rewrite_blocks import prune_blocks
+from secateur.pruning.export.rewrite import prune_blocks
 
 _MOST_BLOCKS = 10_000  # in a range, before the model is read
 
 _HELP = """\
 Remove blocks from a checkpoint without loading it.
 
-The files of BASE are copied in small pieces, whatever the size of the model: it needs no GPU and a
-few MB of memory. Tensors of removed blocks are left out, later blocks are renumbered, types and
-ties are kept, and OUT is a stock model of its family, with tokenizer, config.json and
-blocks.json, which records the removed blocks and the base model. OUT appears when it is complete.
+The files of BASE are copied tensor by tensor: memory is that of the largest one, and no GPU is
+needed. Tensors of removed blocks are left out, later blocks are renumbered, types and ties are
+kept, and OUT is a stock model of its family, with tokenizer, config.json and blocks.json, which
+records the removed blocks and the base model. OUT appears when it is complete and proven.
 
 Blocks are counted from 0; a range includes both ends. See docs/depth.md for scores that tell which
 blocks to remove.

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-from secateur.pruning.depth import prune_blocks, rewrite_blocks
-from secateur.pruning.depth.command import main
-from secateur.pruning.depth.rewrite_blocks import RECORD
+from secateur.pruning.export import sources
+from secateur.pruning.export.depth_command import main
+from secateur.pruning.export.rewrite import prune_blocks
 from secateur.pruning.families import skeleton
 from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.files.model_folder import BLOCKS
 from tests.tiny import tiny_folder, tiny_llama
 
 
@@ -52,14 +53,14 @@ def test_tensors_are_dropped_renamed_and_otherwise_untouched(base: Path, tmp_pat
         "torch_dtype",
     }
     files = {path.name for path in (tmp_path / "short").iterdir()}
-    assert {"tokenizer.json", "generation_config.json", RECORD} <= files
+    assert {"tokenizer.json", "generation_config.json", BLOCKS} <= files
 
 
 def test_keep_is_the_other_way_to_say_it(base: Path, tmp_path: Path) -> None:
     prune_blocks(base, tmp_path / "a", remove=[3, 0], provenance={"score": "Perplexity()"})
     prune_blocks(base, tmp_path / "b", keep=[4, 1, 2], provenance={"score": "Perplexity()"})
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
-    record = json.loads((tmp_path / "a" / RECORD).read_text())
+    record = json.loads((tmp_path / "a" / BLOCKS).read_text())
     assert record == {
         "num_blocks": 5,
         "kept_blocks": [1, 2, 4],
@@ -73,7 +74,7 @@ def test_a_short_model_can_be_cut_again(base: Path, tmp_path: Path) -> None:
     prune_blocks(base, tmp_path / "c", remove=[1, 3])
     twice, once = tensors_of(tmp_path / "b"), tensors_of(tmp_path / "c")
     assert all(torch.equal(twice[name], once[name]) for name in twice.keys() | once.keys())
-    record = json.loads((tmp_path / "b" / RECORD).read_text())
+    record = json.loads((tmp_path / "b" / BLOCKS).read_text())
     assert record["kept_blocks"] == [0, 2, 4]
     assert [step["blocks"] for step in record["removals"]] == [[1], [3]]
 
@@ -102,10 +103,9 @@ def folder_of_80_blocks(base: Path) -> None:
     )
 
 
-def test_a_70b_shaped_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_70b_shaped_index(tmp_path: Path) -> None:
     base = tmp_path / "base"
     folder_of_80_blocks(base)
-    monkeypatch.setattr(rewrite_blocks, "_CHUNK", 7)  # so that every tensor takes several chunks
     gone = list(range(60, 76))
     prune_blocks(base, tmp_path / "short", remove=gone)
     index = json.loads((tmp_path / "short" / "model.safetensors.index.json").read_text())
@@ -189,7 +189,7 @@ def test_folders_that_are_not_ours_are_left_alone(base: Path, tmp_path: Path) ->
     assert fingerprint(base) == fingerprint(other) == before
     for gone in ([1], [2]):  # an earlier one of ours is replaced
         prune_blocks(base, tmp_path / "short", remove=gone)
-    assert json.loads((tmp_path / "short" / RECORD).read_text())["kept_blocks"] == [0, 1, 3, 4]
+    assert json.loads((tmp_path / "short" / BLOCKS).read_text())["kept_blocks"] == [0, 1, 3, 4]
 
 
 def test_a_quantised_base_names_the_way(base: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_nothing(
     def full(path: Path, fields: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rewrite_blocks, "write_json", full)
+    monkeypatch.setattr(sources, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         prune_blocks(base, tmp_path / "short", remove=[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
