@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 import secateur.pruning.weights
+from secateur.callbacks._after_step import AfterStep
 from secateur.callbacks._held_masks import HeldMasks, take_out_updates
 from secateur.callbacks._trial import is_trial
 from secateur.callbacks._weight_blocks import store_of
@@ -49,7 +50,7 @@ _BLOCKS = "blocks"  # the finished blocks of a pruning, below `folder`
 import_all(secateur.pruning.weights)
 
 
-class PruneWeights(Prune):
+class PruneWeights(AfterStep, Prune):
     """Set weights to zero block by block, train on, and keep the zeros.
 
     Gradients are masked before every optimiser step, and weights after it; low-rank updates are
@@ -132,7 +133,6 @@ class PruneWeights(Prune):
         self._kept_blocks: list[int] = []
         self._held: HeldMasks | None = None
         self._trial: TemporaryDirectory[str] | None = None
-        self._step = -1
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
         """Check at once that recipe, model and strategy are compatible.
@@ -180,22 +180,14 @@ class PruneWeights(Prune):
         if self._held is not None:
             self._held.mask_gradients()
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the removed weights to zero again after an optimiser step.
 
         Raises:
             ValueError: Blocks were removed after the masks were made.
         """
-        if self._held is None or trainer.global_step == self._step:
+        if self._held is None:
             return
-        self._step = trainer.global_step
         if self._kept_blocks != self.pruned(pl_module).kept_blocks:
             raise ValueError(
                 "Blocks were removed after weights were pruned, so that the masks no longer match "

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from secateur.callbacks._after_step import AfterStep
 from secateur.callbacks._preemption import Preempted, Signals, after_rank_0, requeue
 from secateur.callbacks._trial import is_trial
 from secateur.pruning.files.checkpoints import (
@@ -53,7 +54,7 @@ class WholeFiles(TorchCheckpointIO):
         write_whole(Path(path), write)
 
 
-class SaveCheckpoint(Checkpoint):
+class SaveCheckpoint(AfterStep, Checkpoint):
     """Save every few steps, and at the end, into `<trainer.default_root_dir>/checkpoints`.
 
     A checkpoint holds the trained parameters, the optimiser, the loops and the position in the
@@ -104,7 +105,6 @@ class SaveCheckpoint(Checkpoint):
         """The newest checkpoint of this run, under the name that Lightning looks for."""
         self._figures: dict[str, float] = {}  # figures of the best checkpoints, lowest first
         self._ended_early = False
-        self._step = 0
         self._signals = Signals()
 
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
@@ -197,18 +197,8 @@ class SaveCheckpoint(Checkpoint):
                 f"{trainer.default_root_dir} must be on a file system that all nodes share."
             )
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save every `every_n_steps` optimiser steps, and after a signal."""
-        if trainer.global_step == self._step:  # a further batch of the same optimiser step
-            return
-        self._step = trainer.global_step
         stop = self._asked_to_stop(trainer)
         if stop or self._step % self.every_n_steps == 0:
             self._save(trainer)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 
+from secateur.callbacks._after_step import AfterStep
 from secateur.pruning.progress import EVERY_SECONDS, FIRST_SECONDS, duration
 
 _FLUSH_SECONDS = 60.0
 
 
-class ShowProgress(Callback):
+class ShowProgress(AfterStep):
     """Write a line every half minute where no bar is seen; write metrics to disk every minute.
 
     A line has the step, the figures of the progress bar (loss, fraction kept) and the time that is
@@ -29,18 +30,9 @@ class ShowProgress(Callback):
         self._first = self._step = trainer.global_step
         self._next_line, self._next_flush = now + FIRST_SECONDS, now + _FLUSH_SECONDS
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell, and write, if it is time."""
-        if trainer.global_step == self._step:  # a further batch of the same optimiser step
-            return
-        self._step, now = trainer.global_step, time.monotonic()
+        now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + EVERY_SECONDS
             if trainer.progress_bar_callback is None or not get_console().is_terminal:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from secateur.callbacks._after_step import AfterStep
 from secateur.pruning.protocols import LearnsMasks, learns_masks
 from secateur.pruning.sites import split
 
 _LOOKS = 10  # at least, while masks are learned
 
 
-class TrackBudget(Callback):
+class TrackBudget(AfterStep):
     """Log expected and hard budget, widths per kind of site, and the fraction of undecided gates.
 
     The final selection always meets the budget; but if the soft gates are far from it, the exported
@@ -59,19 +60,12 @@ class TrackBudget(Callback):
         """Check at once that the module learns masks."""
         learns_masks(pl_module, "TrackBudget")
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every `every_n_steps` optimiser steps."""
         step, module = trainer.global_step, learns_masks(pl_module, "TrackBudget")
         every = min(self.every_n_steps, max(1, module.mask_steps // _LOOKS))
         if (step % every and step != module.mask_steps) or step in (s for s, _ in self._seen):
-            return  # not yet, or a further batch of the same optimiser step
+            return  # not yet, or before this run was resumed
         probability = split(module.keep_probability(), module.sites)
         expected = float(module.table.fraction(torch.stack([p.sum() for p in probability])))
         hard = torch.stack([(p >= 0.5).sum() for p in probability])

@@ -64,15 +64,7 @@ class ShardedDDP(DDPStrategy):
         super().connect(model)
 
     def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
-        """Read this rank's shard of a causal language model, frozen.
-
-        Args:
-            base: The model to read.
-            dtype: "auto" or the name of a torch type.
-
-        Raises:
-            ValueError: The folder cannot be read as a causal language model.
-        """
+        """Read this rank's shard of a model, frozen; see `LanguageModelling`."""
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
         base.judge()

@@ -157,15 +157,7 @@ class Zero(DeepSpeedStrategy):
     # Reading models.
 
     def read_model(self, base: BaseModel, dtype: str) -> PreTrainedModel:
-        """Read a causal language model: in stage 3 this rank's shard of it, otherwise all of it.
-
-        Args:
-            base: The model to read.
-            dtype: "auto" or the name of a torch type.
-
-        Raises:
-            ValueError: The folder cannot be read as a causal language model.
-        """
+        """Read a model, see `LanguageModelling`: in stage 3 this rank's shard, otherwise all."""
         if self.stage != 3:
             return base.load(dtype)
         base.judge()

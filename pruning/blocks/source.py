@@ -111,7 +111,7 @@ class StreamedBlocks(BlockSource):
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
         self.base, self.device = BaseModel(Path(folder)), torch.device(device)
         self.base.refuse(Step.WEIGHTS)
-        self.model = self.base.skeleton().eval()
+        self.model = copy.deepcopy(self.base.skeleton()).eval()
         self.linears = linears_of(self.model)
         self._load_what_is_not_in_blocks()
 

@@ -145,7 +145,8 @@ def _cut(path: Path, name: str, plan: Plan) -> Tensor:
     for axis, site in enumerate(plan.family.axes(relative)):
         if site is not None:
             index_W = plan.index(block, site)
-            tensor = tensor[index_W] if axis == 0 else tensor[:, index_W]
+            if len(index_W) < tensor.shape[axis]:
+                tensor = tensor[index_W] if axis == 0 else tensor[:, index_W]
     return tensor
 
 
@@ -155,7 +156,8 @@ def _same_bits(name: str, own: Tensor, wanted: Tensor) -> None:
             f"{name!r} is {own.dtype} of shape {list(own.shape)} in the export, and should be "
             f"{wanted.dtype} of shape {list(wanted.shape)}."
         )
-    bits = [t.contiguous().flatten().view(torch.uint8) for t in (own, wanted)]  # NaN is NaN
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[own.element_size()]  # NaN is NaN
+    bits = [t.contiguous().flatten().view(integer) for t in (own, wanted)]
     if not torch.equal(*bits):
         differ = (own != wanted).sum()
         raise ExportError(

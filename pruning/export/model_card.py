@@ -119,7 +119,7 @@ def card(
     Returns:
         The text of README.md.
     """
-    before = BaseModel(origin.folder)
+    before = origin.base_model
     tables = {
         "Budget": _plan_budget(before, plan, report) if plan else _counted_budget(report),
         "Quality": _quality(report),

@@ -175,14 +175,14 @@ def _staying(
 _HELP = """\
 Cut a checkpoint by a plan, without loading the model.
 
-BASE is streamed: memory is that of one output shard, whatever the size of the model. OUT gets
+BASE is streamed: memory is that of one tensor, whatever the size of the model. OUT gets
 weights in the type of BASE, config.json, tokenizer, the plan, and the code that loads it if the
 widths differ between blocks (load with `trust_remote_code=True`); a uniform plan leaves a stock
 model. BASE may be a narrow model itself, and OUT is narrow then.
 
-OUT appears when it is complete. The plan must have been made for exactly BASE, which is checked by
-a hash of its files. That OUT computes the same as the masked model is verified at the end of a
-training run, which loads both; this command runs no model.
+OUT appears when it is complete and equal, bit by bit, to what the plan makes of BASE. The plan must
+have been made for exactly BASE, which is checked by a hash of its files. That OUT computes the same
+as the masked model is verified at the end of a training run; this command runs no model.
 
 example:
   python -m secateur surgery path/to/Llama-2-7b-hf runs/disp/plan path/to/smaller

@@ -101,12 +101,12 @@ class Cut(Source):
     proven = _TO_THE_BIT
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        return lambda folder: prove_cut(BaseModel(origin.folder), self.plan, folder)
+        return lambda folder: prove_cut(origin.base_model, self.plan, folder)
 
     def write(self, folder: Path | None, origin: Origin) -> None:
         if folder is None:
             return
-        base, plan = BaseModel(origin.folder), self.plan
+        base, plan = origin.base_model, self.plan
         if base.fingerprint != plan.base:
             raise ValueError(
                 f"The plan was made for the base model with fingerprint {plan.base[:16]}..., and "
@@ -159,7 +159,7 @@ class WithoutBlocks(Cut):
 
     def write(self, folder: Path | None, origin: Origin) -> None:
         assert folder is not None
-        base = BaseModel(origin.folder)
+        base = origin.base_model
         settings = exported_config(base, self.plan) | {PROVENANCE: self.record}
         _write_changed(base, by_file(cut_tensors(base, self.plan)), settings, folder)
         self.plan.save(folder / IN_MODEL)
@@ -183,13 +183,13 @@ class NewWeights(Source):
     proven = _TO_THE_BIT
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
-        base = BaseModel(origin.folder)
+        base = origin.base_model
         expected = {made.name: made.make for _, made in self._tensors(base)}
         return lambda folder: prove_files(expected, base.settings, folder)
 
     def write(self, folder: Path | None, origin: Origin) -> None:
         assert folder is not None
-        base = BaseModel(origin.folder)
+        base = origin.base_model
         _write_changed(base, by_file(self._tensors(base)), base.settings, folder, self.progress)
         self.masks.save(folder / MASKS)
 

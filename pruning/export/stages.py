@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Origin:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def base_model(self) -> BaseModel:
+        """The base model."""
+        return BaseModel(self.folder)
+
     @property
     def name(self) -> str:
         """Name of the base model for others: of a folder its name, of ours that of its own base."""
@@ -55,9 +61,8 @@ class Origin:
 
     def described(self) -> str:
         """Name of the base model with its size and family, as a folder may be called anything."""
-        base = BaseModel(self.folder)
-        size = short_count(base.skeleton().num_parameters())
-        return f"{self.name} ({base.config.model_type}, {size} parameters)"
+        size = short_count(self.base_model.skeleton().num_parameters())
+        return f"{self.name} ({self.base_model.config.model_type}, {size} parameters)"
 
     @property
     def shown_command(self) -> str:

@@ -225,11 +225,15 @@ class BaseModel:
         return found
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: shapes without memory.
+        """The model on the meta device: shapes without memory. It is made once; leave it as it is.
 
         Raises:
             ValueError: The configuration makes none.
         """
+        return self._skeleton
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
         try:
             return skeleton(self.config)
         except Exception as error:  # of any kind: the numbers in it are somebody else's

@@ -296,45 +296,13 @@ class Budget:
         selects_S = torch.tensor([site.is_of_stream and site.size == stream for site in sites])
         least_saved = self.cost.per_weight * (self.selection or 0) * stream
         while True:
-            widths_S = self._prefix_widths(scores_N, sites, table, limit, ranked, floor_S, top_S)
+            chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, top_S)
+            widths_S = _widths_within(*chunks, floor_S, table, limit)
             saved_S = (top_S - widths_S) * table.marginal(widths_S)
             unpaid_S = selects_S & (widths_S < top_S) & (saved_S < least_saved)
             floor_S = torch.where(unpaid_S, top_S, floor_S)
             if not bool(unpaid_S.any()) or float(table(floor_S)) > limit:
                 return widths_S
-
-    def _prefix_widths(
-        self,
-        scores_N: Tensor,
-        sites: Sequence[Site],
-        table: CostModel,
-        limit: float,
-        ranked: Sequence[Tensor],
-        floor_S: Tensor,
-        top_S: Tensor,
-    ) -> Tensor:
-        """Widths with the longest prefix of chunks within the limit, and others that fit."""
-        chunks = self._ranked_chunks(scores_N, sites, ranked, floor_S, top_S)
-        chunk_sites, chunk_sizes = chunks
-        low = _longest_prefix(*chunks, floor_S, table, limit)
-        widths_S = _widths_of_prefix(*chunks, floor_S, low)
-        cost = float(table(widths_S))
-        # A chunk can be added only if all earlier chunks of its site are included: once a chunk
-        # does not fit, its site gets no more.
-        rest = list(zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True))
-        open_sites = {site for site, _ in rest}
-        for site, size in rest:
-            if site not in open_sites:
-                continue
-            more = table.increase(widths_S, site, size)
-            if cost + more > limit:
-                open_sites.remove(site)
-                if not open_sites:
-                    break
-                continue
-            widths_S[site] += size
-            cost += more
-        return widths_S
 
     @property
     def _multiple(self) -> int:
@@ -381,6 +349,31 @@ def _widths_of_prefix(
 ) -> Tensor:
     """Widths with the first `count` chunks above the lower limit."""
     return floor_S.index_add(0, chunk_sites[:count], chunk_sizes[:count])
+
+
+def _widths_within(
+    chunk_sites: Tensor, chunk_sizes: Tensor, floor_S: Tensor, table: CostModel, limit: float
+) -> Tensor:
+    """Widths with the longest prefix of chunks within the limit, and others that fit."""
+    low = _longest_prefix(chunk_sites, chunk_sizes, floor_S, table, limit)
+    widths_S = _widths_of_prefix(chunk_sites, chunk_sizes, floor_S, low)
+    cost = float(table(widths_S))
+    # A chunk can be added only if all earlier chunks of its site are included: once a chunk does
+    # not fit, its site gets no more.
+    rest = list(zip(chunk_sites[low:].tolist(), chunk_sizes[low:].tolist(), strict=True))
+    open_sites = {site for site, _ in rest}
+    for site, size in rest:
+        if site not in open_sites:
+            continue
+        more = table.increase(widths_S, site, size)
+        if cost + more > limit:
+            open_sites.remove(site)
+            if not open_sites:
+                break
+            continue
+        widths_S[site] += size
+        cost += more
+    return widths_S
 
 
 def _longest_prefix(
