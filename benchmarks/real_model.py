@@ -5,7 +5,7 @@ another folder. Text is cut into windows of 512 tokens, a step has four. Rows of
 
 - masks: 200 steps of mask learning only (`--model.settle null`);
 - frozen: masks, refit and gains, in at most the time of the reference's 200 steps;
-- recovered: masks by importance, refit, and low-rank updates of the cut model, in that time;
+- recovered: masks by importance, refit, and all weights of the cut model, in that time;
 - depth: whole blocks removed, the least influential first, and refitted, without training;
 - widths: masks by importance, refitted, without training. The opponent of depth.
 
@@ -83,7 +83,9 @@ REFIT = f"--model.settle.refit_windows={REFIT_WINDOWS}"
 RECIPES = {
     "masks": Recipe(200, ("--model.settle=null",)),
     "frozen": Recipe(120, (REFIT,)),
-    "recovered": Recipe(110, (REFIT, "--model.settle.fraction=1", "--model.settle.train=LowRank")),
+    "recovered": Recipe(
+        115, (REFIT, "--model.settle.fraction=1", "--model.settle.train=AllWeights")
+    ),
 }
 
 
@@ -185,7 +187,7 @@ class Bench:
     def refitted(self, plan: Plan) -> PreTrainedModel:
         """The model cut by a plan, refitted on training text after that of the ranking."""
         narrow = cut(self.dense, plan)
-        text_WT: Tensor = self.windows_WT[SEARCH.num_windows :][:REFIT_WINDOWS]
+        text_WT: Tensor = self.windows_WT[SEARCH.windows_read(Fisher()) :][:REFIT_WINDOWS]
         refit(self.dense, narrow, plan, text_WT)
         return narrow.eval()
 

@@ -29,7 +29,7 @@ from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_gradient import Fisher
-from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
 from secateur.pruning.widths.refit import Refit
 from secateur.pruning.widths.scores import WidthScore
 
@@ -48,7 +48,8 @@ class PruneWidths(Prune):
         budget: How much of the base model is kept, and in which shapes.
         score: Score of the entries of a width: `Fisher` (if not given), `GateGradient`,
             `WidthMagnitude` or `RandomOrder`.
-        search: How entries are ranked: in rounds, each of which removes the lowest-ranked.
+        search: How entries are ranked: in rounds, each of which removes the lowest-ranked
+            (`GradualRanking`), or such a ranking improved by `Evolution`.
         compensation: Refits the kept weights; None leaves them unchanged.
         gradually: How the widths shrink while the model trains; all at once before the first step
             if not given.
@@ -66,7 +67,7 @@ class PruneWidths(Prune):
         self,
         budget: Budget,
         score: WidthScore | None = None,
-        search: GradualRanking = GradualRanking(),  # noqa: B008 (frozen)
+        search: WidthSearch = GradualRanking(),  # noqa: B008 (frozen)
         compensation: Refit | None = Refit(),  # noqa: B008 (frozen)
         gradually: Gradually | None = None,
         calibration_windows: int = 256,
@@ -198,7 +199,7 @@ class PruneWidths(Prune):
 
     def _split_windows(self, trainer: Trainer) -> tuple[Tensor | None, Tensor, Tensor]:
         """Windows to rank on, windows to refit on, and windows held back from both."""
-        ranked = self.search.num_windows if self.score.reads_text else 0
+        ranked = self.search.windows_read(self.score)
         count = max(ranked, self.calibration_windows) + self.held_back_windows
         drawn_WT = self.windows(trainer, count)
         generator = torch.Generator().manual_seed(self.calibration_seed)

@@ -449,7 +449,7 @@ class MaskLearning(LanguageModelling):
         """Initial logits minus the hypernetwork's output before its first step."""
         found: Any = None
         if self.trainer.is_global_zero or self.divided:
-            count = start.search.num_windows if start.score.reads_text else 0
+            count = start.search.windows_read(start.score)
             windows_WT = self._text(count, start.seed) if count else None
             ranking = start.search.choose(self.model, self.budget, start.score, windows_WT)
             found = ranking.positions_N()

@@ -14,6 +14,7 @@ Legend: N = all gates, S = sites, W = calibration windows, T = tokens of a windo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,8 +116,51 @@ def close_worst(
     )
 
 
+class WidthSearch(ABC):
+    """How the gates of a model are ranked within a budget."""
+
+    @abstractmethod
+    def windows_read(self, score: WidthScore) -> int:
+        """Number of calibration windows that a search by a score reads, 0 or more."""
+
+    @abstractmethod
+    def choose(
+        self,
+        model: PreTrainedModel,
+        budget: Budget,
+        score: WidthScore,
+        windows_WT: Int[Tensor, "W T"] | None = None,
+    ) -> Ranking:
+        """Rank all gates.
+
+        Args:
+            model: The dense model; it is not changed.
+            budget: Budget that the open gates meet.
+            score: Score to rank gates by.
+            windows_WT: Token ids of calibration text, `windows_read` or more; None if none is read.
+
+        Raises:
+            ValueError: There is too little text, the budget cannot be met, or a value is not
+                finite.
+        """
+
+    def text(self, score: WidthScore, windows_WT: Int[Tensor, "W T"] | None) -> Int[Tensor, "W T"]:
+        """Return the windows that a search reads.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+        needed, found = self.windows_read(score), 0 if windows_WT is None else len(windows_WT)
+        if windows_WT is None or found < needed:
+            raise ValueError(
+                f"There are {found} calibration windows, and `search` {self!r} needs {needed}; "
+                "give more text or lower its numbers."
+            )
+        return windows_WT[:needed]
+
+
 @dataclass(frozen=True)
-class GradualRanking:
+class GradualRanking(WidthSearch):
     """Close gates in rounds, the worst of every round by a score.
 
     Args:
@@ -138,10 +182,8 @@ class GradualRanking:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
 
-    @property
-    def num_windows(self) -> int:
-        """Number of calibration windows that a search reads."""
-        return self.rounds * self.batches_per_round * self.batch_size
+    def windows_read(self, score: WidthScore) -> int:
+        return self.rounds * self.batches_per_round * self.batch_size * score.reads_text
 
     def steps(
         self,
@@ -157,8 +199,8 @@ class GradualRanking:
             model: The dense model; it is not changed.
             budget: Budget after the last round.
             score: Score to rank gates by.
-            windows_WT: Token ids of calibration text, `num_windows` or more, read in order from the
-                first; None for scores that read no text.
+            windows_WT: Token ids of calibration text, `windows_read` or more, read in order from
+                the first; None for scores that read no text.
             start: Last result of an interrupted search with the same arguments; None starts anew.
 
         Yields:
@@ -172,17 +214,18 @@ class GradualRanking:
         sites, table = find_sites(model, family), budget.cost.table(model, family)
         budget.check(sites, table)
         found = 0 if windows_WT is None else len(windows_WT)
-        if score.reads_text and found < self.num_windows:
+        needed = self.windows_read(score)
+        if found < needed:
             raise ValueError(
                 f"There are {found} calibration windows, and `rounds` {self.rounds} x "
                 f"`batches_per_round` {self.batches_per_round} x `batch_size` {self.batch_size} "
-                f"need {self.num_windows}; give more text or lower one of them."
+                f"need {needed}; give more text or lower one of them."
             )
         ranking = start or Ranking.start(sites)
         while ranking.rounds < self.rounds:
             own_WT = None
             if score.reads_text and windows_WT is not None:
-                own_WT = windows_WT[: self.num_windows].chunk(self.rounds)[ranking.rounds]
+                own_WT = windows_WT[:needed].chunk(self.rounds)[ranking.rounds]
             values_N = score.values(model, family, ranking.gates(sites), own_WT, self.batch_size)
             share = (ranking.rounds + 1) / self.rounds
             target = replace(budget, keep=budget.keep**share)

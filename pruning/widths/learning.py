@@ -22,7 +22,7 @@ from secateur.pruning.sites import Site
 from secateur.pruning.widths.budget import log_ratio_penalty
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gates import GateSampler, Stream
-from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
 from secateur.pruning.widths.policy_gradient import Draw, Estimator, Pathwise
 from secateur.pruning.widths.scores import WidthScore
 
@@ -175,7 +175,7 @@ class Importance:
     """
 
     score: WidthScore = field(default_factory=Fisher)
-    search: GradualRanking = field(default_factory=GradualRanking)
+    search: WidthSearch = field(default_factory=GradualRanking)
     scale: float = 4.0
     seed: int = 0
 

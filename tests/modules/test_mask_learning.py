@@ -525,7 +525,7 @@ def test_without_a_step_the_ranking_decides(inputs: Path, data: TextData, tmp_pa
     module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=None)
     trainer(tmp_path, max_steps=0).fit(module, data)
     search = GradualRanking(2, 1, 4)
-    text_WT = module._text(search.num_windows, 0)
+    text_WT = module._text(search.windows_read(Fisher()), 0)
     ranking = search.choose(module.model, module.budget, Fisher(), text_WT)
     same = sum(
         len(set(ours.tolist()) & set(theirs.tolist()))
