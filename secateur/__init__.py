@@ -21,6 +21,7 @@ _HOMES = {
     "pruning.lora": ("LoRA",),
     "pruning.files.base_model": ("BaseModel",),
     "pruning.widths.budget": ("Budget",),
+    "pruning.widths.evolution": ("Evolution",),
     "pruning.widths.feature_statistics": ("Fluctuation", "WandaWidth"),
     "pruning.widths.gate_gradient": ("Fisher", "GateGradient"),
     "pruning.widths.gradual_ranking": ("GradualRanking",),

@@ -25,9 +25,10 @@ from secateur.pruning.plan import Plan
 from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.evolution import Evolution
 from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
-from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
 from secateur.pruning.widths.refit import Refit
 from secateur.pruning.widths.scores import WidthScore
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
@@ -36,8 +37,12 @@ from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE
 
-AXES = (WidthScore, Refit)
+AXES = (WidthScore, WidthSearch, Refit)
+RANKING = GradualRanking(rounds=2, batches_per_round=1, batch_size=4)
+SEARCHED = Evolution(RANKING, 2, 3, 2, windows=4, text_windows=8, held_back_windows=4)
 ROWS: dict[type, tuple[WidthScore, Refit | None]] = {
+    GradualRanking: (WidthMagnitude(), None),
+    Evolution: (WidthMagnitude(), None),
     RandomOrder: (RandomOrder(3), None),
     WidthMagnitude: (WidthMagnitude(), None),
     GateGradient: (GateGradient(), None),
@@ -72,7 +77,7 @@ def callback(method: type) -> PruneWidths:
     return PruneWidths(
         Budget(KEEP),
         score,
-        GradualRanking(rounds=2, batches_per_round=1, batch_size=4),
+        SEARCHED if method is Evolution else RANKING,
         compensation=refit,
         gradually=Gradually(1, over=0.5),
         calibration_windows=48,
