@@ -144,6 +144,7 @@ class MaskLearning(LanguageModelling):
         self.sites: list[Site]
         self.start_N: Tensor
         self._average = torch.tensor(math.nan)  # the state of the baseline of a policy gradient
+        self._ranked_N: Tensor | None = None  # the initial ranking
         self.settled_N: Tensor
         self.settled: Settled | None = None
         self._notes: dict[str, Any] = {}
@@ -181,8 +182,8 @@ class MaskLearning(LanguageModelling):
         """Reset the gates to their state before the first step."""
         self.hypernetwork = self._make_hypernetwork([site.size for site in self.sites])
         torch.nn.init.zeros_(self.start_N)
-        self._average = torch.tensor(math.nan)
         torch.nn.init.zeros_(self.settled_N)
+        self._average, self._ranked_N = torch.tensor(math.nan), None
         self.settled, self._notes = None, {}  # first: the following lines depend on it
         if self.settle is not None and not self._cuts:
             # Made now, for a strategy to divide.
@@ -456,8 +457,8 @@ class MaskLearning(LanguageModelling):
         if not self.divided:
             found = self.trainer.strategy.broadcast(found)
         first_N: Tensor = self.hypernetwork().to(self.start_N)
-        ranked_N: Tensor = start.scale * found.to(self.start_N)
-        return ranked_N - first_N
+        self._ranked_N = found
+        return start.scale * found.to(self.start_N) - first_N
 
     def _text(self, count: int, seed: int) -> Tensor:
         """Windows of the training text (int64, shape (W, T)), repeated if it has fewer."""
@@ -473,7 +474,9 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def _settle(self) -> None:
         """Choose the final masks; cut and refit the model if it can be cut."""
-        masks_N = masks_of(self._kept(), self.sites)
+        masks_N, which = masks_of(self._kept(), self.sites), {}
+        if self.settle is not None and self._ranked_N is not None:
+            masks_N, which = self._better_masks(masks_N, self._ranked_N, self.settle)
         self.settled_N.copy_(masks_N.bool())
         if self.settle is None:
             return
@@ -488,13 +491,34 @@ class MaskLearning(LanguageModelling):
             text_WT = self._text(count, self.sampler.seed)
             narrow, notes = cut_and_refitted(self.model, plan, self.settle, text_WT)
             news = notes, narrow.state_dict() if self.trainer.world_size > 1 else None
-        self._notes, weights = self.trainer.strategy.broadcast(news)
+        notes, weights = self.trainer.strategy.broadcast(news)
+        self._notes = which | notes
         rank_zero_info(f"The masks have settled: {_shown(self._notes)}.")
         if narrow is None:
             narrow = cut(self.model, plan)
             narrow.load_state_dict(weights)
         self._take(narrow, self.settle)
         train_instead(self.trainer.strategy, self, self.settled.trained() if self.settled else [])
+
+    def _better_masks(
+        self, learned_N: Tensor, ranked_N: Tensor, settle: Settle
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The learned masks, or those of the initial ranking if they have the lower perplexity on
+        the windows held back; and the comparison for the report.
+        """
+        kept = self.budget.finalise(ranked_N, self.sites, self.table)
+        both, found = {"learned": learned_N, "ranking": masks_of(kept, self.sites)}, {}
+        if torch.equal(*both.values()):
+            return learned_N, {}
+        if self.trainer.is_global_zero:
+            held_WT = self._text(settle.held_back_windows, self.sampler.seed)
+            for name, mask_N in both.items():
+                with self._applied(split(mask_N.to(self.device), self.sites)) as model:
+                    found[name] = perplexity(model, held_WT).value
+        found = self.trainer.strategy.broadcast(found)
+        best = min(found, key=lambda name: found[name])
+        notes = {f"perplexity_masks_{name}": value for name, value in found.items()}
+        return both[best], notes | {"masks": best}
 
     def _take(self, narrow: PreTrainedModel, settle: Settle) -> None:
         """Make the cut model the trained one."""
@@ -577,6 +601,7 @@ class MaskLearning(LanguageModelling):
             "plan": self.plan().state() if cut_by else None,
             "notes": self._notes,
             "average": self._average,
+            "ranked": self._ranked_N,
         }
         super().on_save_checkpoint(checkpoint)
 
@@ -591,6 +616,7 @@ class MaskLearning(LanguageModelling):
         super().on_load_checkpoint(checkpoint)
         self._notes = checkpoint["settled"]["notes"]
         self._average = checkpoint["settled"].get("average", self._average)
+        self._ranked_N = checkpoint["settled"].get("ranked")
         if (state := checkpoint["settled"]["plan"]) is not None:
             assert self.settle is not None
             with torch.no_grad():

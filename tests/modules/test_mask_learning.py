@@ -481,6 +481,39 @@ def test_every_sample_is_on_budget(make: Make) -> None:
         assert bool((gradient_N > 0).all())
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_learned_masks_are_kept_only_if_they_are_better_than_the_ranking(
+    inputs: Path, data: TextData, tmp_path: Path, sign: float
+) -> None:
+    """With the sign turned, what is learned is the ranking upside down."""
+
+    class Turn(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 1:
+                pl_module.start_N.mul_(sign)
+                trainer.save_checkpoint(tmp_path / "turned.ckpt")
+
+    def run(to: str, **kwargs: Any) -> MaskLearning:
+        settle = Settle(fraction=0.5, **FEW)
+        module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=settle)
+        trainer(tmp_path / to, Turn(), max_steps=4, limit_val_batches=0).fit(module, data, **kwargs)
+        return module
+
+    module = run("whole")
+    assert module._ranked_N is not None
+    ranked = module.budget.finalise(module._ranked_N, module.sites, module.table)
+    learned = module.budget.finalise(module._cpu_logits(), module.sites, module.table)
+    losses = {name: module._notes[f"perplexity_masks_{name}"] for name in ("learned", "ranking")}
+    better = min(losses, key=lambda name: losses[name])
+    assert module._notes["masks"] == better
+    expected = learned if better == "learned" else ranked
+    assert all(map(torch.equal, module.plan().kept, expected))
+    assert not all(map(torch.equal, learned, ranked))
+    again = run("again", ckpt_path=tmp_path / "turned.ckpt")
+    assert again._notes == module._notes
+    assert all(map(torch.equal, again.plan().kept, module.plan().kept))
+
+
 @pytest.mark.parametrize("pressure", [ExactBudget(), Penalty()], ids=str)
 @pytest.mark.parametrize("baseline", [LeaveOneOut(), MovingAverage()], ids=str)
 def test_a_policy_gradient_runs_forward_only_and_resumes(
