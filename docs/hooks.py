@@ -6,6 +6,7 @@ MkDocs calls these functions, see `hooks` in mkdocs.yml.
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import tempfile
 import tomllib
@@ -42,6 +43,10 @@ API = {
 }
 """Page to its title and the modules whose public names it tells, the first page that fits."""
 
+_HYPHEN = "&#8209;"  # no line ends at it
+_SETTINGS_ONLY = ("modules", "callbacks")
+"""Pages whose classes are used by their settings; their methods are called by Lightning."""
+
 _sources = Path(tempfile.mkdtemp(prefix="secateur-site-"))
 
 
@@ -69,10 +74,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links that leave docs/ to the pages that these files became."""
+    """Lead links that leave docs/ to the pages that these files became; keep dates on a line."""
     for path, name in ELSEWHERE.items():
         markdown = markdown.replace(f"](../{path}", f"]({name}")
-    return markdown
+    return re.sub(
+        r"^\| (\d{4})-(\d\d)-(\d\d) ", rf"| \1{_HYPHEN}\2{_HYPHEN}\3 ", markdown, flags=re.M
+    )
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -100,7 +107,8 @@ def api_pages() -> dict[str, str]:
         fits = (n for n, (_, modules) in API.items() if f"{home}.".startswith(_dotted(modules)))
         if (page := next(fits, None)) is None:
             raise ValueError(f"`API` in docs/hooks.py has no page for {home} of secateur.")
-        pages[page] += [f"::: secateur.{home}.{name}" for name in names]
+        options = "\n    options: { members: false }" if page in _SETTINGS_ONLY else ""
+        pages[page] += [f"::: secateur.{home}.{name}{options}" for name in names]
     return {name: "\n\n".join(lines) + "\n" for name, lines in pages.items()}
 
 
