@@ -10,8 +10,10 @@ budget uses: time as a fraction of that of the dense model, by the table and mea
 Keys: `median_error` and `worst_error` of |predicted / measured - 1| over all plans and both phases;
 `rank_correlation` (Spearman) of predicted with measured time of the mix of one prefill and
 --tokens decoding steps, and `rank_correlation_flops` that of the block FLOPs, of the whole model's
-in `rank_correlation_whole_flops`; the same per phase, and `..._seconds`, errors of the times
-themselves, which a machine that slows down between table and plans adds to.
+in `mix_rank_correlation_whole_flops`. The same per phase (`prefill_`, `decode_`, `mix_`), and, if
+the fraction of FLOPs is taken as that of time, with the ending `_block_flops`. Errors of the times
+themselves end in `_seconds`; a machine that slows down between table and plans adds to them. All
+plans and the dense model are in memory at once.
 """
 
 from __future__ import annotations
@@ -34,8 +36,6 @@ from secateur.pruning.measure.latency_table import PHASES
 from secateur.pruning.measure.speed import measure_speed
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
-
-_AT_ONCE = 5  # plans in memory beside the dense model
 
 
 def random_widths(config: Any, keep: float, multiple: int, seed: int) -> list[dict[str, int]]:
@@ -80,9 +80,8 @@ def main() -> None:
     add("--tokens", type=int, default=64, help="decoded tokens (default: 64)")
     add("--batch", type=int, default=1, help="sequences (default: 1)")
     add("--points", type=int, default=Measurement.points, help="widths per site at most")
-    add(
-        "--rounds", type=int, default=3, help="rounds of the table, turns of the plans (default: 3)"
-    )
+    add("--rounds", type=int, default=3, help="rounds of the table (default: 3)")
+    add("--turns", type=int, default=5, help="timed turns of the plans (default: 5)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--device", default="cpu", help="torch device")
     add("--cpu-time", action="store_true", help="processor time; needs --threads 1")
@@ -114,55 +113,48 @@ def main() -> None:
         kept = [draw.uniform(*args.keep) for _ in range(args.plans)]
         plans = [random_widths(config, k, table.multiple, n) for n, k in enumerate(kept)]
         flops = {name: Flops(name == "whole", args.prompt) for name in ("block", "whole")}
-        rows: list[dict[str, float]] = []
-        for start in range(0, args.plans, _AT_ONCE):
-            own = {str(n): plans[n] for n in range(start, min(start + _AT_ONCE, args.plans))}
-            models = {name: bench.narrow(widths, blocks) for name, widths in own.items()}
-            models["dense"] = bench.narrow([{} for _ in blocks], blocks)
-            speeds = measure_speed(
-                models, args.batch, args.prompt, args.tokens, args.rounds, clock=how.clock
-            )
-            for name, model in models.items():
-                row = {p: getattr(speeds[name], f"{p}_seconds") for p in PHASES}
-                row |= {f"{p}_said": table.seconds(model, p) for p in PHASES}
-                for key, cost in flops.items():
-                    row[f"{key}_flops"] = cost.table(model).dense
-                rows.append(row | {"dense": float(name == "dense")})
+        models = {str(n): bench.narrow(widths, blocks) for n, widths in enumerate(plans)}
+        models["dense"] = bench.narrow([{} for _ in blocks], blocks)
+        speeds = measure_speed(
+            models, args.batch, args.prompt, args.tokens, args.turns, clock=how.clock
+        )
+        rows: dict[str, dict[str, float]] = {}
+        for name, model in models.items():
+            rows[name] = {p: getattr(speeds[name], f"{p}_seconds") for p in PHASES}
+            rows[name] |= {f"{p}_said": table.seconds(model, p) for p in PHASES}
+            for key, cost in flops.items():
+                rows[name][f"{key}_flops"] = cost.table(model).dense
     found |= summary(rows, args.tokens)
     settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list)}
     write_figures(settings | found, args.json)
 
 
-def summary(rows: list[dict[str, float]], tokens: int) -> dict[str, float]:
-    """Errors and rank correlations; every group of plans ends with its dense model."""
-    plans: list[dict[str, float]] = []
-    group: list[dict[str, float]] = []
-    for row in rows:
+def summary(rows: dict[str, dict[str, float]], tokens: int) -> dict[str, float]:
+    """Errors and rank correlations of all plans, as fractions of the dense model."""
+    for row in rows.values():
         for said in ("", "_said"):
             row[f"mix{said}"] = row[f"prefill{said}"] + tokens * row[f"decode{said}"]
-        if row["dense"]:
-            plans += [{k: own[k] / row[k] for k in own if k != "dense"} for own in group]
-            group = []
-        else:
-            group.append(row)
+    dense = rows.pop("dense")
+    plans = [{key: own[key] / dense[key] for key in own} for own in rows.values()]
     found: dict[str, float] = {}
-    every = []
     for phase in (*PHASES, "mix"):
-        errors = [abs(plan[f"{phase}_said"] / plan[phase] - 1) for plan in plans]
-        every += errors if phase in PHASES else []
-        found |= {f"{phase}_median_error": median(errors), f"{phase}_worst_error": max(errors)}
         times = [plan[phase] for plan in plans]
         for key in (f"{phase}_said", "block_flops", "whole_flops"):
             name = key.removeprefix(phase).removesuffix("_said")
-            found[f"{phase}_rank_correlation{name and '_' + name}"] = rank_correlation(
+            end = name and f"_{name}"
+            errors = [abs(plan[key] / plan[phase] - 1) for plan in plans]
+            found[f"{phase}_median_error{end}"] = median(errors)
+            found[f"{phase}_worst_error{end}"] = max(errors)
+            found[f"{phase}_rank_correlation{end}"] = rank_correlation(
                 [plan[key] for plan in plans], times
             )
-    seconds = [abs(r[f"{p}_said"] / r[p] - 1) for r in rows if not r["dense"] for p in PHASES]
+    errors = [abs(plan[f"{p}_said"] / plan[p] - 1) for plan in plans for p in PHASES]
+    seconds = [abs(own[f"{p}_said"] / own[p] - 1) for own in rows.values() for p in PHASES]
     found |= {"median_error_seconds": median(seconds), "worst_error_seconds": max(seconds)}
     found |= {f"plan_{n}_{key}": plan[key] for n, plan in enumerate(plans) for key in plan}
     return {
-        "median_error": median(every),
-        "worst_error": max(every),
+        "median_error": median(errors),
+        "worst_error": max(errors),
         "rank_correlation": found["mix_rank_correlation"],
         "rank_correlation_flops": found["mix_rank_correlation_block_flops"],
         **found,
