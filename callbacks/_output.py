@@ -21,11 +21,11 @@ def check_folder(callback: str, folder: str, *own: str) -> None:
     path = Path(folder)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError(
-            f"`folder` {folder!r} of {callback} is not below `trainer.default_root_dir`; "
+            f"`folder` of {callback} must be below `trainer.default_root_dir`, got {folder!r}; "
             f"choose a name, such as {own[0]}."
         )
     if path.parts[0] in {*_TAKEN} - {*own}:
         raise ValueError(
-            f"`folder` {folder!r} of {callback} is where a run keeps something else; choose "
+            f"`folder` of {callback} is {folder!r}, where a run keeps something else; choose "
             f"another name, such as {own[0]}."
         )

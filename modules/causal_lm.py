@@ -30,7 +30,11 @@ from transformers import (
 )
 
 from secateur.modules.architecture import make_config
-from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
+from secateur.modules.language_modelling import (
+    LanguageModelling,
+    describe_optimizer,
+    made_optimizer,
+)
 from secateur.modules.recompute import recompute
 from secateur.modules.removal import check_undivided, let_go
 from secateur.modules.teacher import Teacher, predicting_states
@@ -171,6 +175,9 @@ class CausalLM(LanguageModelling):
         self.check_strategy()
         self.check_bases()
         self.check_data(self._config)
+        for base in self.bases:
+            base.dtype_of(self.dtype_name)
+            base.dtype_of(self.export_dtype, "export_dtype")
         if stage == "fit" and self.trainer.max_steps:
             self._check_precision()
 
@@ -460,7 +467,8 @@ class CausalLM(LanguageModelling):
         dtype, origin = self.base_model.dtype_of(self.export_dtype), self._origin(command)
         strategy: Any = self.trainer.strategy
         if self.divided:
-            what: Source = FromShares(self.model, strategy.whole, data.tokenizer, dtype)
+            whole, share = strategy.whole, strategy.share
+            what: Source = FromShares(self.model, whole, share, data.tokenizer, dtype)
             every = AllRanks(strategy.root_device)
             deliver(what, origin, folder, windows_NT, every, measured=True)
         elif self.trainer.is_global_zero:
@@ -524,7 +532,8 @@ class CausalLM(LanguageModelling):
         return make_config(self.architecture or {})
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return made_optimizer(self._make_optimizer, trained)
 
     @contextmanager
     def _seeded(self, batch_idx: int) -> Iterator[None]:

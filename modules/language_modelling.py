@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -310,6 +310,24 @@ class LanguageModelling(LightningModule, ABC):
 
     def _log_perplexity(self, name: str) -> None:
         self.log(name, self.perplexity.compute(), prog_bar=True, sync_dist=True)
+
+
+def made_optimizer(
+    make: Callable[[Any], torch.optim.Optimizer], trained: Any
+) -> torch.optim.Optimizer:
+    """Make an optimiser.
+
+    Args:
+        make: The setting `optimizer`.
+        trained: Parameters, or groups of them.
+
+    Raises:
+        ValueError: It does not take its settings; the reason is that of its library.
+    """
+    try:
+        return make(trained)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`optimizer` does not take its settings: {error}.") from error
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

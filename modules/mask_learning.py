@@ -36,7 +36,11 @@ from transformers import PreTrainedModel
 import secateur.pruning.widths
 from secateur.modules.device_memory import check_memory, optimizer_bytes
 from secateur.modules.frozen_base import FrozenBase, freeze
-from secateur.modules.language_modelling import LanguageModelling, describe_optimizer
+from secateur.modules.language_modelling import (
+    LanguageModelling,
+    describe_optimizer,
+    made_optimizer,
+)
 from secateur.modules.quantisation import (
     check_optimizer,
     check_quantised_run,
@@ -647,13 +651,15 @@ class MaskLearning(LanguageModelling):
         settled = self._of_second_group()
         lr = self.settle.train.highest_lr if self.settle else 0.0
         group = {"params": settled, "lr": lr, "weight_decay": 0.0}
-        optimizer = self._make_optimizer([{"params": self.hypernetwork.parameters()}, group])
+        groups = [{"params": self.hypernetwork.parameters()}, group]
+        optimizer = made_optimizer(self._make_optimizer, groups)
         let_rest(optimizer)
         return optimizer
 
     def _run(self) -> Run:
         """The settings that affect the memory of a step."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        one = [nn.Parameter(torch.ones(1))]
         return Run(
             dtype=self.base_model.dtype_of(self.frozen.dtype),
             storage=self.frozen.quantisation.storage if self.frozen.quantisation else ORIGINAL,
@@ -668,7 +674,7 @@ class MaskLearning(LanguageModelling):
                 if loss
             ),
             hypernetwork=self._make_hypernetwork,
-            optimizer_bytes=optimizer_bytes(self._make_optimizer([nn.Parameter(torch.ones(1))])),
+            optimizer_bytes=optimizer_bytes(made_optimizer(self._make_optimizer, one)),
         )
 
     @property

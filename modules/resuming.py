@@ -74,8 +74,13 @@ def refuse_incomplete(optimizer: Any) -> None:
                 )
         for parameter in group["params"]:
             state: Any = optimizer.state.get(parameter, {})
+            if not isinstance(state, Mapping):
+                raise ValueError(
+                    f"The checkpoint has {state!r:.40} as the state of {name} for a parameter of "
+                    f"shape {tuple(parameter.shape)}. {_CURE}"
+                )
             for key in averages if state else ():
-                value = state.get(key) if isinstance(state, Mapping) else None
+                value = state.get(key)
                 whole = isinstance(value, torch.Tensor) and (
                     value.numel() == 1 or value.shape == parameter.shape
                 )

@@ -6,8 +6,10 @@ import argparse
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -103,3 +105,75 @@ class CommandParser(argparse.ArgumentParser):
         """
         end = "" if message[-1] in ".?" else "."
         raise UsageError(f"{message}{end} See `{self.prog} --help`.")
+
+    @contextmanager
+    def naming(self, **others: str) -> Iterator[None]:
+        """Name settings in errors as they are typed: `--window-tokens`, not `window_tokens`.
+
+        Args:
+            **others: What the settings of functions are called that have other names here.
+
+        Raises:
+            ValueError: As the block raised it.
+        """
+        names = others | {
+            action.dest: action.option_strings[-1] if action.option_strings else str(action.metavar)
+            for action in self._actions
+        }
+        try:
+            yield
+        except ValueError as error:
+            if type(error) is ValueError:  # subclasses carry more than a message
+
+                def typed(found: re.Match[str]) -> str:
+                    return f"`{names.get(found[1], found[1])}`"
+
+                error.args = (re.sub(r"`(\w+)`", typed, str(error)),)
+            raise
+
+
+def read_text(path: Path, option: str = "--text") -> str:
+    """Read a file of text.
+
+    Args:
+        path: The file.
+        option: The option that names it, for the message.
+
+    Raises:
+        ValueError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"`{option}` {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{option}` {path} is not UTF-8 text ({error}); convert it.") from error
+
+
+def device_here(text: str) -> str:
+    """A device of torch that computes here.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    import torch  # takes seconds, and most commands end before
+
+    try:
+        torch.empty(1, device=text).item()
+    except (AssertionError, RuntimeError) as error:  # the former without support in torch
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device here: {error}") from error
+    return text
+
+
+def new_file(text: str) -> Path:
+    """A file to write.
+
+    Raises:
+        ArgumentTypeError: Its folder does not exist, or it is a folder.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.absolute().parent}")
+    return path

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
 import secateur.callbacks
 import secateur.modules
 from secateur import named_callbacks, typed, yaml_text
 from secateur.callbacks.show_progress import ShowProgress
-from secateur.explain import as_typed, wrong_setting
+from secateur.explain import as_typed, forbidden_value, word_of, wrong_class, wrong_setting
 from secateur.modules.language_modelling import LanguageModelling
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
@@ -32,7 +34,7 @@ from secateur.pruning.files.checkpoints import (
 from secateur.pruning.files.lock import locked
 from secateur.pruning.protocols import ChecksFirst
 from secateur.ranks import CompareRanks
-from secateur.trainer_settings import REFUSED_CALLBACKS, check_trainer
+from secateur.trainer_settings import REFUSED_CALLBACKS, check_nodes, check_trainer, refuse_as_typed
 
 DEFAULTS = {
     "default_root_dir": "runs/default",
@@ -67,6 +69,8 @@ class TrainCLI(LightningCLI):
             if type(error) is ValueError:  # subclasses carry more than a message
                 error.args = (as_typed(str(error), error.__traceback__, self._typed),)
             raise
+        except MisconfigurationException as error:  # of Lightning, about settings of its trainer
+            refuse_as_typed(error, self._typed.get("trainer", {}))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and resolve `ckpt_path` before the checkpoint is read.
@@ -80,9 +84,11 @@ class TrainCLI(LightningCLI):
         arguments = _with_nulls(named_callbacks.resolve(typed_in))
         try:
             self.config = parser.parse_args(arguments)
-        except UsageError as error:
+        except (UsageError, UnicodeDecodeError) as error:  # the latter of a configuration file
             raise UsageError(self._explain(arguments, str(error))) from error
         self._typed = typed.read(arguments)
+        if wrong := forbidden_value(self._typed):
+            raise UsageError(wrong)
         subcommand = self.config["subcommand"]
         config: Any = self.config[subcommand]
         if type(seed := config.seed_everything) is int and not 0 <= seed < 2**32:
@@ -102,7 +108,7 @@ class TrainCLI(LightningCLI):
             else:
                 rank_zero_info(f"No checkpoint in {root}/{FOLDER}: starting at step 0.")
             config.ckpt_path = str(found) if found else None
-        elif config.ckpt_path:
+        elif config.ckpt_path is not None:
             check_whole(Path(config.ckpt_path))
 
     def _explain(self, arguments: list[str], message: str) -> str:
@@ -111,13 +117,18 @@ class TrainCLI(LightningCLI):
         if not named:
             return f"Name a command first: {', '.join(self.subcommands())}."
         known = {action.dest.split(".")[0] for action in self._parser(named[0])._actions}
-        if found := wrong_setting(typed.read(arguments), known):
+        tree = typed.read(arguments)
+        if found := wrong_setting(tree, known) or forbidden_value(tree):
             return found
         keys = re.findall(r'(?:Parser key "|argument -*)([\w.]+)', message)
         lines = [line.strip(" -") for line in message.splitlines()]
         noise = ("Given value", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>")
         reason = next(line for line in reversed(lines) if line and not line.startswith(noise))
-        return f"`--{'.'.join(keys)}`: {reason}." if keys else reason
+        reason = re.split(r"\.? Got value: Namespace\(", reason)[0].rstrip(".")
+        kind, leaf = re.match(r"Expected a <class '(\w+)'>", reason), tree.get("".join(keys))
+        if kind and isinstance(leaf, typed.Leaf):
+            return f"`--{keys[0]}` must be {word_of(kind[1])}, got {leaf.value!r}."
+        return f"`--{'.'.join(keys)}`: {reason}." if keys else f"{reason}."
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would take settings from the checkpoint, and import a class named
@@ -142,6 +153,8 @@ class TrainCLI(LightningCLI):
         if isinstance(strategy, str) and strategy in secateur.modules.__all__:
             strategy = f"secateur.{strategy}"
         if isinstance(strategy, str) and "." in strategy:  # a class path instead of a name
+            if found := wrong_class(strategy, Strategy, "trainer.strategy"):
+                raise UsageError(found)
             config.trainer.strategy = _object(strategy)
         limits = (config.trainer.max_steps, config.trainer.max_epochs)
         if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)):
@@ -176,9 +189,13 @@ class TrainCLI(LightningCLI):
                     raise ValueError(f"`trainer.callbacks` has {kind.__name__}, which {why}.")
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             kwargs["enable_checkpointing"] = False  # else Lightning adds its own
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            refuse_as_typed(error, self._typed.get("trainer", {}))
         if not any(isinstance(callback, ShowProgress) for callback in callbacks):
             trainer.callbacks.insert(0, ShowProgress())  # type: ignore[attr-defined]
+        check_nodes(trainer)
         if trainer.world_size > 1:
             told = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             trainer.callbacks.insert(0, CompareRanks(yaml.safe_load(told)))  # type: ignore[attr-defined]

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, TracebackType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
+from secateur import yaml_text
 from secateur.pruning.commands import did_you_mean, nearest
 from secateur.typed import CLASS, Leaf, Node
 
 _ROOTS: dict[str, Any] = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_NO_OBJECTS = (*_WORDS, NoneType, dict, list, tuple, set, Path)
+_NO_OBJECTS = (*_WORDS, NoneType, dict, list, tuple, set, Path, Tensor)
 _OF_THE_COMMAND = ("ckpt_path", "return_predictions", "seed_everything", "weights_only")
 
 
@@ -45,32 +49,133 @@ def wrong_setting(tree: Mapping[str, Node], known: set[str]) -> str | None:
     return None
 
 
-def _wrong(node: Node, hint: Any, path: str) -> str | None:
-    """The error of a node or of those below it, as text."""
+def _wrong(node: Node, hint: Any, path: str, default: Any = None) -> str | None:
+    """The error of a node or of those below it, as text.
+
+    Args:
+        node: What was typed.
+        hint: Type of the setting.
+        path: Its name.
+        default: Its default, whose class applies if none was typed.
+    """
     if isinstance(node, list):
+        if not _takes_list(hint):
+            return f"{_said(node, path)} must be {_described(hint)}, got a list."
         return next(filter(None, (_wrong(item, hint, path) for item in node)), None)
     if isinstance(node, Leaf):
         if not _names_class(node, hint):
             return _wrong_value(node, hint, path)
         node = {CLASS: node}
+    if node and _is_value(hint):
+        name = next((name for name in node if name != CLASS), CLASS)
+        return f"{_said(node[name], f'{path}.{name}')} is not a setting: {_is(path, hint)}."
     kind = _class_of(node, hint, path)
+    if kind is None and isinstance(default, tuple(_objects(hint))):
+        kind = type(default)
     if kind is None or isinstance(kind, str):
         return kind
     parameters, hints = _parameters(kind), _hints(kind)
     for name, child in node.items():
         at = f"{path}.{name}"
         if name not in (CLASS, *parameters) and not _takes_any(kind):
+            others = "" if CLASS in node else _others(name, hint, path)
             return (
                 f"{_said(child, at)} is not a setting of "
-                f"{kind.__name__}.{_suggest(child, at, kind)}"
+                f"{kind.__name__}.{others or _suggest(child, at, kind)}"
             )
-        if name in hints and (found := _wrong(child, hints[name], at)):
+        inner = getattr(default, name, None) or _default_of(kind, name)
+        if name in hints and (found := _wrong(child, hints[name], at, inner)):
             return found + (_now(child, at, kind) if isinstance(child, Leaf) else "")
     if get_origin(hint) is not Callable:  # else the caller gives some of them
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and name not in node:
                 return f"`--{path}.{name}` must be given: {kind.__name__} needs it."
     return None
+
+
+def _default_of(kind: Any, name: str) -> Any:
+    """The default of a setting of a class; None if it has none."""
+    made = {f.name: f.default_factory for f in fields(kind)} if is_dataclass(kind) else {}
+    if callable(make := made.get(name)):
+        return make()
+    return parameter.default if (parameter := _parameters(kind).get(name)) else None
+
+
+def _is(path: str, hint: Any) -> str:
+    return f"`--{path}` is {_described(hint)}"
+
+
+def _others(name: str, hint: Any, path: str) -> str:
+    """The classes that have a setting, where the default has not, as a sentence."""
+    found = {
+        c.__name__
+        for kind in _objects(hint)
+        for c in _subclasses(kind)
+        if name in _parameters(c) and not inspect.isabstract(c)
+    }
+    return (
+        f" Set `--{path}` to {' or '.join(sorted(found))}, which has it."
+        if 0 < len(found) < 4
+        else ""
+    )
+
+
+def forbidden_value(tree: Mapping[str, Node]) -> str | None:
+    """Explain a value that the parser takes and no object can use; None if there is none.
+
+    These are null where a setting has none, and numbers that are not finite.
+
+    Args:
+        tree: The settings, see `secateur.typed.read`.
+    """
+    for name, kind in _ROOTS.items():
+        for leaf, hint, path in _leaves(tree.get(name, {}), kind, name):
+            value, parts = _value_of(leaf), _parts(hint)
+            null = value is None and not {NoneType, Any, object} & {*parts}
+            if null or (isinstance(value, float) and not math.isfinite(value)):
+                got = leaf.value or "null"
+                return f"{_said(leaf, path)} must be {_described(hint)}, got {got}."
+    return None
+
+
+def wrong_class(name: str, kind: type[Any], path: str) -> str | None:
+    """Explain why a text names no class of a kind; None if it does.
+
+    Args:
+        name: Name or path of a class.
+        kind: What the class must be derived from.
+        path: The setting that has it.
+    """
+    found = _class_of({CLASS: Leaf(name, is_text=True)}, kind, path)
+    return found if isinstance(found, str) else None
+
+
+def word_of(kind: str) -> str:
+    """What the values of a type of Python are called, by its name."""
+    return next((word for known, word in _WORDS.items() if known.__name__ == kind), kind)
+
+
+def _leaves(node: Node, hint: Any, path: str) -> Iterator[tuple[Leaf, Any, str]]:
+    """Values with their types and paths, as far as the types are known."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _leaves(item, hint, path)
+    elif isinstance(node, Leaf):
+        yield node, hint, path
+    else:
+        kind = None if _is_value(hint) else _class_of(node, hint, path)
+        hints = {} if kind is None or isinstance(kind, str) else _hints(kind)
+        for name, child in node.items():
+            if name in hints:
+                yield from _leaves(child, hints[name], f"{path}.{name}")
+
+
+def _value_of(leaf: Leaf) -> Any:
+    """The value that the parser makes of a leaf, if it is no text."""
+    try:
+        return yaml_text.load(leaf.value) if leaf.is_text and leaf.value else leaf.value
+    except yaml.YAMLError:
+        return leaf.value
 
 
 def _wrong_value(leaf: Leaf, hint: Any, path: str) -> str | None:
@@ -92,6 +197,7 @@ def _names_class(leaf: Leaf, hint: Any) -> bool:
         bool(_objects(hint))
         and str not in _parts(hint)
         and isinstance(leaf.value, str)
+        and isinstance(_value_of(leaf), str)  # neither null nor false
         and all(name.isidentifier() for name in leaf.value.split("."))
     )
 
@@ -110,10 +216,11 @@ def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
         try:
             found = getattr(package := importlib.import_module(module), name, None)
         except (ImportError, TypeError, ValueError) as error:  # of a path, no module
-            return f"{_said(chosen, path)} names {chosen.value}, which cannot be imported: {error}."
+            why = str(error).rstrip(".")
+            return f"{_said(chosen, path)} names {chosen.value}, which cannot be imported: {why}."
         known = vars(package)
     if found:
-        if inspect.isclass(found) and not issubclass(found, tuple(kinds)):
+        if not callable(found) or (inspect.isclass(found) and not issubclass(found, tuple(kinds))):
             return f"{_said(chosen, path)} names {chosen.value}, which is not a {_described(hint)}."
         return found
     whole = [key for key, c in known.items() if inspect.isclass(c) and not inspect.isabstract(c)]
@@ -138,7 +245,7 @@ def _suggest(node: Node, path: str, kind: Any) -> str:
             known = {deeper: f"{name}.{deeper}" for deeper in _parameters(part)} | known
     parent, _, last = path.rpartition(".")
     if not (near := nearest(last, known)):
-        return f" It has {', '.join(own)}."
+        return f" It has {', '.join(own) or 'none'}."
     return f" Did you mean {_said(node, f'{parent}.{known[near]}').split(' in ')[0]}?"
 
 
@@ -165,6 +272,22 @@ def _parts(hint: Any) -> list[Any]:
 def _objects(hint: Any) -> list[type]:
     """The classes among the alternatives of a type that have settings."""
     return [c for c in _parts(hint) if inspect.isclass(c) and not issubclass(c, _NO_OBJECTS)]
+
+
+def _takes_list(hint: Any) -> bool:
+    """Test whether a list is, or may be, a value of a type."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(map(_takes_list, get_args(hint)))
+    if origin is Literal or origin is Callable:
+        return False
+    kind = origin or hint
+    return not inspect.isclass(kind) or (issubclass(kind, Iterable) and kind not in (str, dict))
+
+
+def _is_value(hint: Any) -> bool:
+    """Test whether a type is that of plain values, which have no settings of their own."""
+    return all(part in (*_WORDS, NoneType) or get_origin(part) is Literal for part in _parts(hint))
 
 
 def _described(hint: Any) -> str:

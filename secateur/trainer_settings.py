@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from secateur import modules
+from secateur.pruning.commands import did_you_mean
+from secateur.typed import Leaf, Node
 
 _AT_LEAST = {
     "accumulate_grad_batches": 1,
@@ -23,7 +33,7 @@ REFUSED_CALLBACKS = {
     "EMAWeightAveraging": _COPY_WEIGHTS,
     "ModelCheckpoint": (
         "writes checkpoints that `--ckpt_path last` does not find. Use SaveCheckpoint: it always "
-        "keeps the last, and its `keep_best` and `monitor` do what `save_top_k` does"
+        "keeps the last, and its keep_best and monitor do what save_top_k does"
     ),
     "OnExceptionCheckpoint": (
         "writes checkpoints that `--ckpt_path last` does not find; SaveCheckpoint keeps the last"
@@ -44,6 +54,8 @@ def check_trainer(trainer: Any, fitting: bool) -> None:
     Raises:
         ValueError: A setting is out of its range, or not supported here.
     """
+    if not str(trainer.default_root_dir or ""):
+        raise ValueError("`trainer.default_root_dir` must name a folder, such as runs/disp.")
     for name, least in _AT_LEAST.items():
         if (value := getattr(trainer, name)) is not None and value < least:
             raise ValueError(f"`trainer.{name}` must be {least} or more, got {value}.")
@@ -70,6 +82,7 @@ def check_trainer(trainer: Any, fitting: bool) -> None:
             f"`trainer.strategy` {trainer.strategy} forks ranks from one process; signals and "
             "errors do not reach them. Use ddp, which starts new processes."
         )
+    _check_strategy(trainer.strategy)
     devices = str(trainer.devices)
     if devices == "0" or (devices.startswith("-") and devices != "-1"):
         raise ValueError(f"`trainer.devices` must be 1 or more, or -1 for all, got {devices}.")
@@ -79,3 +92,56 @@ def check_trainer(trainer: Any, fitting: bool) -> None:
             f"`trainer.accelerator` is {trainer.accelerator}, and torch {torch.__version__} sees "
             "no GPU here; use cpu, or a torch that is built for the GPU and its driver."
         )
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Refuse the name of a strategy that is not known; what is known may not fit, see the modules.
+
+    Raises:
+        ValueError: It is not.
+    """
+    ours = [name for name in modules.__all__ if issubclass(getattr(modules, name), Strategy)]
+    known = ["auto", *ours, *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and "." not in strategy and strategy not in known:
+        raise ValueError(
+            f"`trainer.strategy` {strategy} is not known; for several devices there are ddp, "
+            f"{' and '.join(ours)}.{did_you_mean(strategy, known)}"
+        )
+
+
+def check_nodes(trainer: Trainer) -> None:
+    """Refuse several nodes if nothing tells them of each other: they would wait for 30 minutes.
+
+    Raises:
+        ValueError: Nothing does.
+    """
+    alone = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+    if trainer.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"`trainer.num_nodes` is {trainer.num_nodes}, and nothing here starts ranks on other "
+            "nodes; start the program by srun or torchrun, or set MASTER_ADDR, MASTER_PORT and "
+            "NODE_RANK on every node."
+        )
+
+
+def refuse_as_typed(error: Exception, typed: Mapping[str, Node]) -> NoReturn:
+    """Raise an error of Lightning with the setting that it is about in front, and its value.
+
+    Args:
+        error: Its message names a setting, or repeats a value.
+        typed: The settings of the trainer that were typed.
+
+    Raises:
+        ValueError: Always.
+    """
+    named: list[tuple[int, str, Any]] = []
+    message = str(error)
+    for name, node in typed.items():
+        value = node.value if isinstance(node, Leaf) else None
+        told = re.search(rf"\b{name}\b", message)
+        told = told or (value and re.search(re.escape(f"'{value}'"), message)) or None
+        named += [(told.start(), name, value)] if told else []
+    if named:
+        _, name, value = min(named, key=lambda found: found[:2])
+        message = f"`--trainer.{name}`{'' if value is None else f' {value}'}: {message}"
+    raise ValueError(message) from error

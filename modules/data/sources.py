@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,9 @@ def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> l
     """
     sources: list[Source] = []
     for name in [names] if isinstance(names, str) else names:
-        path = Path(name).expanduser()
+        if not name:
+            raise ValueError(f"`{setting}` has an empty name; give a file, folder or data set.")
+        path = Path(expanduser(name))
         if path.is_dir() and any((path / mark).is_file() for mark in SavedData.MARKS):
             sources.append(SavedData(setting, str(path), text_field))
         elif path.is_dir():

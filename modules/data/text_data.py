@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class TextData(LightningDataModule):
         self.validation_windows = validation_windows
         self.seed, self.num_workers = seed, num_workers
         self._ready: set[Path] = set()  # cache entries that exist and are complete
-        self.cache_dir = Path(cache_dir or "~/.cache/secateur/tokens").expanduser()
+        self.cache_dir = Path(expanduser(cache_dir or "~/.cache/secateur/tokens"))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,7 +113,7 @@ class TextData(LightningDataModule):
         if self.tokenizer_name is None:
             raise ValueError("`tokenizer` must be set: the folder or hub id of a tokenizer.")
         try:
-            folder = Path(self.tokenizer_name).expanduser()
+            folder = Path(expanduser(self.tokenizer_name))
             return load_tokenizer(folder, self.trust_remote_code)
         except ValueError as error:
             raise ValueError(

@@ -165,7 +165,7 @@ class Zero(DeepSpeedStrategy):
         with self._partitioned(wanted):
             model: Any = AutoModelForCausalLM.from_config(base.config, dtype=wanted)
         model.tie_weights()  # skipped together with the initialisation
-        read_shares(model, base, _share)
+        read_shares(model, base, self.share)
         assert isinstance(model, PreTrainedModel)
         return model
 
@@ -280,6 +280,11 @@ class Zero(DeepSpeedStrategy):
             model=model, config=config, model_parameters=[], dist_init_required=False
         )[0]
 
+    def share(self, parameter: Any) -> tuple[Tensor, int]:
+        """This rank's shard of a parameter of stage 3, flat, and the index of its first entry."""
+        share: Tensor = parameter.ds_tensor
+        return share, share.ds_numel * torch.distributed.get_rank()  # type: ignore[attr-defined]
+
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Gather some parameters on every rank for reading; every rank has to enter.
@@ -338,7 +343,7 @@ class Zero(DeepSpeedStrategy):
             of_module = self.lightning_module.named_parameters(remove_duplicate=False)
             for name, parameter in of_module:
                 if hasattr(parameter, "ds_tensor") and name in state:
-                    target, start = _share(parameter)
+                    target, start = self.share(parameter)
                     flat = state.pop(name).flatten()[start : start + target.numel()]
                     target[: flat.numel()].copy_(flat)
         self.lightning_module.load_state_dict(state, strict=False)
@@ -440,9 +445,3 @@ class Zero(DeepSpeedStrategy):
                 continue
             mine = inner.state[flat].setdefault(key, torch.zeros_like(flat))
             mine[start : start + numel] = value.flatten()[first : first + numel].to(mine)
-
-
-def _share(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's shard of a ZeRO parameter, and the index of its first entry."""
-    share = parameter.ds_tensor
-    return share, share.ds_numel * torch.distributed.get_rank()

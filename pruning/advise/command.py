@@ -13,7 +13,7 @@ from rich.console import Console
 from secateur.pruning.advise.methods import BATCH, Setting, advise
 from secateur.pruning.advise.probe import measure_losses, measure_times
 from secateur.pruning.advise.target import Fits, Keep, Latency, Wish
-from secateur.pruning.commands import CommandParser
+from secateur.pruning.commands import CommandParser, device_here, read_text
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.perplexity import cut_windows
 from secateur.pruning.measure.sizes import count, file_bytes
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--context", type=int, default=2048, help="tokens of the cache for --fits (default: 2048)")
     add("--window-tokens", type=int, default=256, help="tokens of a window (default: 256)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help=f"torch device (default here: {device})")
+    add("--device", type=device_here, default=device, help=f"torch device (default here: {device})")
     args = parser.parse_args(arguments)
     if args.keep is not None:
         asked: Wish = Keep(args.keep)
@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked = Latency(args.latency)
     if missing := [str(path) for path in args.text if not path.is_file()]:
         parser.error(f"--text {missing[0]} is no file")
-    for line in told(BaseModel(args.model, "MODEL"), args.text, asked, args):
+    with parser.naming():
+        lines = told(BaseModel(args.model, "MODEL"), args.text, asked, args)
+    for line in lines:
         Console(soft_wrap=True, highlight=False).print(line, markup=False)
 
 
@@ -93,7 +95,7 @@ def told(base: BaseModel, texts: Sequence[Path], wish: Wish, args: argparse.Name
         ValueError: The model cannot be pruned, the text is too short, or the wish cannot be met.
     """
     window_tokens = min(args.window_tokens, base.config.max_position_embeddings)
-    text = "\n".join(path.read_text("utf-8") for path in texts)
+    text = "\n".join(read_text(path) for path in texts)
     ids: list[int] = base.tokenizer()(text, verbose=False)["input_ids"]
     windows_NT = cut_windows(ids, window_tokens)[:_WINDOWS]
     model, dtype = base.load(device=args.device), base.dtype_of()

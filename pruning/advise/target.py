@@ -70,10 +70,17 @@ class Fits(Wish):
     Args:
         num_bytes: The memory, above 0.
         context_tokens: Tokens of the cache of one sequence, 0 or more.
+
+    Raises:
+        ValueError: `context_tokens` is below 0.
     """
 
     num_bytes: float
     context_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.context_tokens < 0:
+            raise ValueError(f"`--context` must be 0 or more, got {self.context_tokens}.")
 
     def keep(self, config: PreTrainedConfig, dtype: torch.dtype, times: Times) -> float:
         counts = count(skeleton(config))

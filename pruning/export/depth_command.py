@@ -61,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name, metavar="BLOCK", type=blocks, nargs="+", action="extend", help=help_
         )
     args = parser.parse_args(arguments)
-    prune_blocks(
-        args.base,
-        args.out,
-        remove=args.remove and list(chain(*args.remove)),
-        keep=args.keep and list(chain(*args.keep)),
-    )
+    with parser.naming(folder="OUT"):
+        prune_blocks(
+            args.base,
+            args.out,
+            remove=args.remove and list(chain(*args.remove)),
+            keep=args.keep and list(chain(*args.keep)),
+        )
     get_console().print(f"The shorter model is in {args.out}.", soft_wrap=True, markup=False)

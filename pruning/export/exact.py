@@ -6,26 +6,30 @@ Logits cannot do this; in a narrow type, weights that are a few percent off pass
 
 Memory: one tensor of the base model in float32.
 
-Legend: W = kept entries of a site.
+Legend: W = kept entries of a site, F = entries of a tensor or of a share of it, flat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.pruning.checksums import tensor_checksum
 from secateur.pruning.export.configuration import exported_config
+from secateur.pruning.export.gathered_weights import stored_type, tensors_to_save
 from secateur.pruning.export.verify import ExportError
 from secateur.pruning.files.base_model import BaseModel, config_of
 from secateur.pruning.files.finish import for_older_readers
 from secateur.pruning.files.headers import read_tensor
 from secateur.pruning.files.model_folder import in_block
+from secateur.pruning.files.shares import Share, flat_range, numel_of
 from secateur.pruning.plan import Plan
 
 # What tells of the making of a model; and what `rope_parameters` has, for older readers.
@@ -72,9 +76,7 @@ def prove_files(
         ExportError: A tensor or a setting is missing, too many, or another.
     """
     exported = _opened(folder)
-    if wrong := sorted(exported.headers.keys() ^ expected.keys()):
-        where = "lacks" if wrong[0] in expected else "has"
-        raise ExportError(f"The exported model {where} {wrong[0]!r}, unlike what the plan leaves.")
+    _same_names(exported, expected.keys())
     for name, make in expected.items():
         _same_bits(name, read_tensor(exported.headers[name].path, name), make())
     _same_settings(exported.config, config_of(settings | for_older_readers(settings), folder))
@@ -96,6 +98,44 @@ def prove_saved(model: PreTrainedModel, folder: Path) -> None:
             raise ExportError(f"The saved model has {name!r}, which the live one has not.")
         _same_bits(name, read_tensor(header.path, name), live[name].cpu())
     if saved.config.model_type == model.config.model_type:  # else halves of blocks have gone
+        _same_settings(saved.config, model.config)
+
+
+def prove_shares(
+    model: PreTrainedModel, share: Share, sums: Mapping[str, str], dtype: torch.dtype, folder: Path
+) -> None:
+    """Compare the files of a saved model with this rank's share of the live one, bit by bit.
+
+    Nothing is gathered: each rank reads the entries that it holds, so that all ranks together
+    compare all of them.
+
+    Args:
+        model: The live model, sharded.
+        share: Finds this rank's share of a parameter.
+        sums: Checksums of the weights with low-rank updates, see `updated_sums`.
+        dtype: Type in which the weights were saved.
+        folder: The saved model.
+
+    Raises:
+        ExportError: A tensor or a setting differs.
+    """
+    saved, live = _opened(folder), tensors_to_save(model)
+    _same_names(saved, live.keys())
+    for name, (value, _) in live.items():
+        path = saved.headers[name].path
+        if name in sums:
+            if tensor_checksum({name: read_tensor(path, name)}) != sums[name]:
+                raise ExportError(f"{name!r} is not the sum of weights and updates to the bit.")
+            continue
+        # Every rank has all of a buffer.
+        own_F, start = share(value) if isinstance(value, nn.Parameter) else (value.flatten(), 0)
+        stop = min(start + own_F.numel(), numel_of(value))
+        if start < stop:
+            own_F = own_F[: stop - start].to("cpu", stored_type(value, dtype))
+            with safe_open(path, framework="pt") as file:
+                found_F = flat_range(file.get_slice(name), start, stop)
+            _same_bits(name, found_F, own_F)
+    if saved.config.model_type == model.config.model_type:
         _same_settings(saved.config, model.config)
 
 
@@ -148,6 +188,12 @@ def _cut(path: Path, name: str, plan: Plan) -> Tensor:
             if len(index_W) < tensor.shape[axis]:
                 tensor = tensor[index_W] if axis == 0 else tensor[:, index_W]
     return tensor
+
+
+def _same_names(exported: BaseModel, expected: Collection[str]) -> None:
+    if wrong := sorted(exported.headers.keys() ^ set(expected)):
+        where = "lacks" if wrong[0] in expected else "has"
+        raise ExportError(f"The exported model {where} {wrong[0]!r}, unlike what it should have.")
 
 
 def _same_bits(name: str, own: Tensor, wanted: Tensor) -> None:

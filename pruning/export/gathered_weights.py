@@ -7,7 +7,7 @@ it. The files equal those that `save_pretrained` would write of the complete mod
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.pruning.checksums import tensor_checksum
 from secateur.pruning.files.headers import INDEX
 from secateur.pruning.files.model_folder import SHARD_BYTES, write_json
 from secateur.pruning.files.shares import numel_of
@@ -51,7 +52,7 @@ def write_gathered(
         SafetensorError: Writing failed, for example because the disk is full.
         OSError: The same, or the files differ from what was written.
     """
-    weights = _gathered(model, whole)
+    weights = _gathered(tensors_to_save(model), whole)
     try:
         if folder is not None:
             _write_weights(model, weights, folder, dtype, max_shard_bytes)
@@ -63,11 +64,11 @@ def write_gathered(
 
 def num_parameters(model: PreTrainedModel) -> int:
     """Number of parameters of a live model, sharded or not, without its low-rank updates."""
-    saved = (value for value, _ in _saved(model).values())
+    saved = (value for value, _ in tensors_to_save(model).values())
     return sum(numel_of(value) for value in saved if isinstance(value, nn.Parameter))
 
 
-def _saved(model: PreTrainedModel) -> dict[str, tuple[Tensor, Any]]:
+def tensors_to_save(model: PreTrainedModel) -> dict[str, tuple[Tensor, Any]]:
     """Tensors to save, by their names in a model without updates, tied tensors once; each with the
     layer that has its update, or None.
     """
@@ -83,9 +84,26 @@ def _saved(model: PreTrainedModel) -> dict[str, tuple[Tensor, Any]]:
     return saved
 
 
-def _gathered(model: PreTrainedModel, whole: Whole) -> Iterator[tuple[str, Tensor]]:
+def updated_sums(model: PreTrainedModel, whole: Whole, dtype: torch.dtype) -> dict[str, str]:
+    """Checksums of the weights with low-rank updates, added up, by name; every rank has to call it.
+
+    Args:
+        model: The model.
+        whole: Gathers parameters.
+        dtype: Type of the weights in the files.
+    """
+    updated = {name: both for name, both in tensors_to_save(model).items() if both[1] is not None}
+    return {
+        name: tensor_checksum({name: weight.to(stored_type(weight, dtype))})
+        for name, weight in _gathered(updated, whole)
+    }
+
+
+def _gathered(
+    tensors: Mapping[str, tuple[Tensor, Any]], whole: Whole
+) -> Iterator[tuple[str, Tensor]]:
     """Yield names and complete tensors; each is freed when the next is requested."""
-    for name, (value, layer) in _saved(model).items():
+    for name, (value, layer) in tensors.items():
         parts = [value] if layer is None else [*layer.parameters()]
         with whole([part for part in parts if isinstance(part, nn.Parameter)]):
             weight = value.data if layer is None else added_up(layer)
@@ -102,15 +120,15 @@ def _write_weights(
 ) -> None:
     shapes = {
         name: torch.empty(
-            getattr(value, "ds_shape", value.shape), dtype=_stored(value, dtype), device="meta"
+            getattr(value, "ds_shape", value.shape), dtype=stored_type(value, dtype), device="meta"
         )
-        for name, (value, _) in _saved(model).items()
+        for name, (value, _) in tensors_to_save(model).items()
     }
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
     unwritten: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, weight in weights:
         file = split.tensor_to_filename[name]
-        unwritten[file][name] = weight.to("cpu", _stored(weight, dtype), copy=True)
+        unwritten[file][name] = weight.to("cpu", stored_type(weight, dtype), copy=True)
         if len(unwritten[file]) == len(split.filename_to_tensors[file]):
             _save(unwritten.pop(file), folder / file)
     if split.is_sharded:
@@ -129,7 +147,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
                 )
 
 
-def _stored(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+def stored_type(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The type of a tensor in the files; indices keep theirs."""
     return dtype if weight.is_floating_point() else weight.dtype
 

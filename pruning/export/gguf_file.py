@@ -22,7 +22,6 @@ Legend: O = output features, I = input features.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from secateur.pruning.commands import CommandParser, new_file
 from secateur.pruning.export.gguf_tokenizer import add_tokenizer
 from secateur.pruning.export.native_shape import NativeShape, read_shape
 from secateur.pruning.files.base_model import BaseModel
@@ -147,7 +147,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: str = "f16") -> list[s
     writer.add_name(folder.resolve().name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, folder, shape.config.vocab_size)
+    notes += add_tokenizer(writer, folder, shape.config.vocab_size)
     entries = [*_entries(folder, shape, architecture, arch, weights)]
     if narrow := [e for e in entries if len(e.shape) > 1 and e.kind is not weights]:
         notes.append(
@@ -410,19 +410,13 @@ example:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `python -m secateur gguf FOLDER OUT --type TYPE`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur gguf",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("gguf", _HELP)
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=Path, help="model folder: config, safetensors, tokenizer")
-    add("out", metavar="OUT", type=Path, help="the GGUF file, replaced if it exists")
+    add("out", metavar="OUT", type=new_file, help="the GGUF file, replaced if it exists")
     add("--type", choices=TYPES, default="f16", help="type of the weights (default: f16)")
     args = parser.parse_args(arguments)
-    try:
+    with parser.naming():
         notes = write_gguf(args.folder, args.out, args.type)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
     text = "\n".join([f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB.", *notes])
     Console(soft_wrap=True).print(text, markup=False, highlight=False)

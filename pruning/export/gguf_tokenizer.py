@@ -30,16 +30,24 @@ _SPLITTING: Mapping[tuple[str, ...], str] = {
 }
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
+def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str]:
     """Write tokens, merges or scores, special tokens and the chat template.
+
+    llama.cpp needs one token per row of the embeddings. Rows without a token get a name that no
+    text contains. Added tokens without a row, such as the one for images of a Gemma 3, are left
+    out: no text of the model has them.
 
     Args:
         writer: Writer that stores the keys.
         folder: Model folder with tokenizer.json.
-        vocab_size: Rows of the embeddings; rows without a token get a name that no text contains.
+        vocab_size: Rows of the embeddings.
+
+    Returns:
+        Notes for the user, one sentence each.
 
     Raises:
-        ValueError: There is no tokenizer, or llama.cpp does not support its kind.
+        ValueError: There is no tokenizer, llama.cpp does not support its kind, or text gives tokens
+            that the model has no embedding for.
     """
     if not (folder / TOKENIZER).is_file():
         raise ValueError(
@@ -53,7 +61,9 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
             f"{folder / TOKENIZER} is a {model['type']} tokenizer; only BPE can be written for "
             "llama.cpp."
         )
-    tokens, types = _tokens(said, vocab_size, folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    above = _above(said, tokenizer, vocab_size, folder)
+    tokens, types = _tokens(said, vocab_size)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -65,23 +75,39 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
-    special.add_special_token = _added_around_text(folder, special.special_token_ids)
+    special.add_special_token = _added_around_text(tokenizer, special.special_token_ids)
     special.add_to_gguf(writer, quiet=True)
+    names = ", ".join(above)
+    return [f"The model has no embedding of {names}: left out of the file."] if above else []
 
 
-def _tokens(
-    said: Mapping[str, Any], vocab_size: int, folder: Path
-) -> tuple[list[str], list[TokenType]]:
+def _above(
+    said: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int, folder: Path
+) -> list[str]:
+    """Added tokens that have no embedding.
+
+    Raises:
+        ValueError: Other tokens have none: those of words, or that begin or end a text.
+    """
+    needed: dict[str, int] = dict(said["model"]["vocab"])
+    ends = {t for t in (tokenizer.bos_token, tokenizer.eos_token) if t is not None}
+    found = {token["content"]: token["id"] for token in said["added_tokens"]}
+    needed |= {token: found.pop(token) for token in ends & found.keys()}
+    token, largest = max(needed.items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER} has token {largest} ({token!r}) and the model {vocab_size} "
+            "embeddings; give it the tokenizer that it was trained with."
+        )
+    return [token for token, number in found.items() if number >= vocab_size]
+
+
+def _tokens(said: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
     """Token and its kind, by id."""
     vocabulary: dict[str, int] = said["model"]["vocab"]
     added = {token["content"]: token for token in said["added_tokens"]}
     by_id = {number: token for token, number in vocabulary.items()}
     by_id |= {token["id"]: content for content, token in added.items()}
-    if max(by_id) >= vocab_size:
-        raise ValueError(
-            f"{folder / TOKENIZER} has token {max(by_id)} and the model {vocab_size} embeddings; "
-            "they belong to different models."
-        )
 
     def kind(token: str) -> TokenType:
         if token == said["model"].get("unk_token"):
@@ -142,9 +168,11 @@ def _flat(steps: Mapping[str, Any] | None, name: str) -> list[Any]:
     return list(steps[name]) if steps["type"] == "Sequence" else [steps]
 
 
-def _added_around_text(folder: Path, special: Mapping[str, int]) -> dict[str, bool]:
+def _added_around_text(
+    tokenizer: PreTrainedTokenizerFast, special: Mapping[str, int]
+) -> dict[str, bool]:
     """Which special tokens the tokenizer adds around a text, found by encoding one."""
-    ids = PreTrainedTokenizerFast.from_pretrained(folder)("a").input_ids
+    ids = tokenizer("a").input_ids
     return {
         "bos": ids[0] == special.get("bos"),
         "eos": len(ids) > 1 and ids[-1] == special.get("eos"),

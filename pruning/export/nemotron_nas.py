@@ -187,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("folder", metavar="FOLDER", type=Path, help="model folder: config, safetensors, tokenizer")
     add("out", metavar="OUT", type=Path, help="new folder, or a pruned model to replace")
     args = parser.parse_args(arguments)
-    notes = write_nemotron_nas(args.folder, args.out)
+    with parser.naming():
+        notes = write_nemotron_nas(args.folder, args.out)
     text = "\n".join([f"Written to {args.out}.", *notes])
     Console(soft_wrap=True).print(text, markup=False, highlight=False)

@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = CommandParser("repair", _HELP)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a pruned model")
     args = parser.parse_args(arguments)
-    changed = repair(args.folder)
+    with parser.naming():
+        changed = repair(args.folder)
     said = "\n".join(changed) or f"{args.folder} is up to date."
     Console(soft_wrap=True).print(said, markup=False, highlight=False)

@@ -212,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="largest file of weights, such as 2e9 (default: 5e9)",
     )
     args = parser.parse_args(arguments)
-    prune_checkpoint(
-        args.base, Plan.load(args.plan), args.out, max_shard_bytes=args.max_shard_bytes
-    )
+    with parser.naming(folder="OUT"):
+        prune_checkpoint(
+            args.base, Plan.load(args.plan), args.out, max_shard_bytes=args.max_shard_bytes
+        )
     get_console().print(f"The smaller model is in {args.out}.", soft_wrap=True, markup=False)

@@ -8,7 +8,6 @@ As a command: `python -m secateur serve-check --help`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from secateur.pruning.commands import CommandParser, new_file
 from secateur.pruning.export.servers import SERVERS, Answer, Server, running
 from secateur.pruning.files.base_model import BaseModel
 
@@ -77,11 +77,15 @@ def serve_check(
         requests: Numbers of simultaneous requests to measure, each 1 or more.
 
     Raises:
-        ValueError: `dtype` is unknown, the folder cannot be loaded, or no server is installed.
+        ValueError: `dtype` is unknown, a number is below 1, the folder cannot be loaded, or no
+            server is installed.
     """
     folder, python = Path(folder), Path(python)
     if dtype not in _TYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_TYPES)}, got {dtype!r}.")
+    if min(requests, default=0) < 1:
+        raise ValueError(f"`requests` must be 1 or more, got {min(requests, default=0)}.")
+    BaseModel(folder, "folder").judge()
     installed = [server for server in SERVERS if _has(python, server)]
     if not installed:
         names = "; ".join(f"{server.name}: {server.install}" for server in SERVERS)
@@ -226,22 +230,16 @@ example:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `python -m secateur serve-check FOLDER`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur serve-check",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("serve-check", _HELP)
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=Path, help="model folder with a tokenizer")
     add("--python", type=Path, default=Path(sys.executable), help="interpreter with the servers")
     add("--dtype", default="float32", choices=_TYPES, help="type of all (default: float32)")
     add("--at-once", type=int, nargs="+", default=[1, 4], metavar="N", help="requests at once")
-    add("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    add("--json", type=new_file, metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(arguments)
-    try:
+    with parser.naming(requests="--at-once"):
         found = serve_check(args.folder, args.python, args.dtype, args.at_once)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
     if args.json:
         args.json.write_text(json.dumps([vars(one) for one in found], indent=1) + "\n")
     console = Console()

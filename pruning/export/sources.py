@@ -19,8 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.pruning.depth.removal import PROVENANCE
 from secateur.pruning.export.configuration import exported_config, own_code
-from secateur.pruning.export.exact import prove_cut, prove_files, prove_saved
-from secateur.pruning.export.gathered_weights import Whole, num_parameters, write_gathered
+from secateur.pruning.export.exact import prove_cut, prove_files, prove_saved, prove_shares
+from secateur.pruning.export.gathered_weights import (
+    Whole,
+    num_parameters,
+    updated_sums,
+    write_gathered,
+)
 from secateur.pruning.export.slices import cut_tensors
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.export.streamed import verify_recorded, verify_streamed
@@ -37,6 +42,7 @@ from secateur.pruning.files.model_folder import (
     read_json,
     write_json,
 )
+from secateur.pruning.files.shares import Share
 from secateur.pruning.files.tensors import Made, by_file, packed, write_tensors
 from secateur.pruning.plan import IN_MODEL, Plan
 from secateur.pruning.weights.masks import WeightMasks
@@ -247,12 +253,14 @@ class FromShares(Source):
     Args:
         model: The model, low-rank updates included.
         whole: Gathers parameters.
+        share: Finds this rank's share of a parameter.
         tokenizer: The tokenizer of the text.
         dtype: Type of the weights that are saved.
     """
 
     model: PreTrainedModel
     whole: Whole
+    share: Share
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     plan = None
@@ -270,8 +278,14 @@ class FromShares(Source):
         # Recorded now, while all ranks compute together: if a rank finds a difference later, no
         # other rank waits for it.
         recorded = record(self.model, windows_BT.to(device))
-        parameters, dtype = num_parameters(self.model), self.model.dtype
-        return lambda folder: verify_recorded(recorded, parameters, dtype, folder, device)
+        sums = updated_sums(self.model, self.whole, self.dtype)
+
+        def prove(folder: Path) -> None:
+            prove_shares(self.model, self.share, sums, self.dtype, folder)
+            parameters = num_parameters(self.model)
+            verify_recorded(recorded, parameters, self.model.dtype, folder, device)
+
+        return prove
 
     def write(self, folder: Path | None, origin: Origin) -> None:
         write_gathered(self.model, folder, self.dtype, self.whole)

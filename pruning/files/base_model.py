@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ from secateur.pruning.modelling import config_class, is_narrow, stock_type
 _FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 _FILES += ["additional_chat_templates/*"]
 
+_TOKENIZERS = ("tokenizer*", "vocab.*", "*.model")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
 
 class BaseModel:
     """A stock model of transformers, or a narrow one that Secateur has exported.
@@ -66,7 +73,7 @@ class BaseModel:
         Raises:
             ValueError: A path does not exist, or holds no text model.
         """
-        folder = Path(self.name).expanduser()
+        folder = Path(expanduser(self.name))
         if folder.exists():
             check_folder(folder, self._shown)
             check_settings(read_settings(folder), self._shown)
@@ -88,7 +95,7 @@ class BaseModel:
             ValueError: The path is not a model folder, or the hub has no such model.
         """
         self.check()
-        folder = Path(self.name).expanduser()
+        folder = Path(expanduser(self.name))
         if folder.exists():
             return folder
         try:
@@ -208,8 +215,12 @@ class BaseModel:
                 kinds.add(Kind.PATTERNED)
         refuse(kinds, step)
 
-    def dtype_of(self, dtype: str = "auto") -> torch.dtype:
+    def dtype_of(self, dtype: str = "auto", setting: str = "dtype") -> torch.dtype:
         """The torch type that a name stands for; "auto" is the type of the files.
+
+        Args:
+            dtype: The name.
+            setting: The setting that has it, for the message.
 
         Raises:
             ValueError: There is no such type.
@@ -219,9 +230,9 @@ class BaseModel:
                 return self.dtype_of(str(said))
             name, header = next(iter(self.headers.items()))
             return read_tensor(header.path, name).dtype
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"`dtype` must be auto or a torch type, got {dtype!r}.")
+        if (found := _DTYPES.get(dtype)) is None:
+            known = " or ".join(["auto", *_DTYPES])
+            raise ValueError(f"`{setting}` must be {known}, got {dtype!r}.")
         return found
 
     def skeleton(self) -> PreTrainedModel:
@@ -261,6 +272,8 @@ class BaseModel:
             _ = self.fingerprint  # which refuses what has changed
         self.judge()
         config = copy.deepcopy(self.config)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = self.dtype_of(dtype)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, config=config, dtype=dtype, output_loading_info=True, **options
@@ -299,10 +312,17 @@ def read_config(name: str | Path) -> PreTrainedConfig:
     Raises:
         ValueError: Neither transformers nor Secateur can read it.
     """
+    path = Path(expanduser(name))
+    if path.is_absolute() and not path.exists():
+        raise ValueError(f"{path} does not exist; check the path.")
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise ValueError(f"{path} is not a model folder: it has no {CONFIG}.")
     try:
-        settings = PreTrainedConfig.get_config_dict(name)[0]
+        settings = PreTrainedConfig.get_config_dict(path if path.exists() else name)[0]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} has no readable {CONFIG}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name} has no readable {CONFIG}: it is not a JSON object.")
     return config_of(model_settings(settings), name)
 
 
@@ -344,6 +364,10 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
             raise ValueError(
                 f"The tokenizer of {name} is code of its own, which runs only if "
                 "`trust_remote_code` is true: read it first."
+            ) from error
+        if Path(name).is_dir() and not any(map(any, map(Path(name).glob, _TOKENIZERS))):
+            raise ValueError(
+                f"{name} holds no tokenizer, no {' or '.join(_TOKENIZERS)}."
             ) from error
         raise ValueError(f"{name} has no readable tokenizer: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

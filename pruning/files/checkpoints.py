@@ -122,7 +122,9 @@ def check_whole(path: Path) -> None:
     if is_whole(path):
         return
     what = "does not exist"
-    if path.exists():
+    if path.is_dir():
+        what = "is a folder, not a checkpoint"
+    elif path.exists():
         what = "is damaged (truncated?), or was not written by SaveCheckpoint of this version"
     good = next((other for other in newest_first(path.parent) if is_whole(other)), None)
     cure = f"resume from {good}" if good else "there is no good one beside it; start again"

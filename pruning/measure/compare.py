@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from secateur.pruning.commands import CommandParser
+from secateur.pruning.commands import CommandParser, device_here, new_file, read_text
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.generation import prompts_for
 from secateur.pruning.measure.latency_table import read_table
@@ -88,7 +88,7 @@ def compare_folders(
     tokenizer: Any = next(iter(bases.values())).tokenizer()
     windows = {}
     for name, path in texts.items():
-        ids = tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"]
+        ids = tokenizer(read_text(path), verbose=False)["input_ids"]
         windows[name] = cut_windows(ids, window_tokens)[:num_windows]
         largest = int(windows[name].max())
         for model_name, base in bases.items():
@@ -134,14 +134,6 @@ def _dtype(text: str) -> str:
     return text
 
 
-def _device(text: str) -> str:
-    try:
-        torch.empty(1, device=text)
-    except (AssertionError, RuntimeError) as error:  # the former without support in torch
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device here: {error}") from error
-    return text
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = CommandParser("compare", _HELP)
@@ -160,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="torch type such as bfloat16 (default: that of the files)",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=_device, default=device, help=f"torch device (default here: {device})")
+    add("--device", type=device_here, default=device, help=f"torch device (default here: {device})")
     add("--speed", action="store_true", help="measure prefill and decode, too")
     add("--latency", type=Path, metavar="TABLE", help="the same as in a table, and what it says")
     add(
@@ -168,29 +160,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="run Python files of the tokenizer of the first model",
     )
-    add("--json", type=Path, help="write the figures to this file")
-    add("--html", type=Path, help="write a page with figures and answers to this file")
+    add("--json", type=new_file, help="write the figures to this file")
+    add("--html", type=new_file, help="write a page with figures and answers to this file")
     args = parser.parse_args(arguments)
     for what in ("folders", "text", "task"):
         names = [name for name, _ in getattr(args, what)]
         if twice := {name for name in names if names.count(name) > 1}:
             parser.error(f"two {what} are called {', '.join(sorted(twice))}: use NAME=PATH")
-    for name in ("json", "html"):
-        path = getattr(args, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {path.absolute().parent}")
-    report = compare_folders(
-        dict(args.folders),
-        dict(args.text),
-        dict(args.task),
-        window_tokens=args.window_tokens,
-        num_windows=args.windows,
-        dtype=args.dtype,
-        device=args.device,
-        speed=args.speed,
-        latency=args.latency,
-        trust_remote_code=args.trust_remote_code,
-    )
+    with parser.naming(num_windows="--windows"):
+        report = compare_folders(
+            dict(args.folders),
+            dict(args.text),
+            dict(args.task),
+            window_tokens=args.window_tokens,
+            num_windows=args.windows,
+            dtype=args.dtype,
+            device=args.device,
+            speed=args.speed,
+            latency=args.latency,
+            trust_remote_code=args.trust_remote_code,
+        )
     if args.json is not None:
         args.json.write_text(report.json(), encoding="utf-8")
     if args.html is not None:

@@ -51,6 +51,13 @@ def _in_order(logits_CI: Mapping[int, Tensor], sizes: Sequence[int]) -> Tensor:
     return torch.cat([next(rows[size]) for size in sizes])
 
 
+def _check_sizes(**sizes: int) -> None:
+    """Raise a ValueError for a size below 1; torch would name none."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be 1 or more, got {size}.")
+
+
 def _uniform(*shape: int) -> nn.Parameter:
     """Initial weights of linear layers; the last axis has the features."""
     bound = 1 / math.sqrt(shape[-1])
@@ -91,7 +98,7 @@ class GRUHypernetwork(Hypernetwork):
         seed: Seed of the input and of the initial weights, 0 or more.
 
     Raises:
-        ValueError: `head_stride` is not between 1 and the number of features.
+        ValueError: A size is below 1, or `head_stride` is not between 1 and the number of features.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class GRUHypernetwork(Hypernetwork):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_sizes(input_size=input_size, hidden_size=hidden_size)
         features = 2 * hidden_size
         if not 1 <= head_stride <= features:
             raise ValueError(f"`head_stride` must be in 1 to {features}, got {head_stride}.")
@@ -145,7 +153,7 @@ class SharedHeads(Hypernetwork):
         seed: Seed of the input and of the initial weights, 0 or more.
 
     Raises:
-        ValueError: `step_scale` is not above 0.
+        ValueError: A size is below 1, or `step_scale` is not above 0.
     """
 
     def __init__(
@@ -157,6 +165,7 @@ class SharedHeads(Hypernetwork):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_sizes(input_size=input_size, hidden_size=hidden_size)
         self.input: Tensor
         self.sizes, self.places = list(sizes), _places(sizes)
         with torch.random.fork_rng(devices=[]):
@@ -186,10 +195,14 @@ class NoRecurrence(Hypernetwork):
         sizes: Entries of every site, in order.
         features: Features per site, 1 or more.
         seed: Seed of the features and of the initial weights, 0 or more.
+
+    Raises:
+        ValueError: `features` is below 1.
     """
 
     def __init__(self, sizes: Sequence[int], features: int = 128, seed: int = 0) -> None:
         super().__init__()
+        _check_sizes(features=features)
         self.input: Tensor
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too

@@ -366,16 +366,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="one head per site (GRUHypernetwork) instead of SharedHeads",
     )
     args = parser.parse_args(arguments)
-    run = Run(
-        batch_size=args.batch_size,
-        window_tokens=args.window_tokens,
-        hypernetwork=GRUHypernetwork if args.reference_heads else SharedHeads,
-    )
-    configs = {name: llama2(name) if name in _SHAPES else read_config(name) for name in args.models}
-    (heading, *rows), caption = (
-        memory_table(configs, run),
-        f"{args.batch_size} x {args.window_tokens}",
-    )
+    with parser.naming():
+        run = Run(
+            batch_size=args.batch_size,
+            window_tokens=args.window_tokens,
+            hypernetwork=GRUHypernetwork if args.reference_heads else SharedHeads,
+        )
+        configs = {
+            name: llama2(name) if name in _SHAPES else read_config(name) for name in args.models
+        }
+        (heading, *rows), caption = (
+            memory_table(configs, run),
+            f"{args.batch_size} x {args.window_tokens}",
+        )
     table = Table(caption=f"bf16, {caption} tokens per GPU; GB = 1e9 bytes")
     for number, name in enumerate(heading):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)

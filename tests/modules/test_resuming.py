@@ -28,6 +28,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no average": (lambda state: state["state"][1].pop("exp_avg"), r"no exp_avg .* shape \(4,\)"),
     "a list": (lambda state: state["state"][0].update(exp_avg_sq=[1, 2]), "no exp_avg_sq"),
+    "no state": (lambda state: state["state"].update({0: []}), r"has \[\] as the state of AdamW"),
     "another shape": (
         lambda state: state["state"][0].update(exp_avg=torch.ones(2, 2)),
         r"no exp_avg of AdamW for a parameter of shape \(3, 2\)",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.pruning.commands import without_secrets
+from secateur.pruning.commands import CommandParser, without_secrets
 
 TOKEN = "hf_" + "aB3" * 12
 SECRETS = {
@@ -46,3 +46,15 @@ def test_a_secret_may_follow_its_name() -> None:
 @pytest.mark.parametrize("typed", PLAIN)
 def test_what_is_no_secret_is_shown(typed: str) -> None:
     assert without_secrets([typed]) == [typed]
+
+
+def test_errors_name_settings_as_they_are_typed() -> None:
+    parser = CommandParser("test", "")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--window-tokens", type=int)
+    found = "`window_tokens` and `--windows`, for `OUT` and `dtype`, or `OUT`"
+    with (
+        pytest.raises(ValueError, match=found.replace("`window_tokens`", "`--window-tokens`")),
+        parser.naming(num_windows="--windows", folder="OUT"),
+    ):
+        raise ValueError("`window_tokens` and `num_windows`, for `out` and `dtype`, or `folder`")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.pruning.export.exact import prove_cut, prove_saved
+from secateur.pruning.export.exact import prove_cut, prove_saved, prove_shares
+from secateur.pruning.export.gathered_weights import updated_sums, write_gathered
 from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.export.sources import FromFiles
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.export.verify import ExportError, verify_export
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.lora import LoRA
 from secateur.pruning.plan import Plan
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VARIANTS, VOCABULARY, tiny_family_folder, tiny_llama
@@ -259,3 +262,40 @@ def test_a_saved_model_is_the_live_one_to_the_bit(tmp_path: Path) -> None:
     other = tiny_llama(tie_word_embeddings=True, rms_norm_eps=1e-4).bfloat16()
     with pytest.raises(ExportError, match="`rms_norm_eps` in the exported config.json is 1e-06"):
         prove_saved(other, tmp_path)
+
+
+def lora_at_work() -> Any:
+    """A model with updates that are not zero, on one block's queries."""
+    live = tiny_llama().bfloat16()
+    LoRA(rank=2, targets=["q_proj"]).inject(live)
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    return live
+
+
+@pytest.mark.parametrize("name", ["last bit of a weight", "last bit of a norm", "k for v"])
+def test_ranks_prove_their_shares_to_the_bit(name: str, tmp_path: Path) -> None:
+    """Two ranks of halves: the one that holds the wrong entry tells; updates are told by both."""
+    live = lora_at_work()
+    write_gathered(live, tmp_path, torch.bfloat16, lambda _: nullcontext())
+    sums = updated_sums(live, lambda _: nullcontext(), torch.bfloat16)
+    assert set(sums) == {of(block, "self_attn.q_proj.weight") for block in range(3)}
+
+    def prove(rank: int) -> None:
+        def share(parameter: Tensor) -> tuple[Tensor, int]:
+            half = -(-parameter.numel() // 2)
+            return parameter.data.flatten()[rank * half :][:half], rank * half
+
+        prove_shares(live, share, sums, torch.bfloat16, tmp_path)
+
+    prove(0)
+    prove(1)
+    tensors = load_file(tmp_path / WEIGHTS)
+    WRONG[name](tensors, {})
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="to the bit"):
+        prove(0)
+    if name != "last bit of a norm":  # of entry 5 of 24
+        with pytest.raises(ExportError, match="to the bit"):
+            prove(1)

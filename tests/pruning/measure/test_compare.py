@@ -51,14 +51,20 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["--window-tokens", "100000"], "less than one window"),
-        (["--windows", "0"], "`num_windows` must be 1 or more, got 0"),
+        (["--windows", "0"], "`--windows` must be 1 or more, got 0"),
+        (["--window-tokens", "1"], "`--window-tokens` must be 2 or more, got 1"),
+        (["--dtype", "int8"], "`--dtype` must be auto or float64"),
+        (["--device", "meta"], "'meta' is not a device here"),
+        (["--json", "base"], "--json: base is a folder; name a file"),
+        (["--text", "base/model.safetensors"], "`--text` .* is not UTF-8 text .*; convert it"),
+        (["--text", "base"], "`--text` base cannot be read: Is a directory"),
         (["--task", "text.txt"], "is not a question"),
         (["--task", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--text", "a=text.txt", "a=text.txt"], "two text are called a"),
         (["--dtype", "bf16"], "'bf16' is not a torch type, such as bfloat16"),
         (["--device", "gpu"], "'gpu' is not a device here"),
         (["--json", "no/such/report.json"], "there is no folder .*no/such"),
-        (["--html", "no/such/page.html"], "--html .* there is no folder .*no/such"),
+        (["--html", "no/such/page.html"], "--html.* there is no folder .*no/such"),
     ],
 )
 def test_bad_input(
