@@ -22,7 +22,7 @@ help:
 	@echo "make test-fast  without the slow tests"
 	@echo "make test-cluster  runs on a local SLURM of two nodes, from Debian packages"
 	@echo "make test-serving  exported models in vLLM and llama.cpp, in .venv-serving"
-	@echo "make test-oldest  exported models with the oldest transformers"
+	@echo "make test-oldest  exported models with the oldest transformers, and with version 4"
 	@echo "make check      format, lint, types, direction of imports"
 	@echo "make site       the documentation as a site, in site/"
 	@echo "make clean      remove caches and runs; .venv stays"
@@ -57,22 +57,35 @@ test: setup
 test-fast: setup
 	$(RUN) -m pytest -m "not slow"
 
-# An environment that adds to .venv what the oldest transformers needs otherwise, and no torch.
-OLDEST_READY := .venv-oldest/.ready
+# An environment that adds to .venv another transformers and what that needs otherwise, no torch.
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
+define with_transformers
+	rm -rf $(1)
+	$(RUN) -m venv --without-pip $(1)
+	$(RUN) -c '$(PACKAGES)' > "$$($(1)/bin/python -c '$(PACKAGES)')/newest.pth"
+	$(RUN) -m pip --python $(1)/bin/python install "transformers==$(2)"
+endef
+
+OLDEST_READY := .venv-oldest/.ready
+
 $(OLDEST_READY): $(READY)
-	rm -rf .venv-oldest
-	$(RUN) -m venv --without-pip .venv-oldest
-	$(RUN) -c '$(PACKAGES)' > "$$($(OLDEST) -c '$(PACKAGES)')/newest.pth"
-	$(RUN) -m pip --python $(OLDEST) install \
-		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)"
+	$(call with_transformers,.venv-oldest,$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml))
 	$(RUN) -m pip --python $(OLDEST) install --no-deps -e .
 	touch $@
 
-test-oldest: $(OLDEST_READY)
+# The last version 4, in which other programs read what is exported; Secateur does not run there.
+FOUR_READY := .venv-transformers4/.ready
+
+$(FOUR_READY): $(READY)
+	$(call with_transformers,.venv-transformers4,4.57.6)
+	touch $@
+
+test-oldest: $(OLDEST_READY) $(FOUR_READY)
 	$(OLDEST) -m pytest -m "not slow" \
 		tests/pruning/test_families_contract.py tests/pruning/export/test_serving.py
+	SECATEUR_TRANSFORMERS4=$(CURDIR)/.venv-transformers4/bin/python $(RUN) -m pytest \
+		tests/pruning/export/test_transformers4.py
 
 # The file is named because its name keeps it out of `make test`. A run here starts Python many
 # times, which on a busy machine takes longer than any other test may.

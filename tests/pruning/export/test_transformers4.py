@@ -27,7 +27,9 @@ import sys, torch, transformers
 assert transformers.__version__.startswith("4."), transformers.__version__
 ids = torch.load("ids.pt")
 for name in sys.argv[1:]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, torch_dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        name, torch_dtype=torch.float32, attn_implementation="eager"  # others ignore soft caps
+    )
     with torch.no_grad():
         torch.save(model.eval()(ids).logits, f"{name}.pt")
 """
@@ -62,7 +64,7 @@ def bases(folder: Path) -> dict[str, Path]:
     found = {}
     for family, variants in VARIANTS.items():
         for variant, fields in variants.items():
-            name = f"{family}, {variant}"
+            name = re.sub(r"\W+", "_", f"{family} {variant}")
             found[name] = tiny_family_folder(
                 folder / name, family, **other_rotations(family) | fields
             )
