@@ -258,7 +258,7 @@ def test_predictions_are_not_thrown_away(inputs: Path, tmp_path: Path) -> None:
         ("--trainer.max_steps=-1", "`--trainer.max_steps` must be set"),
         (
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-            "has ModelCheckpoint, .* Use SaveCheckpoint: .*keep_best`",
+            "has ModelCheckpoint, .* Use SaveCheckpoint: .*keep_best and",
         ),
         ("--ckpt_path=best", "`--ckpt_path` is best, but .*/run/checkpoints names none"),
         ("--data.train=/no/such/text.json", "`--data.train`: there is no file /no/such/text.json"),

@@ -79,6 +79,6 @@ def test_a_run_that_ended_early_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["plan", "checkpoints/best", "", ".", "/", "../x", "a/../../x"])
 def test_a_folder_elsewhere_or_of_something_else_is_refused(folder: str) -> None:
     with pytest.raises(
-        ValueError, match="`folder` .* of ExportModel .*; choose a.* name, such as model"
+        ValueError, match="`folder` of ExportModel .*; choose a.* name, such as model"
     ):
         ExportModel(folder)
