@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.pruning.depth.rewrite_blocks import prune_blocks
+from secateur.pruning.export.rewrite import prune_blocks
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.finish import finish
 from tests.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_family_folder
