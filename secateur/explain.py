@@ -279,10 +279,10 @@ def _takes_list(hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return any(map(_takes_list, get_args(hint)))
-    if origin is Literal or origin is Callable:
-        return False
     kind = origin or hint
-    return not inspect.isclass(kind) or (issubclass(kind, Iterable) and kind not in (str, dict))
+    if kind in (Any, object):
+        return True
+    return inspect.isclass(kind) and issubclass(kind, Iterable) and kind not in (str, dict)
 
 
 def _is_value(hint: Any) -> bool:
