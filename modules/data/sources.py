@@ -264,9 +264,15 @@ def _in_folder(setting: str, folder: Path, text_field: str) -> list[LocalFile]:
     """The text files below a folder, in order of path; log which these are.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or a link leads nowhere.
     """
-    inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = sorted(folder.rglob("*"))
+    if lost := [path for path in found if path.is_symlink() and not path.exists()]:
+        raise ValueError(
+            f"`{setting}`: {lost[0]} is a link that leads nowhere; mend or remove it, or name the "
+            "files to read."
+        )
+    inside = [path.relative_to(folder) for path in found if path.is_file()]
     seen = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
     known = [path for path in seen if path.suffix.lower() in _SUFFIXES]
     files = [LocalFile(setting, folder / path, text_field) for path in known]

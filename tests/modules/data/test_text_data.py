@@ -475,6 +475,16 @@ def test_json_lines_are_read_whatever_the_suffix(
     assert found[0] == found[1]
 
 
+def test_a_link_that_leads_nowhere_is_not_passed_over(
+    tmp_path: Path, make: Callable[..., TextData]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "a.json", documents(4))
+    (tmp_path / "folder" / "b.json").symlink_to(tmp_path / "gone.json")
+    with pytest.raises(ValueError, match=r"`train`: .*b.json is a link that leads nowhere; mend"):
+        make(tmp_path / "folder").setup()
+
+
 def test_a_folder_logs_its_text_files_and_skips_others(
     tmp_path: Path, make: Callable[..., TextData], caplog: pytest.LogCaptureFixture
 ) -> None:
