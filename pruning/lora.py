@@ -71,10 +71,6 @@ class LoRA:
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise ValueError(f"`targets` has {target!r}, which matches no layer of the model.")
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        most = max(min(layer.in_features, layer.out_features) for layer in layers)
-        if self.rank > most:
-            raise ValueError(f"`rank` must be {most} or less, as every layer has, got {self.rank}.")
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
