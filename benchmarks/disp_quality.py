@@ -89,8 +89,8 @@ class Recipe:
 
 RECIPES = {
     "masks": Recipe("masks", 1000, 0, ("--model.settle=null",)),
-    "frozen": Recipe("excess", 630, 270),
-    "recovered": Recipe("recovered", 0, 700, ("--model.settle.train=AllWeights",)),
+    "frozen": Recipe("excess", 100, 600),
+    "recovered": Recipe("recovered", 0, 690, ("--model.settle.train=AllWeights",)),
     "quick": Recipe("quick", 0, 120, ("--model.settle.train=AllWeights",)),
     "untrained": Recipe("untrained"),
 }

@@ -479,6 +479,26 @@ def test_every_sample_is_on_budget(make: Make) -> None:
         assert 0.39 < float(module.table.fraction(widths_S)) <= 0.4 + 1e-6
         (gradient_N,) = torch.autograd.grad(gates_N.sum(), logits_N)
         assert bool((gradient_N > 0).all())
+        assert bool((gradient_N <= 0.5).all())
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_gradient_on_budget_is_that_of_quadratic_losses(power: int) -> None:
+    """The mean of a gate, and of its square, is p, whose derivative is p (1 - p)."""
+    sampler, draws, gates = GateSampler(offset=0.0), 500, 400
+    first_N = torch.linspace(-4, 4, gates)
+
+    def best(scores_N: Tensor) -> Tensor:
+        return torch.zeros(gates).index_fill(0, scores_N.topk(gates // 2).indices, 1.0)
+
+    total_N = torch.zeros(gates)
+    for step in range(draws):
+        logits_N = first_N.clone().requires_grad_()
+        gates_N = ExactBudget().draw(sampler, logits_N, Stream(step), best).gates_N
+        total_N += torch.autograd.grad((gates_N**power).sum(), logits_N)[0]
+    p_N = first_N.sigmoid()
+    found, expected = (x_N.view(40, -1).mean(1) for x_N in (total_N / draws, p_N * (1 - p_N)))
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
