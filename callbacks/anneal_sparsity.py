@@ -62,7 +62,8 @@ class AnnealSparsity(Callback):
         """
         if self._saved is not None:
             saved = dict(self._saved)
-            saved["steps"] = min(saved["steps"], self._total)  # the module knows of a shorter run
+            if isinstance(saved.get("steps"), int):  # the module knows of a shorter run
+                saved["steps"] = min(saved["steps"], self._total)
             refuse_other(saved, self.state_dict(), "AnnealSparsity")
 
     def on_train_batch_start(

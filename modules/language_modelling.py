@@ -176,7 +176,9 @@ class LanguageModelling(LightningModule, ABC):
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         needed = ["secateur", "state_dict", *(["loops", "optimizer_states"] if fitting else [])]
         if missing := [key for key in needed if not checkpoint.get(key)]:
-            raise ValueError(f"The checkpoint lacks {', '.join(missing)}; use another one.")
+            raise ValueError(
+                f"The checkpoint lacks {', '.join(missing)}; give another `ckpt_path`."
+            )
         saved, current = dict(checkpoint["secateur"]), self.recipe()
         self.shortened = [*checkpoint.get("shortened", [])]
         if fitting:
@@ -197,7 +199,9 @@ class LanguageModelling(LightningModule, ABC):
             if checkpoint["global_step"] and isinstance(data, TextData):
                 refuse_placeless(loops)
         if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
-            raise ValueError("The checkpoint lacks the state of the optimiser; use another one.")
+            raise ValueError(
+                "The checkpoint lacks the state of the optimiser; give another `ckpt_path`."
+            )
         if self.frozen_weights:  # else the model may have to be cut first
             self.refuse_incomplete(checkpoint["state_dict"])
         batches = self.trainer.accumulate_grad_batches
@@ -239,11 +243,13 @@ class LanguageModelling(LightningModule, ABC):
         for name, tensor in own.items():
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed: full shape
             if name not in state:
-                raise ValueError(f"The checkpoint lacks the weights {name}; use another one.")
+                raise ValueError(
+                    f"The checkpoint lacks the weights {name}; give another `ckpt_path`."
+                )
             if tuple(state[name].shape) != shape:
                 raise ValueError(
                     f"The checkpoint has {name} in shape {tuple(state[name].shape)} instead of "
-                    f"{shape}; use another one."
+                    f"{shape}; give another `ckpt_path`."
                 )
 
     def check_strategy(self) -> None:

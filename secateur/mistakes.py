@@ -58,12 +58,12 @@ def explain(error: BaseException) -> str | None:
     """The text of an error in at most three lines; None if it is not a mistake of the user."""
     names = [kind.__name__ for kind in type(error).__mro__]
     words = next((_BETTER[name] for name in names if name in _BETTER), "{}")
-    if not isinstance(error, _OURS) and _while_resuming(error):
-        words = (
-            "The checkpoint does not have the state that this run needs ({}). Resume from another "
-            "one, or start again without `--ckpt_path`."
+    if words == "{}" and _while_resuming(error):
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return (
+            f"The checkpoint does not have the state that this run needs ({what:.200}). Resume "
+            f"from another one, or start again without `--ckpt_path`.\n{_WHERE}"
         )
-        return f"{words.format(type(error).__name__)}\n{_WHERE}"
     if words == "{}" and not isinstance(error, _OURS) and not _of_library(error):
         return None
     notes = [line for note in getattr(error, "__notes__", ()) for line in _lines(note)]
@@ -77,14 +77,16 @@ def explain(error: BaseException) -> str | None:
 
 
 def _while_resuming(error: BaseException) -> bool:
-    """Whether Lightning was handing out what a checkpoint holds, to its parts or to ours."""
-    place = error.__traceback__
+    """Whether Lightning was handing out what a checkpoint holds, and nothing of ours judged it."""
+    place, restoring, module = error.__traceback__, False, ""
     while place is not None:
-        code = place.tb_frame.f_code
-        if code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name:
-            return True
+        code, module = place.tb_frame.f_code, place.tb_frame.f_globals.get("__name__", "")
+        restoring |= (
+            code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
+        )
         place = place.tb_next
-    return False
+    judged = isinstance(error, _OURS) and module.startswith("secateur.")
+    return restoring and not judged
 
 
 def _of_library(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from secateur.command_line import TrainCLI
 from secateur.mistakes import explain
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import seal, write_whole
+from secateur.pruning.files.settings import refuse_other
 from secateur.trainer_settings import check_trainer
 from tests.runs import NOISE, learn_masks, make_inputs
 
@@ -423,7 +424,16 @@ def test_what_a_checkpoint_lacks_is_told_as_such() -> None:
         inside["restore_loops"]({})
     message = explain(error.value)
     assert message is not None
-    assert "does not have the state that this run needs (KeyError)" in message
+    assert "does not have the state that this run needs (KeyError: 'step'). Resume" in message
+    inside["fail"] = lambda: torch.optim.SGD([torch.ones(1)], 1.0).load_state_dict({"x": 1})
+    exec(compile("def restore_it():\n    fail()\n", "/checkpoint_connector.py", "exec"), inside)
+    with pytest.raises(KeyError) as error:
+        inside["restore_it"]()
+    assert "needs (KeyError: 'param_groups')" in str(explain(error.value))
+    inside["fail"] = lambda: refuse_other({"a": 1}, {"a": 2}, "It")  # ours say it themselves
+    with pytest.raises(ValueError, match="configuration of It") as refused:
+        inside["restore_it"]()
+    assert "does not have the state" not in str(explain(refused.value))
     exec(compile(source, "/lightning/other.py", "exec"), inside)
     with pytest.raises(KeyError) as error:
         inside["restore_loops"]({})
