@@ -7,6 +7,7 @@ interpreter that has transformers 4 and torch; `make test-oldest` makes one.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
