@@ -107,8 +107,7 @@ def rename(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) ->
     """Give a file, a tensor or a field of JSON another name."""
     path = draw.choice(_files(folder))
     if path.suffix == ".safetensors" and draw.random() < 0.7:
-        header, data = _read_tensors(path)
-        name = draw.choice(_tensors(header))
+        header, data, name = _drawn_tensor(path, draw)
         other = draw.choice([f"module.{name}", name.upper(), name.replace(".", "_"), f"{name}x"])
         header = {other if key == name else key: entry for key, entry in header.items()}
         _write_tensors(path, header, data)
@@ -175,8 +174,7 @@ def missing(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -
     """Remove a file, a tensor or a field of JSON."""
     path = draw.choice(_files(folder))
     if path.suffix == ".safetensors" and draw.random() < 0.7:
-        header, data = _read_tensors(path)
-        name = draw.choice(_tensors(header))
+        header, data, name = _drawn_tensor(path, draw)
         start, end = header.pop(name)["data_offsets"]
         for key, entry in header.items():  # the file is intact, but lacks the tensor
             if key != _METADATA and entry["data_offsets"][0] >= end:
@@ -205,8 +203,8 @@ def lie(folder: Path, draw: random.Random, sealed: Callable[[Path], bool]) -> st
     if path.suffix == ".ckpt":
         return _change_checkpoint(path, draw, remove=False)
     if path.suffix == ".safetensors":
-        header, data = _read_tensors(path)
-        entry = header[name := draw.choice(_tensors(header))]
+        header, data, name = _drawn_tensor(path, draw)
+        entry = header[name]
         field = draw.choice(["dtype", "shape", "data_offsets"])
         if field == "dtype":  # of another size or of the same size
             entry[field] = draw.choice(["F16", "F64", "I8", "U32", "X9"])
@@ -269,6 +267,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], bytes]:
 
 def _tensors(header: dict[str, Any]) -> list[str]:
     return [name for name in header if name != _METADATA]
+
+
+def _drawn_tensor(path: Path, draw: random.Random) -> tuple[dict[str, Any], bytes, str]:
+    header, data = _read_tensors(path)
+    return header, data, draw.choice(_tensors(header))
 
 
 def _write_tensors(path: Path, header: dict[str, Any], data: bytes) -> None:

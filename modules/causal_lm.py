@@ -52,6 +52,7 @@ from secateur.pruning.files.finish import finish
 from secateur.pruning.files.model_folder import replaced_folder
 from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights, head_of, token_losses
+from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
 
 
@@ -281,13 +282,8 @@ class CausalLM(LanguageModelling):
 
         At the end the model is restored exactly.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
-            with merged(self.model):
-                yield self.model
-        finally:
-            self.model.train(training)
+        with evaluation(self.model), merged(self.model):
+            yield self.model
 
     @property
     def kept_blocks(self) -> list[int]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from secateur.pruning.depth.removal import checked_units
 from secateur.pruning.depth.units import Unit, WholeBlocks
 from secateur.pruning.families import family_of
+from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
 
 
@@ -75,12 +76,8 @@ class BlockScore(ABC):
                 "the calibration text is too short."
             )
         windows_NT = torch.zeros(0, 2, dtype=torch.long) if windows_NT is None else windows_NT
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluation(model):
             scores = self._score(model, windows_NT, units)
-        finally:
-            model.train(was_training)
         finite_U = scores.values.isfinite()
         if strange := [u.key for u, finite in zip(units, finite_U, strict=True) if not finite]:
             raise ValueError(

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from secateur.pruning.depth.scores import BlockScores, TextScore
 from secateur.pruning.depth.units import Unit, first_input
 from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.modes import evaluation
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,9 @@ def watch(
         batches: Token ids, on its device.
         see: Called with the index of a block, its input and its output (B, T, D), per batch.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with _watched(blocks_of(model, family_of(model.config)), see):
-            for input_BT in batches:
-                model.base_model(input_ids=input_BT, use_cache=False)
-    finally:
-        model.train(was_training)
+    with evaluation(model), _watched(blocks_of(model, family_of(model.config)), see):
+        for input_BT in batches:
+            model.base_model(input_ids=input_BT, use_cache=False)
 
 
 @contextmanager

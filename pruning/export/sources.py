@@ -44,6 +44,7 @@ from secateur.pruning.files.model_folder import (
 )
 from secateur.pruning.files.shares import Share
 from secateur.pruning.files.tensors import Made, by_file, packed, write_tensors
+from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import IN_MODEL, Plan
 from secateur.pruning.weights.masks import WeightMasks
 from secateur.pruning.weights.store import BlockStore
@@ -265,14 +266,8 @@ class FromShares(Source):
     dtype: torch.dtype
     plan = None
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
+    def ready(self) -> AbstractContextManager[None]:
+        return evaluation(self.model)
 
     def proof(self, origin: Origin, windows_BT: Tensor, device: torch.device) -> Proof:
         # Recorded now, while all ranks compute together: if a rank finds a difference later, no

@@ -74,9 +74,7 @@ def verify_export(
     dense = _in_float32(model) if small else model
     if rounded:
         _fold_gains(dense, plan, stored)
-    exported = _load(folder, model.dtype)
-    exported = (_in_float32(exported) if small else exported).eval()
-    exported.to(dense.device)
+    exported = _load(folder, dense, model.dtype)
     _check_parameters(model, plan, exported)
     windows_BT = windows_BT.to(dense.device)
     with _gated(dense, replace(plan, gains=None) if rounded else plan):
@@ -115,19 +113,13 @@ def verify_saved(
     """
     small = model.num_parameters() <= FLOAT32_PARAMETERS
     live = _in_float32(model) if small else model
-    saved = _load(folder, model.dtype)
-    saved = (_in_float32(saved) if small else saved).eval()
-    saved.to(live.device)
+    saved = _load(folder, live, model.dtype)
     if (found := saved.num_parameters()) != (wanted := model.num_parameters()):
         raise ExportError(f"The saved model has {found} parameters and the trained one {wanted}.")
-    training = live.training
-    live.eval()
-    try:
+    with evaluation(live):
         return _largest_difference(
             live, saved, windows_BT.to(live.device), "trained one", small, model.dtype, tolerance
         )
-    finally:
-        live.train(training)
 
 
 def verify_cut(
@@ -177,21 +169,7 @@ def _largest_difference(
     tolerance: float,
     blocks: Sequence[int] | None = None,
 ) -> float:
-    """The largest absolute difference of two logits.
-
-    Args:
-        dense: One model.
-        exported: The other.
-        windows_BT: Token ids.
-        original: Name of the first one, for the message.
-        exact: Whether they differ in the order of sums only.
-        dtype: Whose roundings explain more than that otherwise.
-        tolerance: Largest difference of two logits where they are exact.
-        blocks: Blocks of the first model that the other one still has; None stands for all.
-
-    Raises:
-        ExportError: It is beyond what sums in another order, or roundings of `dtype`, explain.
-    """
+    """Compare two models, see `compare_recorded`; `blocks` are those that the second one has."""
     return compare_recorded(
         record(dense, windows_BT),
         exported,
@@ -302,11 +280,13 @@ def _fold_gains(copy: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
                 parameter.copy_(parameter.to(dtype))
 
 
-def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(folder: str | Path, other: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Load an export in a type; on the device of another model and, if that is, in float32."""
     try:
-        exported = BaseModel(Path(folder)).load(dtype)
+        exported = BaseModel(Path(folder)).load(dtype, other.device)
     except ValueError as error:
         raise ExportError(f"{folder} cannot be loaded: {error}") from error
+    exported = _in_float32(exported) if other.dtype == torch.float32 else exported
     exported.eval()
     return exported
 
@@ -323,14 +303,12 @@ def _check_parameters(model: PreTrainedModel, plan: Plan, exported: PreTrainedMo
 @contextmanager
 def _gated(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Apply the gates of the plan to the dense model, in evaluation mode; restore it afterwards."""
-    training = model.training
-    hooks = GateHooks(model.eval(), plan.family)
+    hooks = GateHooks(model, plan.family)
     try:
-        with hooks.applied(plan.gates(), plan.gains):
+        with evaluation(model), hooks.applied(plan.gates(), plan.gains):
             yield
     finally:
         hooks.remove()
-        model.train(training)
 
 
 def _first_difference(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
 
 _CHUNK = 1024  # predictions with fp32 logits in memory at once: 128 MiB at a vocabulary of 32k
@@ -88,17 +89,13 @@ def perplexity(
             f"Windows must be 1 or more of 2 or more tokens, got {num_windows} of {window_tokens}."
         )
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation(model):
         nll_N = torch.cat(
             [
                 window_nll(model, batch.to(device))
                 for batch in tracked(windows_NT.split(batch_size), "Measuring perplexity")
             ]
         )
-    finally:
-        model.train(was_training)
     return of_windows(nll_N, window_tokens)
 
 

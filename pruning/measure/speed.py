@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
 
 
@@ -82,17 +84,15 @@ def measure_speed(
     vocabulary = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     prompt_BT = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
-    training = {name: model.training for name, model in models.items()}
     runs: dict[str, list[_Run]] = {name: [] for name in models}
-    try:
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluation(model))
         for turn in tracked(range(repeats + 1), "Measuring speed"):
             for name, model in models.items():
-                run = _generate(model.eval(), prompt_BT, new_tokens, clock)
+                run = _generate(model, prompt_BT, new_tokens, clock)
                 if turn > 0:
                     runs[name].append(run)
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
     return {name: _summary(own, batch_size, new_tokens) for name, own in runs.items()}
 
 

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
 
 
@@ -235,14 +236,10 @@ def log_likelihoods(model: Any, endings: Sequence[Ending], batch_size: int) -> F
     """
     order = sorted(range(len(endings)), key=lambda place: -len(endings[place].ids))
     scores_E = torch.empty(len(endings), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation(model):
         for first in tracked(range(0, len(order), batch_size), "Answering questions"):
             places = order[first : first + batch_size]
             scores_E[places] = _batch_scores(model, [endings[place] for place in places])
-    finally:
-        model.train(was_training)
     return scores_E
 
 

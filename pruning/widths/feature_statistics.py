@@ -139,14 +139,6 @@ class WandaWidth(_FeatureScore):
             return norm_I
         return norm_I * torch.stack([weight.double().abs().mean(0) for weight in readers]).mean(0)
 
-    def scores(
-        self,
-        values_N: Float[Tensor, " N"],
-        sites: Sequence[Site],
-        marginal_S: Float[Tensor, " S"],
-    ) -> Float[Tensor, " N"]:
-        return ranks_within_sites(values_N, sites)
-
 
 @dataclass(frozen=True)
 class Fluctuation(_FeatureScore):

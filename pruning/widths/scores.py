@@ -23,7 +23,7 @@ class WidthScore(ABC):
 
     A score works in two steps. `values` measures every entry; values may be averaged over batches,
     training steps and ranks. `scores` makes them comparable between sites, for `Budget.finalise`:
-    `scores_per_cost` where values are changes of the loss, `ranks_within_sites` where they are not.
+    by `ranks_within_sites`, or, where values are changes of the loss, by `scores_per_cost`.
 
     An entry of a site is a feature that several projections of a block read or write, see
     `pruning/families.py`; an entire part (`Budget(parts=True)`) is a site with one entry.
@@ -59,14 +59,13 @@ class WidthScore(ABC):
             ValueError: The score reads text and there is none, or a value is not finite.
         """
 
-    @abstractmethod
     def scores(
         self,
         values_N: Float[Tensor, " N"],
         sites: Sequence[Site],
         marginal_S: Float[Tensor, " S"],
     ) -> Float[Tensor, " N"]:
-        """Make values comparable between sites.
+        """Make values comparable between sites: by their ranks, unless overridden.
 
         Args:
             values_N: Result of `values`.
@@ -76,6 +75,7 @@ class WidthScore(ABC):
         Raises:
             ValueError: The score cannot compare these sites.
         """
+        return ranks_within_sites(values_N, sites)
 
     def text(self, windows_WT: Int[Tensor, "W T"] | None) -> Int[Tensor, "W T"]:
         """Return the calibration windows of a score that reads text.

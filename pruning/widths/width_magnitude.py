@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.families import Family, blocks_of
-from secateur.pruning.sites import Site, find_sites
-from secateur.pruning.widths.scores import WidthScore, ranks_within_sites
+from secateur.pruning.sites import find_sites
+from secateur.pruning.widths.scores import WidthScore
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,6 @@ class WidthMagnitude(WidthScore):
             values.append(squares_I.sqrt())
         return torch.cat(values)
 
-    def scores(
-        self,
-        values_N: Float[Tensor, " N"],
-        sites: Sequence[Site],
-        marginal_S: Float[Tensor, " S"],
-    ) -> Float[Tensor, " N"]:
-        return ranks_within_sites(values_N, sites)
-
 
 @dataclass(frozen=True)
 class RandomOrder(WidthScore):
@@ -80,11 +72,3 @@ class RandomOrder(WidthScore):
         generator = torch.Generator().manual_seed(self.seed)
         sites = find_sites(model, family)
         return torch.cat([torch.rand(site.size, generator=generator) for site in sites])
-
-    def scores(
-        self,
-        values_N: Float[Tensor, " N"],
-        sites: Sequence[Site],
-        marginal_S: Float[Tensor, " S"],
-    ) -> Float[Tensor, " N"]:
-        return ranks_within_sites(values_N, sites)
