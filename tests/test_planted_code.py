@@ -83,6 +83,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, mark: Path) -> Path:
     plan.save(folder / "plan")
     (folder / "plan" / "plan.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()")
     prune_checkpoint(folder / "base", plan, folder / "export")
+    (folder / "export" / "secateur.json").unlink()  # which tells what has been changed since
     shutil.copytree(folder / "export", folder / "repaired")
     plant(folder / "export", mark)
     plant(folder / "repaired", mark)
