@@ -121,6 +121,7 @@ def test_verification_names_the_block_of_the_base_model(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "small" / WEIGHTS)
     tensors["model.layers.1.self_attn.o_proj.weight"] += 0.5
     save_file(tensors, tmp_path / "small" / WEIGHTS, metadata={"format": "pt"})
+    (tmp_path / "small" / "secateur.json").unlink()  # which tells that it was changed
     with pytest.raises(ExportError, match="first difference is in block 2"):
         verify_export(dense, plan, tmp_path / "small", TOKENS_BT)
 
