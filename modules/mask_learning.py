@@ -237,19 +237,27 @@ class MaskLearning(LanguageModelling):
         self.temperature = self.sampler.start_temperature
 
     def configure_optimizers(self) -> Any:
-        """One optimiser: the hypernetwork trains until the masks settle, then the settled model."""
+        """One optimiser: the hypernetwork trains until the masks settle, then the settled model.
+
+        Both learning rates fall to 0 along a cosine; that of the settled model rises first.
+        """
         optimizer = self._optimizer()
         check_optimizer(optimizer, self.device)
         begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
 
+        def falling(progress: float) -> float:
+            return (1 + math.cos(math.pi * progress)) / 2
+
+        def of_masks(step: int) -> float:
+            return falling(step / begin) if step < begin else 0.0
+
         def of_settled(step: int) -> float:
             if step < begin:
                 return 0.0
-            progress = (step - begin) / max(1, end - begin)
             warm = min(1.0, (step + 1 - begin) / max(1.0, _WARM_UP * (end - begin)))
-            return warm * (1 + math.cos(math.pi * progress)) / 2
+            return warm * falling((step - begin) / max(1, end - begin))
 
-        schedule = LambdaLR(optimizer, [lambda step: float(step < begin), of_settled])
+        schedule = LambdaLR(optimizer, [of_masks, of_settled])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},

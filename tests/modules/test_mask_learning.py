@@ -109,7 +109,7 @@ def test_the_loss_is_that_of_one_sample_of_gates_on_the_whole(
     loss = module.training_step(batch(), 0)
 
     dense: Any = BaseModel(inputs / "base").load()
-    gates = split(module.sampler(module.hypernetwork(), step=0), module.sites)
+    gates = split(module.sampler(module.hypernetwork(), Stream(0)), module.sites)
     input_BT = batch()["input_ids"]
     open_BTV = dense(input_BT).logits[:, :-1].log_softmax(-1)
     with GateHooks(dense).applied(gates):
