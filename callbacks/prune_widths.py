@@ -47,7 +47,7 @@ class PruneWidths(Prune):
     Args:
         budget: How much of the base model is kept, and in which shapes.
         score: Score of the entries of a width: `Fisher` (if not given), `GateGradient`,
-            `WidthMagnitude` or `RandomOrder`.
+            `Fluctuation`, `WandaWidth`, `WidthMagnitude` or `RandomOrder`.
         search: How entries are ranked: in rounds, each of which removes the lowest-ranked
             (`GradualRanking`), or such a ranking improved by `Evolution`.
         compensation: Refits the kept weights; None leaves them unchanged.
