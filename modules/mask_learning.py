@@ -470,7 +470,8 @@ class MaskLearning(LanguageModelling):
             found = self.trainer.strategy.broadcast(found)
         first_N: Tensor = self.hypernetwork().to(self.start_N)
         self._ranked_N = found
-        return start.scale * found.to(self.start_N) - first_N
+        ranked_N: Tensor = start.scale * found.to(self.start_N)
+        return ranked_N - first_N
 
     def _text(self, count: int, seed: int) -> Tensor:
         """Windows of the training text (int64, shape (W, T)), repeated if it has fewer."""
@@ -486,7 +487,8 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def _settle(self) -> None:
         """Choose the final masks; cut and refit the model if it can be cut."""
-        masks_N, which = masks_of(self._kept(), self.sites), {}
+        masks_N = masks_of(self._kept(), self.sites)
+        which: dict[str, Any] = {}
         if self.settle is not None and self._ranked_N is not None:
             masks_N, which = self._better_masks(masks_N, self._ranked_N, self.settle)
         self.settled_N.copy_(masks_N.bool())
