@@ -301,7 +301,19 @@ def test_ranks_that_start_at_different_steps_are_refused(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[SaveCheckpoint]:
+def heard() -> Iterator[None]:
+    """Signals do what they do by default, though nohup or a shell may ignore some of them."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, handler)
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def running(heard: None, tmp_path: Path) -> Iterator[SaveCheckpoint]:
     """A callback of a run that has made one step; what signals did before is there again after."""
     before = [signal.getsignal(number) for number in SIGNALS]
     callback, module = SaveCheckpoint(every_n_steps=5), LightningModule()
