@@ -224,7 +224,7 @@ class Evolution(WidthSearch):
                 steps = self.evolve(express, loss, rank_N, sites, text_WT)
                 last = list(tracked(steps, "Evolving widths", self.generations))[-1]
                 held_WT = text_WT[-self.held_back_windows :]
-                best = compared(last.parents, lambda mask_N: loss(mask_N, held_WT))[0]
+                best = compared(last.parents, loss, held_WT)[0]
         finally:
             hooks.remove()
         closed_N = (best.mask_N == 0).long()
@@ -276,7 +276,7 @@ class Evolution(WidthSearch):
             order = torch.randperm(len(pool_WT), generator=self._generator(number, 0))
             own_WT = pool_WT[order[: self.windows]]
             children = [child(population, place) for place in range(self.children)]
-            best = compared([*population.parents, *children], lambda mask_N: loss(mask_N, own_WT))  # noqa: B023
+            best = compared([*population.parents, *children], loss, own_WT)
             population = Population(number + 1, tuple(best[: self.parents]))
             yield population
 
@@ -285,18 +285,21 @@ class Evolution(WidthSearch):
         return torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
 
 
-def compared(candidates: Sequence[Candidate], loss: Callable[[Tensor], float]) -> list[Candidate]:
+def compared(
+    candidates: Sequence[Candidate], loss: Loss, windows_WT: Int[Tensor, "W T"]
+) -> list[Candidate]:
     """Candidates with different masks and their losses, the best first; ties to the earlier.
 
     A loss that is not finite counts as infinite.
 
     Args:
         candidates: The candidates.
-        loss: Returns the loss of masks.
+        loss: Returns the loss of masks on windows.
+        windows_WT: The same windows for all, token ids.
     """
     seen: dict[bytes, Candidate] = {}
     for one in candidates:
         if (key := one.mask_N.bool().numpy().tobytes()) not in seen:
-            found = loss(one.mask_N)
+            found = loss(one.mask_N, windows_WT)
             seen[key] = replace(one, loss=found if math.isfinite(found) else math.inf)
     return sorted(seen.values(), key=lambda one: one.loss)

@@ -27,14 +27,14 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.families import Family, blocks_of
 from secateur.pruning.modes import evaluation
 from secateur.pruning.sites import Site, find_sites
-from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.scores import WidthScore, ranks_within_sites
+from secateur.pruning.widths.gate_hooks import GateHooks, hook_at
+from secateur.pruning.widths.scores import WidthScore, refuse_parts
 
 
 @dataclass
@@ -59,24 +59,11 @@ class _Moments:
 @contextmanager
 def _watched(model: PreTrainedModel, family: Family) -> Iterator[list[_Moments]]:
     """Moments of the features at every gate, for the duration of a `with` block."""
-    handles: list[Any] = []
-    found: list[_Moments] = []
+    handles, found = [], []
     for block in blocks_of(model, family):
         for point in family.gates_of(block).values():
-            module, own = block.get_submodule(point.path), _Moments()
-            found.append(own)
-
-            def on_input(module: nn.Module, args: Any, kwargs: Any, own: _Moments = own) -> None:
-                own.add(args[0] if args else kwargs["hidden_states"])
-
-            def on_output(module: nn.Module, args: Any, x: Tensor, own: _Moments = own) -> None:
-                own.add(x)
-
-            handles.append(
-                module.register_forward_pre_hook(on_input, with_kwargs=True)
-                if point.side == "input"
-                else module.register_forward_hook(on_output)
-            )
+            found.append(_Moments())
+            handles.append(hook_at(block, point, found[-1].add))
     try:
         yield found
     finally:
@@ -160,6 +147,6 @@ class Fluctuation(_FeatureScore):
         sites: Sequence[Site],
         marginal_S: Float[Tensor, " S"],
     ) -> Float[Tensor, " N"]:
-        ranks_within_sites(values_N, sites)  # refuses sites with one gate
+        refuse_parts(sites)
         values = values_N.double().split([site.size for site in sites])
         return torch.cat([(v_I - v_I.mean()) / v_I.std().clamp_min(1e-30) for v_I in values])

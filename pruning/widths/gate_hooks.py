@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from secateur.pruning.families import Family, GatePoint, blocks_of, family_of
@@ -88,24 +89,41 @@ class GateHooks:
     ) -> None:
         """Set the factor of a module of a block; None removes it."""
 
-        def on_input(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if (factor_I := factor()) is None:
-                return None
-            if args:
-                return (_times(args[0], factor_I), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": _times(kwargs["hidden_states"], factor_I)}
+        def times(x: Tensor) -> Tensor | None:
+            return None if (factor_I := factor()) is None else _times(x, factor_I)
 
-        def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return output if (factor_I := factor()) is None else _times(output, factor_I)
+        self._handles.append(hook_at(block, point, times))
 
-        module = block.get_submodule(point.path)
-        self._handles.append(
-            module.register_forward_pre_hook(on_input, with_kwargs=True)
-            if point.side == "input"
-            else module.register_forward_hook(on_output)
-        )
+
+def hook_at(
+    block: nn.Module, point: GatePoint, function: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """Call a function with the features at a gate in every forward pass.
+
+    Args:
+        block: A block of a live model.
+        point: The gate.
+        function: Receives the features (..., I); what it returns replaces them, unless None.
+
+    Returns:
+        The handle that removes the hook.
+    """
+
+    def on_input(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        new = function(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return function(output)
+
+    module = block.get_submodule(point.path)
+    if point.side == "input":
+        return module.register_forward_pre_hook(on_input, with_kwargs=True)
+    return module.register_forward_hook(on_output)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:

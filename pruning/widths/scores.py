@@ -118,6 +118,19 @@ def scores_per_cost(
     return values_N.double().clamp_min(tiny).log() - cost_N.log()
 
 
+def refuse_parts(sites: Sequence[Site]) -> None:
+    """Refuse sites with one gate, for scores that compare the entries of a site.
+
+    Raises:
+        ValueError: A site is an entire part.
+    """
+    if part := next((site for site in sites if site.is_part), None):
+        raise ValueError(
+            f"Site {part.key} has one gate, and this score ranks entries within their site. Set "
+            "`parts` of the budget to false, or choose a score such as Fisher."
+        )
+
+
 def ranks_within_sites(values_N: Float[Tensor, " N"], sites: Sequence[Site]) -> Float[Tensor, " N"]:
     """Rank of every value among those of its site, scaled to [0, 1).
 
@@ -130,11 +143,7 @@ def ranks_within_sites(values_N: Float[Tensor, " N"], sites: Sequence[Site]) -> 
     Raises:
         ValueError: A site is an entire part, with a single gate that cannot be ranked.
     """
-    if part := next((site for site in sites if site.is_part), None):
-        raise ValueError(
-            f"Site {part.key} has one gate, and this score ranks entries within their site. Set "
-            "`parts` of the budget to false, or choose a score such as Fisher."
-        )
+    refuse_parts(sites)
     values = values_N.split([site.size for site in sites])
     return torch.cat(
         [value_I.argsort(stable=True).argsort(stable=True) / len(value_I) for value_I in values]

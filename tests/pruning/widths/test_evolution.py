@@ -111,7 +111,8 @@ def test_a_child_has_each_block_from_one_parent() -> None:
 def test_equal_masks_are_compared_once_and_losses_that_are_not_finite_are_last() -> None:
     masks = [torch.tensor(bits) for bits in ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0])]
     losses = iter([float("nan"), 2.0, 2.0])
-    found = compared([Candidate(UNCHANGED, mask) for mask in masks], lambda mask_N: next(losses))
+    candidates = [Candidate(UNCHANGED, mask) for mask in masks]
+    found = compared(candidates, lambda mask_N, windows_WT: next(losses), WINDOWS_WT)
     assert [one.mask_N.tolist() for one in found] == [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]
     assert found[-1].loss == float("inf")
 
