@@ -176,6 +176,8 @@ class CausalLM(LanguageModelling):
         self.check_strategy()
         self.check_bases()
         self.check_data(self._config)
+        if self.lora is not None:
+            self.lora.check(self._config)
         for base in self.bases:
             base.dtype_of(self.dtype_name)
             base.dtype_of(self.export_dtype, "export_dtype")

@@ -231,6 +231,8 @@ class MaskLearning(LanguageModelling):
                 "model, and the base model is sharded or packed. Use Gains, export, "
                 "and recover the exported model with CausalLM."
             )
+        if self.settle is not None:
+            self.settle.train.check(config)
         self.check_data(config)
         if stage == TrainerFn.FITTING and getattr(self.trainer, "datamodule", None) is not None:
             check_memory(self.trainer, config, self._run())

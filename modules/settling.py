@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.verify import verify_cut
@@ -183,6 +183,9 @@ class Trained(ABC):
         """
         return self.usual_lr if self.lr is None else self.lr
 
+    def check(self, config: PretrainedConfig) -> None:  # noqa: B027 (nothing to check by default)
+        """Refuse settings that do not suit a model, by its configuration before the cut."""
+
     @abstractmethod
     def of(self, model: PreTrainedModel) -> Settled:
         """Prepare a cut model for training; it becomes part of the result."""
@@ -217,6 +220,9 @@ class LowRank(Trained):
     lora: LoRA = field(default_factory=lambda: LoRA(rank=32, alpha=32.0, dropout=0.0))
     lr: float | None = None
     usual_lr: ClassVar[float] = 1e-3
+
+    def check(self, config: PretrainedConfig) -> None:
+        self.lora.check(config)
 
     def of(self, model: PreTrainedModel) -> Settled:
         return _LowRank(model, self.lora)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.pruning.families import blocks_of, family_of
 
@@ -48,6 +48,22 @@ class LoRA:
             raise ValueError(f"`alpha` must be above 0, got {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Refuse a rank above the size of every layer of a model.
+
+        Args:
+            config: Configuration of the model, before its widths are cut.
+
+        Raises:
+            ValueError: The rank is higher.
+        """
+        highest = max(config.hidden_size, getattr(config, family_of(config).mlp_width))
+        if self.rank > highest:
+            raise ValueError(
+                f"`rank` must be {highest} or less, the size of the model's widest layer, got "
+                f"{self.rank}; usual ranks are 4 to 64."
+            )
 
     def inject(self, model: PreTrainedModel) -> None:
         """Freeze a model and add updates, which start at zero, to its layers.

@@ -255,6 +255,12 @@ def test_a_target_that_names_nothing_is_refused() -> None:
         LoRA(targets=["self_attn.q_proj", "self_attn.w_proj"]).inject(tiny_llama())
 
 
+def test_an_absurd_rank_is_refused_before_the_model_is_read(inputs: Path, tmp_path: Path) -> None:
+    module = recovery(inputs, lora=LoRA(rank=999_999))
+    with pytest.raises(ValueError, match="`rank` must be .* widest layer, got 999999"):
+        trainer(tmp_path, max_steps=1).fit(module, data(inputs))
+
+
 def test_a_missing_peft_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="`lora` needs the package peft"):

@@ -444,6 +444,15 @@ def test_weights_of_the_cut_model_train_and_can_be_undone(
     assert not torch.allclose(undone, seen[-1], atol=1e-6)
 
 
+def test_an_absurd_rank_is_refused_at_the_start(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    settle = Settle(fraction=0.5, train=LowRank(LoRA(rank=999_999)), **FEW)
+    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=settle)
+    with pytest.raises(ValueError, match="`rank` must be .* widest layer, got 999999"):
+        trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data)
+
+
 @pytest.mark.parametrize("train", [LowRank(LoRA(rank=2, dropout=0.0)), AllWeights()], ids=str)
 def test_weights_train_in_float32_and_products_stay_in_bfloat16(
     inputs: Path, data: TextData, tmp_path: Path, train: Trained
