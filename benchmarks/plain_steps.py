@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.disp_step import plain_step
-from secateur.pruning.widths.refit import LayerRefit, refit
+from secateur.pruning.blocks.refit import LayerRefit, refit
 
 BATCH_SIZE = 8
 
@@ -85,5 +85,5 @@ def timed_refits() -> Iterator[list[float]]:
         seconds.append(time.process_time() - begin)
         return records
 
-    with mock.patch("secateur.pruning.widths.refit.refit", timed):
+    with mock.patch("secateur.pruning.blocks.refit.refit", timed):
         yield seconds

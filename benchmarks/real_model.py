@@ -39,6 +39,7 @@ from benchmarks.data import (
 from benchmarks.disp_quality import excess
 from benchmarks.smollm2 import smollm2_folder
 from secateur.program import train
+from secateur.pruning.blocks.refit import refit
 from secateur.pruning.depth import BlockInfluence, Blocks, OneShot
 from secateur.pruning.export.cut import cut
 from secateur.pruning.families import PARTS
@@ -52,7 +53,6 @@ from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking
-from secateur.pruning.widths.refit import refit
 
 WINDOW_TOKENS, BATCH_SIZE = 512, 4
 TASKS = {"piqa": "piqa_val", "arc_easy": "arc_easy_test", "hellaswag": "hellaswag_val_first1500"}

@@ -28,6 +28,7 @@ from benchmarks.data import (
 )
 from benchmarks.disp_quality import FIRST_WINDOWS, excess
 from benchmarks.disp_step import plain_step
+from secateur.pruning.blocks.refit import refit
 from secateur.pruning.export.cut import cut
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.perplexity import perplexity
@@ -38,7 +39,6 @@ from secateur.pruning.widths.evolution import Evolution
 from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
 from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
-from secateur.pruning.widths.refit import refit
 from secateur.pruning.widths.scores import WidthScore
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 

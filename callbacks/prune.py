@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -22,18 +23,24 @@ class Prune(Callback, ABC):
 
     Args:
         calibration_windows: Windows of the training text to measure on, 1 or more.
-        calibration_seed: Seed of the draw of these windows, 0 or more.
+        held_back_windows: Further windows, to test on what is done to the kept weights, 1 or more.
+        calibration_seed: Seed of the draw of all these windows, 0 or more.
         folder: Where results go, below `trainer.default_root_dir`.
 
     Raises:
         ValueError: A setting is outside its range.
     """
 
-    def __init__(self, calibration_windows: int, calibration_seed: int, folder: str) -> None:
-        check_at_least(1, calibration_windows=calibration_windows)
+    def __init__(
+        self, calibration_windows: int, held_back_windows: int, calibration_seed: int, folder: str
+    ) -> None:
+        check_at_least(
+            1, calibration_windows=calibration_windows, held_back_windows=held_back_windows
+        )
         check_at_least(0, calibration_seed=calibration_seed)
         check_folder(self.name, folder, "depth", "weights", "widths")
-        self.calibration_windows, self.calibration_seed = calibration_windows, calibration_seed
+        self.calibration_windows, self.held_back_windows = calibration_windows, held_back_windows
+        self.calibration_seed = calibration_seed
         self.folder = folder
         self.history: list[dict[str, Any]] = []
         """What was pruned so far, with the quality before and after: JSON values."""
@@ -100,6 +107,22 @@ class Prune(Callback, ABC):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         count = self.calibration_windows if count is None else count
         return calibration_windows(data, count, self.calibration_seed, self.name)
+
+    def split_windows(self, trainer: Trainer, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Windows to measure on, and windows held back from them; in random order.
+
+        Args:
+            trainer: The trainer.
+            count: Number of windows to measure on; `calibration_windows` if not given.
+
+        Raises:
+            ValueError: The training data has fewer.
+        """
+        count = (self.calibration_windows if count is None else count) + self.held_back_windows
+        drawn_NT = self.windows(trainer, count)
+        generator = torch.Generator().manual_seed(self.calibration_seed)
+        drawn_NT = drawn_NT[torch.randperm(count, generator=generator)]
+        return drawn_NT[self.held_back_windows :], drawn_NT[: self.held_back_windows]
 
     def publish(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
         """Log the numbers of an event."""

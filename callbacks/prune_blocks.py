@@ -7,25 +7,26 @@ scores again after every block; the gradual schedule does so with training in be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from secateur.callbacks.prune import Prune, check_at_least
+from secateur.pruning.blocks.compensation import ModelCompensation
 from secateur.pruning.depth import (
     Cached,
+    Compensation,
     OneShot,
     Perplexity,
     Search,
     Target,
     Unit,
     UnitCount,
-    WholeBlocks,
 )
 from secateur.pruning.depth.plots import plot_scores
 from secateur.pruning.depth.search import names
@@ -107,14 +108,17 @@ class PruneBlocks(Prune):
         removals: When blocks are removed; all at once before training if not given.
         calibration_windows: Windows of the training text to score on, 1 or more.
         calibration_seed: Seed of the draw of these windows, 0 or more.
-        compensate: Scale the weights before a removed block to make up for it (Prune&Comp, arXiv
-            2507.18212), if that lowers the perplexity of the calibration windows; whole blocks
-            only.
+        compensation: Changes the remaining weights to make up for what was removed, on the
+            calibration windows, if that lowers the perplexity of held-back windows: `Refit`, or
+            `ScaledStream` (Prune&Comp, arXiv 2507.18212); none if not given.
+        held_back_windows: Further windows, to test the compensation on, 1 or more.
         folder: Where scores and pictures go, below `trainer.default_root_dir`.
 
     Raises:
-        ValueError: A setting is outside its range, or halves of blocks are to be compensated.
+        ValueError: A setting is outside its range.
     """
+
+    moved_settings: ClassVar[Mapping[str, str]] = {"compensate": "compensation"}
 
     def __init__(
         self,
@@ -123,19 +127,23 @@ class PruneBlocks(Prune):
         removals: Removals | None = None,
         calibration_windows: int = 128,
         calibration_seed: int = 0,
-        compensate: bool = False,
+        compensation: ModelCompensation | None = None,
+        held_back_windows: int = 32,
         folder: str = "depth",
     ) -> None:
-        super().__init__(calibration_windows, calibration_seed, folder)
+        super().__init__(calibration_windows, held_back_windows, calibration_seed, folder)
         self.target, self.search = target, search or OneShot(Perplexity())
-        if compensate and not isinstance(self.search.units, WholeBlocks):
-            raise ValueError(
-                f"`compensate` is for whole blocks, and `search.units` is {self.search.units}; "
-                "leave out `compensate`, or choose WholeBlocks."
-            )
         self.removals = removals or AtOnce()
-        self.compensate = compensate
+        self.compensation = compensation
         self._total = 0  # units to remove in total
+
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        super().check_first(trainer, module)
+        if self.compensation is not None:
+            trained, data = self.pruned(module), trainer.datamodule  # type: ignore[attr-defined]
+            trained.check_compensation()
+            tokens = self.calibration_windows * data.window_tokens
+            self.compensation.check(trained.base_model.skeleton(), tokens)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the target can be reached in time; remove what is due at once.
@@ -143,6 +151,7 @@ class PruneBlocks(Prune):
         Raises:
             ValueError: The target cannot be reached in time.
         """
+        self.check_first(trainer, pl_module)
         module = self.pruned(pl_module)
         self._total = units_to_remove(module.base_model.skeleton(), self.search, self.target)
         last, steps = self.removals.last_step(self._total), trainer.estimated_stepping_batches
@@ -177,7 +186,8 @@ class PruneBlocks(Prune):
             "removals": repr(self.removals),
             "calibration_windows": self.calibration_windows,
             "calibration_seed": self.calibration_seed,
-            "compensate": self.compensate,
+            "compensation": repr(self.compensation),
+            "held_back_windows": self.held_back_windows,
         }
 
     def catch_up(self, trainer: Trainer, module: TrainsWeights) -> None:
@@ -191,8 +201,10 @@ class PruneBlocks(Prune):
             removal = self._choose(trainer, module, count)
         removal = trainer.strategy.broadcast(removal)
         units = [Unit.of_key(key) for key in removal.pop("units")]
-        windows_NT = self.windows(trainer)
-        module.remove_units(units, removal, windows_NT if self.compensate else None)
+        windows_NT, compensation = self.windows(trainer), None
+        if self.compensation is not None:
+            compensation = Compensation(self.compensation, *self.split_windows(trainer))
+        module.remove_units(units, removal, compensation)
         with module.plain() as model:
             after = perplexity(model, windows_NT)
         removal |= {"loss_after": after.mean_nll, "perplexity_after": after.value}

@@ -15,11 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 import secateur.pruning.weights
 from secateur.callbacks._after_step import AfterStep
@@ -108,10 +106,8 @@ class PruneWeights(AfterStep, Prune):
         calibration_batch_size: int = 8,
         folder: str = "weights",
     ) -> None:
-        super().__init__(calibration_windows, calibration_seed, folder)
-        check_at_least(
-            1, held_back_windows=held_back_windows, calibration_batch_size=calibration_batch_size
-        )
+        super().__init__(calibration_windows, held_back_windows, calibration_seed, folder)
+        check_at_least(1, calibration_batch_size=calibration_batch_size)
         self.recipe = WeightRecipe(
             pattern=pattern,
             score=score or Wanda(),
@@ -125,7 +121,7 @@ class PruneWeights(AfterStep, Prune):
                 pattern.with_sparsity(pattern.sparsity / 2)
             except ValueError as error:
                 raise ValueError(f"`gradually` does not suit `pattern`: {error}") from error
-        self.gradually, self.held_back_windows = gradually, held_back_windows
+        self.gradually = gradually
         self.calibration_batch_size = calibration_batch_size
         self.masks = WeightMasks()
         """The kept weights, by the names of the parameters in the live model."""
@@ -352,7 +348,7 @@ class PruneWeights(AfterStep, Prune):
         self, trainer: Trainer, module: TrainsWeights, step: int, recipe: WeightRecipe
     ) -> tuple[BlockStore, dict[str, Any]]:
         """Prune a copy without updates into the store, and measure its quality."""
-        held_back_MT, windows_NT = self._split_windows(trainer)
+        windows_NT, held_back_MT = self.split_windows(trainer)
         with module.plain() as model:
             source, batch_size = LiveBlocks(model), self.calibration_batch_size
             settings = run_settings(source, recipe, windows_NT, held_back_MT, batch_size)
@@ -387,14 +383,6 @@ class PruneWeights(AfterStep, Prune):
             "notes": found.notes,
         }
         return store, event
-
-    def _split_windows(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        held_back = self.held_back_windows
-        count = held_back + self.calibration_windows
-        drawn_NT = self.windows(trainer, count)
-        generator = torch.Generator().manual_seed(self.calibration_seed)
-        order_N = torch.randperm(count, generator=generator)
-        return drawn_NT[order_N[:held_back]], drawn_NT[order_N[held_back:]]
 
     def _provenance(self) -> dict[str, Any]:
         """The settings and the last pruning, for the model card."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import secateur.pruning.widths
-from secateur.callbacks.prune import Prune, check_at_least
+from secateur.callbacks.prune import Prune
+from secateur.pruning.blocks.refit import Refit
 from secateur.pruning.commands import import_all
 from secateur.pruning.export.cut import cut
 from secateur.pruning.families import skeleton
@@ -30,7 +31,6 @@ from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
-from secateur.pruning.widths.refit import Refit
 from secateur.pruning.widths.scores import WidthScore
 
 import_all(secateur.pruning.widths)
@@ -75,11 +75,9 @@ class PruneWidths(Prune):
         calibration_seed: int = 0,
         folder: str = "widths",
     ) -> None:
-        super().__init__(calibration_windows, calibration_seed, folder)
-        check_at_least(1, held_back_windows=held_back_windows)
+        super().__init__(calibration_windows, held_back_windows, calibration_seed, folder)
         self.budget, self.score, self.search = budget, score or Fisher(), search
         self.compensation, self.gradually = compensation, gradually
-        self.held_back_windows = held_back_windows
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -166,7 +164,7 @@ class PruneWidths(Prune):
         self, trainer: Trainer, module: TrainsWeights, step: int, keep: float
     ) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
         """The narrow model, the plan that it was cut by, and figures for log and report."""
-        search_WT, refit_WT, held_WT = self._split_windows(trainer)
+        search_WT, refit_WT, held_WT = self._windows(trainer)
         with module.plain() as model:
             family = self.budget.family(model.config)
             sites, table = find_sites(model, family), self.budget.cost.table(model, family)
@@ -197,12 +195,8 @@ class PruneWidths(Prune):
         event |= {"perplexity_before": before.value, "perplexity_after": after.value}
         return narrow, plan, event
 
-    def _split_windows(self, trainer: Trainer) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _windows(self, trainer: Trainer) -> tuple[Tensor | None, Tensor, Tensor]:
         """Windows to rank on, windows to refit on, and windows held back from both."""
         ranked = self.search.windows_read(self.score)
-        count = max(ranked, self.calibration_windows) + self.held_back_windows
-        drawn_WT = self.windows(trainer, count)
-        generator = torch.Generator().manual_seed(self.calibration_seed)
-        drawn_WT = drawn_WT[torch.randperm(count, generator=generator)]
-        held_WT, rest_WT = drawn_WT[: self.held_back_windows], drawn_WT[self.held_back_windows :]
+        rest_WT, held_WT = self.split_windows(trainer, max(ranked, self.calibration_windows))
         return rest_WT[:ranked] if ranked else None, rest_WT[: self.calibration_windows], held_WT

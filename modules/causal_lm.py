@@ -39,8 +39,8 @@ from secateur.modules.recompute import recompute
 from secateur.modules.removal import check_undivided, let_go
 from secateur.modules.teacher import Teacher, predicting_states
 from secateur.pruning.chains import Step
-from secateur.pruning.depth import Unit, remove_blocks, remove_compensated
-from secateur.pruning.depth.compensation import untie
+from secateur.pruning.depth import Unit, remove_blocks
+from secateur.pruning.depth.compensation import Compensation, untie
 from secateur.pruning.depth.remaining import Depth, lacking_parts
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import check_folder, deliver
@@ -305,24 +305,34 @@ class CausalLM(LanguageModelling):
         """
         check_undivided(strategy)
 
+    def check_compensation(self) -> None:
+        """Refuse to change weights that low-rank updates keep frozen.
+
+        Raises:
+            ValueError: `lora` is given.
+        """
+        if self.lora is not None:
+            raise ValueError(
+                "`compensation` changes weights that `lora` keeps frozen; leave out one of the "
+                "two, or prune with `--trainer.max_steps 0` first, and train the result."
+            )
+
     def remove_units(
         self,
         units: Sequence[Unit],
         provenance: Mapping[str, Any],
-        compensate_on: Tensor | None = None,
+        compensation: Compensation | None = None,
     ) -> None:
         """Remove blocks from the model, the optimiser and its state; the teacher keeps them.
 
         Args:
             units: Blocks or halves of blocks, by their numbers in the base model.
             provenance: How they were chosen, for the model card: JSON values only.
-            compensate_on: Windows of text (int64, shape (N, T)): remaining weights are scaled to
-                make up for the blocks if that lowers the loss on them, see
-                `pruning/depth/compensation.py`.
+            compensation: Changes the remaining weights to make up for the units, if that helps.
 
         Raises:
             ValueError: A unit does not exist or is already removed, no block or attention would
-                remain, the model is sharded, or halves were to be compensated.
+                remain, the model is sharded, or the compensation does not suit it.
         """
         if self._cuts:
             raise ValueError(
@@ -332,34 +342,24 @@ class CausalLM(LanguageModelling):
             )
         places, strategy = self._depth.places(units), self.trainer.strategy
         check_undivided(strategy)
-        if compensate_on is None:
+        if compensation is None:
             remove_blocks(self.model, places, provenance)
         else:
-            provenance = self._remove_compensated(places, provenance, compensate_on)
+            provenance = self._remove_compensated(places, provenance, compensation)
         self._depth.note(units, provenance)
         let_go(strategy, self)
 
     def _remove_compensated(
-        self, places: Sequence[Unit], provenance: Mapping[str, Any], windows_NT: Tensor
+        self, places: Sequence[Unit], provenance: Mapping[str, Any], compensation: Compensation
     ) -> Mapping[str, Any]:
-        """Remove and compensate blocks; return the provenance, with the factors if applied."""
-        if self.lora is not None:
-            raise ValueError(
-                "Compensation scales weights that `lora` keeps frozen; leave out one of the two, "
-                "or prune with `--trainer.max_steps 0` first."
-            )
-        if halves := [unit.key for unit in places if unit.part != "block"]:
-            raise ValueError(f"Only whole blocks can be compensated, not {', '.join(halves)}.")
-        blocks = [unit.block for unit in places]
-        found = remove_compensated(self.model, blocks, windows_NT, provenance)
+        """Remove and compensate blocks; return the provenance, with what was applied."""
+        found = compensation.remove(self.model, places, provenance)
         rank_zero_info(
-            f"Perplexity of the calibration windows without the blocks {found.without:.2f}, "
+            f"Perplexity of the windows held back without the blocks {found.without:.2f}, "
             f"compensated {found.compensated:.2f}: {'kept' if found.kept else 'left out'}."
         )
         if found.kept:
-            so_far = self.provenance.get("compensation", {})
-            factors = {str(self.kept_blocks[at]): factor for at, factor in found.factors.items()}
-            self.record("compensation", so_far | factors)
+            self.record("compensation", self.provenance.get("compensation", {}) | found.facts)
         return dict(provenance) | found.provenance
 
     def adopt(self, narrow: PreTrainedModel, plan: Plan) -> None:
@@ -439,7 +439,7 @@ class CausalLM(LanguageModelling):
                 f"under `trainer.strategy` {type(self.trainer.strategy).__name__} leave out frozen "
                 "weights. Resume under ddp; or export under ddp, and give that folder as `base`."
             )
-        if "compensation" in self.provenance:  # the embeddings were scaled, the tied head was not
+        if "factors" in self.provenance.get("compensation", {}):  # embeddings scaled, head not
             untie(self.model)
         self.refuse_incomplete(checkpoint["state_dict"])
 

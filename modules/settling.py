@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from secateur.pruning.blocks.refit import Refit
 from secateur.pruning.export.cut import cut
 from secateur.pruning.export.verify import verify_cut
 from secateur.pruning.families import blocks_of, family_of, skeleton
@@ -31,7 +32,6 @@ from secateur.pruning.plan import Plan, full_plan
 from secateur.pruning.sites import gain_sizes
 from secateur.pruning.widths.gained_linear import gained_linear
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.refit import Refit
 
 
 class Settled(nn.Module, ABC):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.costs import CostModel
+from secateur.pruning.depth.compensation import Compensation
 from secateur.pruning.depth.units import Unit
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.plan import Plan
@@ -120,14 +121,20 @@ class TrainsWeights(Protocol):
             ValueError: It shards weights or optimiser states.
         """
 
+    def check_compensation(self) -> None:
+        """Check before training that the weights that remain may be changed.
+
+        Raises:
+            ValueError: They are frozen.
+        """
+
     def remove_units(
         self,
         units: Sequence[Unit],
         provenance: Mapping[str, Any],
-        compensate_on: Tensor | None = None,
+        compensation: Compensation | None = None,
     ) -> None:
-        """Remove units, by their numbers in the base model; if windows are given, remaining weights
-        are scaled to make up for them if that lowers the loss on these windows.
+        """Remove units, by their numbers in the base model, and make up for them if that helps.
 
         Raises:
             ValueError: They cannot be removed, or not under this strategy.

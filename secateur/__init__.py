@@ -27,7 +27,7 @@ _HOMES = {
     "pruning.widths.gradual_ranking": ("GradualRanking",),
     "pruning.widths.learning": ("ExactBudget", "GateLearning", "Importance", "Penalty"),
     "pruning.widths.policy_gradient": ("LeaveOneOut", "MovingAverage", "PolicyGradient"),
-    "pruning.widths.refit": ("Refit", "refit"),
+    "pruning.blocks.refit": ("Refit", "refit"),
     "pruning.widths.width_magnitude": ("RandomOrder", "WidthMagnitude"),
     "pruning.widths.gates": (
         "GateSampler",

@@ -1,7 +1,7 @@
 """Depth pruning: score blocks, choose which to remove, remove them from models and checkpoints."""
 
 from secateur.pruning.depth.cache import Cached
-from secateur.pruning.depth.compensation import Compensation, remove_compensated
+from secateur.pruning.depth.compensation import Compensation, ScaledStream
 from secateur.pruning.depth.perplexity_score import Perplexity
 from secateur.pruning.depth.removal import bypassed, remove_blocks, shortened_config
 from secateur.pruning.depth.scores import BlockMagnitude, BlockScore, BlockScores, ReverseOrder
@@ -39,6 +39,7 @@ __all__ = [
     "ParameterFraction",
     "Perplexity",
     "ReverseOrder",
+    "ScaledStream",
     "Search",
     "Target",
     "Taylor",
@@ -50,6 +51,5 @@ __all__ = [
     "fractions",
     "peak_bytes",
     "remove_blocks",
-    "remove_compensated",
     "shortened_config",
 ]

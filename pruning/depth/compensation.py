@@ -9,7 +9,7 @@ alpha_n. Their norms remove the scale of their inputs (up to the norm's epsilon)
 are otherwise unchanged. The result has the same shape.
 
 Differs from the paper: all factors come from one pass of the dense model; and since the method can
-do harm, it is kept only if it lowers the perplexity of the calibration text. Expected, on Llama-2
+do harm, it is kept only if it lowers the perplexity of held-back text. Expected, on Llama-2
 7B without 7 of 32 blocks, mean perplexity 33.9 -> 22.2 with block influence (published).
 
 Legend: N = windows, T = tokens of a window, B = windows of a batch, D = hidden size.
@@ -17,8 +17,8 @@ Legend: N = windows, T = tokens of a window, B = windows of a batch, D = hidden 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -26,27 +26,68 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.pruning.depth.removal import bypassed, checked_blocks, remove_blocks
+from secateur.pruning.blocks.compensation import ModelCompensation
+from secateur.pruning.depth.removal import as_units, remove_blocks
 from secateur.pruning.depth.similarity import watch
+from secateur.pruning.depth.units import Unit
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.plan import Plan, plan_without
 
 _TINY = 1e-12  # avoids division by zero for channels that are always zero
 
 
 @dataclass(frozen=True)
-class Compensation:
+class ScaledStream(ModelCompensation):
+    """Scale embeddings and earlier blocks to the size that later blocks expect.
+
+    Tied embeddings are untied, as the output head is not scaled, which adds one such matrix to the
+    model.
+
+    Args:
+        batch_size: Windows per forward pass, 1 or more.
+    """
+
+    batch_size: int = 8
+
+    def refuse(self, config: PretrainedConfig, units: Sequence[Unit]) -> str | None:
+        if halves := [unit.key for unit in units if unit.part != "block"]:
+            return f"ScaledStream is for whole blocks, not {', '.join(halves)}; Refit is for both."
+        for norm in family_of(config).norms:
+            if norm.output in ("attn_out", "mlp_out"):
+                return (
+                    f"ScaledStream has no effect on {config.model_type!r} models: {norm.path!r} "
+                    "normalises the output of a block. Use Refit."
+                )
+        return None
+
+    def __call__(
+        self,
+        dense: PreTrainedModel,
+        smaller: PreTrainedModel,
+        plan: Plan,
+        windows_NT: Int[Tensor, "N T"],
+    ) -> dict[str, Any]:
+        staying = plan.kept_blocks()
+        gone = [block for block in range(dense.config.num_hidden_layers) if block not in staying]
+        factors = stream_factors(dense, gone, windows_NT, self.batch_size)
+        fold_factors(smaller, staying, factors)
+        return {"factors": [*factors.values()]}  # in the order of the blocks
+
+
+@dataclass(frozen=True)
+class Compensated:
     """The result of an attempt to compensate.
 
     Args:
-        factors: Removed block to its factor, above 0.
-        without: Perplexity of the calibration text without the blocks, not compensated.
+        facts: What the method records, JSON values.
+        without: Perplexity of the held-back windows without the units, not compensated.
         compensated: The same with compensation.
     """
 
-    factors: Mapping[int, float]
+    facts: Mapping[str, Any]
     without: float
     compensated: float
 
@@ -57,56 +98,61 @@ class Compensation:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Facts to record with the blocks: the factors applied to the weights, JSON values."""
-        return {"compensation": {str(b): f for b, f in self.factors.items()}} if self.kept else {}
+        """Facts to record with the units: what was applied to the weights, JSON values."""
+        return {"compensation": dict(self.facts)} if self.kept else {}
 
 
-def remove_compensated(
-    model: PreTrainedModel,
-    blocks: Iterable[int],
-    windows_NT: Int[Tensor, "N T"],
-    provenance: Mapping[str, Any] | None = None,
-    batch_size: int = 8,
-) -> Compensation:
-    """Remove blocks from a model permanently, in place, and compensate if that helps.
-
-    Tied embeddings are untied, as the output head is not scaled; which adds one such matrix to the
-    model.
+@dataclass(frozen=True)
+class Compensation:
+    """A method to make up for removed units, used only if it helps.
 
     Args:
-        model: A causal language model of a known family, not quantised, before the removal.
-        blocks: Indices of the blocks to remove, in any order.
+        how: `Refit` or `ScaledStream`.
         windows_NT: Token ids of calibration text.
-        provenance: Facts to record with the blocks; JSON values. The factors are recorded too.
-        batch_size: Windows per forward pass, 1 or more.
-
-    Raises:
-        ValueError: As for `remove_blocks`, or the family normalises the outputs of blocks (Gemma),
-            so that scaled weights would have no effect.
+        held_back_NT: Token ids of other text, to test it on.
     """
-    family = family_of(model.config)
-    if sandwich := [norm.path for norm in family.norms if norm.output in ("attn_out", "mlp_out")]:
-        raise ValueError(
-            f"{family.model_type!r} models cannot be compensated: {sandwich[0]!r} normalises the "
-            "output of a block, so that scaling its weights has no effect. Remove blocks without "
-            "compensation."
-        )
-    gone = sorted(checked_blocks(blocks, model.config.num_hidden_layers))
-    factors = stream_factors(model, gone, windows_NT, batch_size)
-    with bypassed(model, gone):
-        without = perplexity(model, windows_NT, batch_size).value
-        with ExitStack() as stack:
-            for block in gone:
-                place = blocks_of(model, family)[block]
-                stack.callback(place.register_forward_hook(_scaling(factors[block])).remove)
-            compensated = perplexity(model, windows_NT, batch_size).value
-    result = Compensation(factors, without, compensated)
-    num_blocks = model.config.num_hidden_layers
-    remove_blocks(model, gone, dict(provenance or {}) | result.provenance)
-    if result.kept:
-        staying = [block for block in range(num_blocks) if block not in gone]
-        fold_factors(model, staying, factors)
-    return result
+
+    how: ModelCompensation
+    windows_NT: Tensor
+    held_back_NT: Tensor
+
+    @torch.no_grad()
+    def remove(
+        self,
+        model: PreTrainedModel,
+        units: Iterable[Unit | int],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Compensated:
+        """Remove units from a model permanently, in place, and compensate if that helps.
+
+        Memory: a copy of the model.
+
+        Args:
+            model: A causal language model of a known family, not quantised, before the removal.
+            units: Units to remove, or indices of whole blocks, in any order.
+            provenance: Facts to record with the units; JSON values. Those of the method, if it
+                helped, are recorded too.
+
+        Raises:
+            ValueError: As for `remove_blocks`, or the method does not suit model, units or text.
+        """
+        gone = as_units(units)
+        if reason := self.how.refuse(model.config, gone):
+            raise ValueError(f"`compensation` {reason}")
+        smaller = copy.deepcopy(model)
+        remove_blocks(smaller, gone)
+        without = perplexity(smaller, self.held_back_NT).value
+        parts = {(unit.block, part) for unit in gone for part in unit.parts}
+        facts = self.how(model, smaller, plan_without(model, "", parts, {}), self.windows_NT)
+        found = perplexity(smaller, self.held_back_NT).value
+        result = Compensated({"method": repr(self.how)} | facts, without, found)
+        remove_blocks(model, gone, dict(provenance or {}) | result.provenance)
+        if result.kept:
+            if not smaller.config.tie_word_embeddings:
+                untie(model)
+            for own, new in zip(model.parameters(), smaller.parameters(), strict=True):
+                own.copy_(new)
+        return result
 
 
 def stream_factors(
@@ -171,10 +217,3 @@ def untie(model: PreTrainedModel) -> None:
         copy = head.weight.detach().clone()
         head.weight = nn.Parameter(copy, requires_grad=head.weight.requires_grad)
     model.config.tie_word_embeddings = False
-
-
-def _scaling(factor: float) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output * factor
-
-    return hook

@@ -65,7 +65,7 @@ def remove_blocks(
     """
     refuse(kinds_of(model.config), Step.BLOCKS)
     config, family = model.config, family_of(model.config)
-    gone = _as_units(units)
+    gone = as_units(units)
     checked_units(gone, config.num_hidden_layers)
     if not gone:
         raise ValueError("`units` is empty: nothing would be removed.")
@@ -116,7 +116,7 @@ def bypassed(model: PreTrainedModel, units: Iterable[Unit | int]) -> Iterator[No
         ValueError: A block is out of range or a unit repeated.
     """
     family = family_of(model.config)
-    gone = _as_units(units)
+    gone = as_units(units)
     checked_units(gone, len(blocks_of(model, family)))
     before: list[tuple[nn.Module, str, nn.Module]] = []
     try:
@@ -194,7 +194,8 @@ def shortened_fields(
     return changed
 
 
-def _as_units(units: Iterable[Unit | int]) -> list[Unit]:
+def as_units(units: Iterable[Unit | int]) -> list[Unit]:
+    """Units, where indices stand for whole blocks."""
     return [unit if isinstance(unit, Unit) else Unit(operator.index(unit)) for unit in units]
 
 

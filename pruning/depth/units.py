@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.pruning.families import Family, family_of, part_of
+from secateur.pruning.families import PARTS, Family, family_of, part_of
 
 
 @dataclass(frozen=True, order=True)
@@ -41,6 +41,11 @@ class Unit:
     def num_blocks(self) -> float:
         """Number of blocks: 1, or 0.5 for a half."""
         return 1.0 if self.part == "block" else 0.5
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the block that it is made of."""
+        return PARTS if self.part == "block" else (self.part,)
 
     def tensors(self, blocks: nn.Module, family: Family) -> Iterator[tuple[str, nn.Parameter]]:
         """Names, relative to the list of blocks, and parameters of the unit.

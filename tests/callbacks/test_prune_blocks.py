@@ -18,6 +18,7 @@ from secateur.callbacks import PruneBlocks
 from secateur.callbacks.prune_blocks import AtOnce, OneByOne, units_to_remove
 from secateur.modules.causal_lm import CausalLM
 from secateur.modules.strategies.zero import Zero
+from secateur.pruning.blocks.refit import Refit
 from secateur.pruning.depth import (
     BlockFraction,
     BlockInfluence,
@@ -29,6 +30,7 @@ from secateur.pruning.depth import (
     OneShot,
     ParameterFraction,
     ReverseOrder,
+    ScaledStream,
     Unit,
     UnitCount,
     bypassed,
@@ -158,10 +160,7 @@ def test_targets_are_counted_on_the_base_model(
     [
         ({"calibration_windows": 0}, "`calibration_windows` must be 1 or more, got 0"),
         ({"calibration_seed": -1}, "`calibration_seed` must be 0 or more"),
-        (
-            {"search": OneShot(BlockMagnitude(), units=HalfBlocks()), "compensate": True},
-            "`compensate` is for whole blocks, and `search.units` is HalfBlocks",
-        ),
+        ({"held_back_windows": 0}, "`held_back_windows` must be 1 or more, got 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -274,17 +273,16 @@ def test_what_was_only_shortened_is_cut_from_the_files_of_the_base(
     assert json.loads((tmp_path / "model" / "secateur.json").read_text())["steps"] == 0
 
 
-def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
-    tied: Path, tmp_path: Path
-) -> None:
+def test_scaling_stays_where_it_helps_and_through_a_checkpoint(tied: Path, tmp_path: Path) -> None:
     """Embeddings are untied by it: the optimiser trains the new head, a resumed run has it."""
     settings = (Blocks(1), OneShot(BlockInfluence()), OneByOne(3, first_step=1))
-    plain, made = (PruneBlocks(*settings, 8, compensate=how) for how in (False, True))
+    plain, made = (PruneBlocks(*settings, 8, compensation=how) for how in (None, ScaledStream()))
     fit(tied, tmp_path / "plain", plain, max_steps=2)
     module, trainer = fit(tied, tmp_path / "made", made, max_steps=2)
     assert made.history[0]["perplexity_before"] == plain.history[0]["perplexity_before"]
     assert made.history[0]["perplexity_after"] < plain.history[0]["perplexity_after"]
-    assert list(module.provenance["compensation"]) == made.history[0]["units"]
+    (factor,) = module.provenance["compensation"]["factors"]
+    assert factor > 1
     head = module.model.lm_head.weight
     assert head is not module.model.model.embed_tokens.weight
     assert head in trainer.optimizers[0].state
@@ -292,7 +290,7 @@ def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
     again, _ = fit(
         tied,
         tmp_path,
-        PruneBlocks(*settings, 8, compensate=True),
+        PruneBlocks(*settings, 8, compensation=ScaledStream()),
         max_steps=2,
         ckpt_path=tmp_path / "some.ckpt",
     )
@@ -300,6 +298,44 @@ def test_compensation_stays_where_it_helps_and_through_a_checkpoint(
         assert torch.equal(again.state_dict()[name], value)
     assert again.model.config.to_dict() == module.model.config.to_dict()  # factors are recorded
     again.export(tmp_path / "model", "the command")  # equal to the live model, or an error
+
+
+def test_a_refit_stays_through_a_checkpoint_and_into_the_export(
+    inputs: Path, tmp_path: Path
+) -> None:
+    settings = (Blocks(1), OneShot(BlockInfluence()), OneByOne(2))
+    plain, made = (PruneBlocks(*settings, 16, compensation=how) for how in (None, Refit()))
+    fit(inputs, tmp_path / "plain", plain, max_steps=1)
+    module, trainer = fit(inputs, tmp_path / "made", made, max_steps=1)
+    assert made.history[0]["perplexity_after"] < plain.history[0]["perplexity_after"]
+    assert module.provenance["compensation"]["method"] == repr(Refit())
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    again, _ = fit(
+        inputs,
+        tmp_path,
+        PruneBlocks(*settings, 16, compensation=Refit()),
+        max_steps=1,
+        ckpt_path=tmp_path / "some.ckpt",
+    )
+    for name, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    again.export(tmp_path / "model", "the command")  # equal to the live model, or an error
+
+
+@pytest.mark.parametrize(
+    ("windows", "settings", "message"),
+    [
+        (1, {}, "The calibration windows have 16 tokens, and the refit of .* needs at least"),
+        (16, {"lora": LoRA(rank=2)}, "`compensation` changes weights that `lora` keeps frozen"),
+    ],
+)
+def test_a_refit_that_cannot_be_is_refused_before_scoring(
+    inputs: Path, tmp_path: Path, windows: int, settings: dict[str, Any], message: str
+) -> None:
+    callback = PruneBlocks(Blocks(1), calibration_windows=windows, compensation=Refit())
+    with pytest.raises(ValueError, match=message):
+        fit(inputs, tmp_path, callback, max_steps=1, **settings)
+    assert not (tmp_path / "depth").exists()
 
 
 class Falling(BlockMagnitude):

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from secateur.pruning.depth import bypassed, remove_blocks, remove_compensated
+from secateur.pruning.blocks.compensation import ModelCompensation
+from secateur.pruning.blocks.refit import Refit
+from secateur.pruning.depth import Compensation, ScaledStream, Unit, bypassed, remove_blocks
 from secateur.pruning.depth.compensation import fold_factors, stream_factors
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.plan import plan_without
 from tests.tiny import VARIANTS, VOCABULARY, tiny_llama, tiny_model
 
 FAMILIES = [name for name in VARIANTS if not name.startswith("gemma")]
@@ -64,7 +67,7 @@ def test_compensation_is_kept_only_if_it_helps() -> None:
     for seed in range(6):
         model, windows_NT = tiny_llama(seed, tie_word_embeddings=True), tokens(4, 12)
         before = model.model.embed_tokens.weight.clone()
-        result = remove_compensated(model, [1], windows_NT)
+        result = Compensation(ScaledStream(), windows_NT, windows_NT).remove(model, [1])
         kept.add(result.kept)
         assert result.kept == (result.compensated < result.without)
         expected = min(result.compensated, result.without)
@@ -77,8 +80,59 @@ def test_compensation_is_kept_only_if_it_helps() -> None:
     assert kept == {True, False}
 
 
-def test_norms_after_the_outputs_of_blocks_are_refused() -> None:
-    model = tiny_model("gemma2")
-    with pytest.raises(ValueError, match="'gemma2' models cannot be compensated"):
-        remove_compensated(model, [1], tokens(2, 8))
+@torch.no_grad()
+@pytest.mark.parametrize("units", [[Unit(1)], [Unit(0, "attn"), Unit(1, "mlp")]], ids=str)
+@pytest.mark.parametrize("family", VARIANTS)
+def test_a_refit_brings_the_model_without_units_closer(family: str, units: list[Unit]) -> None:
+    dense, plain, model = (tiny_model(family) for _ in range(3))
+    windows_NT = tokens(24, 20)
+    text_NT = dense.generate(tokens(24, 1), max_new_tokens=19, do_sample=False, min_new_tokens=19)
+    remove_blocks(plain, units)
+    result = Compensation(Refit(), windows_NT, text_NT).remove(model, units)
+    assert result.facts["refit_windows"] == 24
+    changed = not result.kept
+    for name, weight in model.state_dict().items():
+        own = f"{family_of(model.config).blocks}." in name
+        changed |= not torch.equal(weight, plain.state_dict()[name])
+        assert own or torch.equal(weight, plain.state_dict()[name])  # only layers of blocks
+    assert changed
+    shorter = tiny_model(family)
+    remove_blocks(shorter, units)
+    parts = {(unit.block, part) for unit in units for part in unit.parts}
+    Refit()(dense, shorter, plan_without(dense, "", parts, {}), windows_NT)
+    expected_NTV = dense(windows_NT).logits
+    errors = [(m(windows_NT).logits - expected_NTV).square().mean() for m in (plain, shorter)]
+    assert errors[1] < 0.9 * errors[0]
+    if result.kept:
+        assert torch.equal(model(windows_NT).logits, shorter(windows_NT).logits)
+
+
+class _Worse(ModelCompensation):
+    def __call__(self, dense: Any, smaller: Any, plan: Any, windows_NT: Any) -> dict[str, Any]:
+        smaller.lm_head.weight.data *= -50
+        return {}
+
+
+def test_what_harms_held_back_text_is_left_out() -> None:
+    plain, model = (tiny_llama(3) for _ in range(2))
+    windows_NT = tokens(4, 20)
+    remove_blocks(plain, [1])
+    result = Compensation(_Worse(), windows_NT, windows_NT).remove(model, [1])
+    assert not result.kept
+    assert not result.provenance
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "unit", "message"),
+    [
+        ("gemma2", Unit(1), "`compensation` ScaledStream has no effect on 'gemma2' models"),
+        ("llama", Unit(1, "mlp"), "`compensation` ScaledStream is for whole blocks, not 1.mlp"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused(family: str, unit: Unit, message: str) -> None:
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match=message):
+        Compensation(ScaledStream(), tokens(2, 8), tokens(2, 8)).remove(model, [unit])
     assert model.config.num_hidden_layers == 4

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import secateur.pruning.widths
 from secateur.callbacks import PruneWidths
 from secateur.modules.causal_lm import CausalLM
+from secateur.pruning.blocks.refit import Refit
 from secateur.pruning.export.cut import cut
 from secateur.pruning.families import family_of
 from secateur.pruning.files.base_model import BaseModel
@@ -29,7 +30,6 @@ from secateur.pruning.widths.evolution import Evolution
 from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
 from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
-from secateur.pruning.widths.refit import Refit
 from secateur.pruning.widths.scores import WidthScore
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 from tests import fits

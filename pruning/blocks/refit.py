@@ -1,4 +1,4 @@
-"""Refit the weights of a narrow model in closed form, block by block.
+"""Refit the weights of a smaller model in closed form, block by block.
 
 Two residual streams are computed on calibration text: h in the dense model, p in the narrow one.
 Every layer of the narrow model is refitted by weighted least squares on its inputs there,
@@ -42,14 +42,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.pruning.blocks.compensation import ModelCompensation
 from secateur.pruning.blocks.linears import BlockCall
+from secateur.pruning.blocks.replay import attention_given, input_of, output_of, outputs_of
+from secateur.pruning.blocks.ridge import Sums, solve, squared_error, with_bias, with_one
 from secateur.pruning.blocks.source import CalibrationStates, LiveBlocks
-from secateur.pruning.families import PARTS, Projection
+from secateur.pruning.families import PARTS, Projection, family_of
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import Plan
 from secateur.pruning.progress import tracked
-from secateur.pruning.widths.replay import attention_given, input_of, output_of, outputs_of
-from secateur.pruning.widths.ridge import Sums, solve, squared_error, with_bias, with_one
 
 TOKENS_PER_INPUT = 3
 """Fewest tokens of calibration text per input of the widest layer."""
@@ -75,8 +76,8 @@ class LayerRefit:
 
 
 @dataclass(frozen=True)
-class Refit:
-    """Closed-form refit of a narrow model: the compensation of width pruning.
+class Refit(ModelCompensation):
+    """Closed-form refit of a narrow or shortened model.
 
     Args:
         damping: Pull towards the weights before, as a fraction of the mean diagonal of G; finite
@@ -87,15 +88,18 @@ class Refit:
     damping: float = 0.01
     batch_size: int = 8
 
+    def check(self, model: PreTrainedModel, tokens: int) -> None:
+        refuse_short_text(model.get_submodule(family_of(model.config).blocks), tokens)
+
     def __call__(
         self,
         dense: PreTrainedModel,
-        narrow: PreTrainedModel,
+        smaller: PreTrainedModel,
         plan: Plan,
-        windows_WT: Int[Tensor, "W T"],
-    ) -> list[LayerRefit]:
-        """Refit a narrow model, in place; see `refit`."""
-        return refit(dense, narrow, plan, windows_WT, self.damping, self.batch_size)
+        windows_NT: Int[Tensor, "N T"],
+    ) -> dict[str, Any]:
+        layers = refit(dense, smaller, plan, windows_NT, self.damping, self.batch_size)
+        return {"refitted_layers": len(layers), "refit_windows": len(windows_NT)}
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def refit(
     if not 0 < damping < float("inf"):
         raise ValueError(f"`damping` must be finite and above 0, got {damping}; 0.01 is usual.")
     narrow_blocks: Any = narrow.get_submodule(plan.family.blocks)
-    _refuse_short_text(narrow_blocks, windows_WT)
+    refuse_short_text(narrow_blocks, windows_WT.numel())
     places = {block: place for place, block in enumerate(plan.kept_blocks())}
     records = []
     with evaluation(dense), evaluation(narrow):
@@ -143,15 +147,24 @@ def refit(
     return records
 
 
-def _refuse_short_text(blocks: nn.Module, windows_WT: Tensor) -> None:
+def refuse_short_text(blocks: nn.Module, tokens: int) -> None:
+    """Refuse text on which the refit would do harm.
+
+    Args:
+        blocks: The blocks to refit, live or on the meta device.
+        tokens: Tokens of the text.
+
+    Raises:
+        ValueError: There are fewer than `TOKENS_PER_INPUT` tokens per input of the widest layer.
+    """
     width, name = max(
         (layer.in_features, name)
         for name, layer in blocks.named_modules()
         if isinstance(layer, nn.Linear)
     )
-    if windows_WT.numel() < (least := TOKENS_PER_INPUT * width):
+    if tokens < (least := TOKENS_PER_INPUT * width):
         raise ValueError(
-            f"The calibration windows have {windows_WT.numel()} tokens, and the refit of {name}, "
+            f"The calibration windows have {tokens} tokens, and the refit of {name}, "
             f"which has {width} inputs, needs at least {least}; give more windows."
         )
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.pruning.blocks.refit import LayerRefit, refit
+from secateur.pruning.blocks.ridge import Sums, solve, squared_error
 from secateur.pruning.export.cut import cut
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.plan import Plan, full_plan, plan_from_indices
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gradual_ranking import GradualRanking
-from secateur.pruning.widths.refit import LayerRefit, refit
-from secateur.pruning.widths.ridge import Sums, solve, squared_error
 from secateur.pruning.widths.width_magnitude import RandomOrder
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import VARIANTS, VOCABULARY, tiny_family_folder, tiny_llama, tiny_model
