@@ -23,21 +23,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.modules.architecture import make_config
-from secateur.modules.language_modelling import (
-    LanguageModelling,
-    describe_optimizer,
-    made_optimizer,
-)
+from secateur.modules.language_modelling import LanguageModelling
+from secateur.modules.optimizers import decay_groups, describe_optimizer, made_optimizer
+from secateur.modules.rate_schedule import RateSchedule
 from secateur.modules.recompute import recompute
 from secateur.modules.removal import check_undivided, let_go
-from secateur.modules.teacher import Teacher, predicting_states
+from secateur.modules.teacher import Teacher, predicted_tokens, predicting_states
 from secateur.pruning.chains import Step
 from secateur.pruning.depth import Unit, remove_blocks
 from secateur.pruning.depth.compensation import Compensation, untie
@@ -67,9 +61,11 @@ class CausalLM(LanguageModelling):
         architecture: Configuration of a model to train from scratch: `model_type` and any settings
             of the family's configuration, such as `hidden_size`. Exclusive with `base`.
         base: A model to train further: a folder or a hub id. Exclusive with `architecture`.
-        optimizer: Called with the trained parameters.
-        warmup_steps: Steps over which the learning rate rises from 0, 0 or more; it then falls to
-            0 along a cosine until the last step.
+        optimizer: Called with the trained parameters. Its weight decay is for matrices: biases,
+            norms and other vectors have none.
+        warmup_steps: Steps over which the learning rate rises from 0, 0 or more.
+        schedule: How the learning rate moves from then on; it falls to 0 along a cosine until the
+            last step if not given.
         loss: The training loss. Distillation needs a teacher, which costs the memory of one more
             model and the time of one more forward pass.
         teacher: The model to distil from: a folder or a hub id with the vocabulary of `base`. If
@@ -103,6 +99,7 @@ class CausalLM(LanguageModelling):
         gradient_checkpointing: bool = False,
         loss_chunk_tokens: int = 1024,
         trust_remote_code: bool = False,
+        schedule: RateSchedule = RateSchedule(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if (architecture is None) == (base is None):
@@ -126,7 +123,7 @@ class CausalLM(LanguageModelling):
                 model.check()
         self.architecture, self.base, self.dtype_name = architecture, base, dtype
         self.warmup_steps, self.loss_chunk_tokens = warmup_steps, loss_chunk_tokens
-        self.loss, self.lora = loss, lora
+        self.loss, self.lora, self.schedule = loss, lora, schedule
         self.export_dtype, self.gradient_checkpointing = export_dtype, gradient_checkpointing
         self.divisible = base is not None  # only a model read from files can be sharded
         self.strict_loading = lora is None  # the frozen weights are not in the checkpoint
@@ -205,28 +202,27 @@ class CausalLM(LanguageModelling):
             self._teacher.model.to(self.device)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, with warm-up and cosine decay over all training steps."""
+        """The optimiser, with warm-up and schedule over all training steps."""
         optimizer = self._optimizer()
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer,
-            num_warmup_steps=self.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
-        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self.schedule.of(optimizer, self.warmup_steps, steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss per token of one batch of windows, `input_ids` (B, T)."""
-        input_BT = batch["input_ids"]
-        teacher_ND, teacher_head = self._teacher(input_BT) if self._teacher else (None, None)
+        """Mean loss per token of one batch of windows, `input_ids` (B, T); of the tokens in
+        `loss_mask` if the batch has one.
+        """
+        counted = batch["input_ids"], batch.get("loss_mask")
+        teacher_ND, teacher_head = self._teacher(*counted) if self._teacher else (None, None)
         with self._seeded(batch_idx):
-            hidden_ND = predicting_states(self.model, input_BT)
+            hidden_ND = predicting_states(self.model, *counted)
         head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
         losses = token_losses(
             hidden_ND,
-            input_BT[:, 1:].flatten(),
+            predicted_tokens(*counted),
             head_of(self.model),
             teacher_ND=teacher_ND,
             teacher_head=teacher_head,
@@ -239,7 +235,7 @@ class CausalLM(LanguageModelling):
             self.log("train_kl", losses.distillation)
         if not bool(losses.total.isfinite()):
             self.stop_diverged("the loss", losses.total)
-        return losses.total
+        return losses.total * self.share_of_counted(batch)
 
     def recipe(self) -> dict[str, Any]:
         """Origin of the model, training loss, warm-up and optimiser."""
@@ -251,7 +247,8 @@ class CausalLM(LanguageModelling):
             "lora": self.lora and repr(self.lora),
             "dtype": self.dtype_name,
             "warmup_steps": self.warmup_steps,
-            "optimizer": describe_optimizer(self._optimizer()),
+            "schedule": repr(self.schedule),
+            "optimizer": f"{describe_optimizer(self._optimizer())}, vectors without decay",
         }
 
     @property
@@ -381,7 +378,8 @@ class CausalLM(LanguageModelling):
         self._cuts.append(plan)
         self.model = narrow.to(self.device)  # type: ignore[arg-type]
         self.model.requires_grad_(True)
-        self._prepare()
+        with self._seeded(-1):  # the updates are drawn; ranks take those of rank 0
+            self._prepare()
         let_go(self.trainer.strategy, self)
 
     def record(self, method: str, provenance: Mapping[str, Any]) -> None:
@@ -499,10 +497,11 @@ class CausalLM(LanguageModelling):
             provenance = {"depth": depth} | provenance
         training: dict[str, Any] = {}
         if self.global_step:
-            given = ("loss", "lora", "warmup_steps", "optimizer")
+            given = ("loss", "lora", "warmup_steps", "schedule", "optimizer")
             recipe = self.recipe()
             training = {name: recipe[name] for name in given}
             training["teacher"] = self._teacher and str(self._teacher.name)
+            training["tokens"] = self.tokens_seen
         if self.shortened:
             training["shortened"] = self.shortened
         steps = self.global_step
@@ -531,7 +530,7 @@ class CausalLM(LanguageModelling):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.parameters() if p.requires_grad]
-        return made_optimizer(self._make_optimizer, trained)
+        return made_optimizer(self._make_optimizer, decay_groups(trained))
 
     @contextmanager
     def _seeded(self, batch_idx: int) -> Iterator[None]:

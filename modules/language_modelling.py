@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from secateur.modules.data.text_data import TextData, check_vocabulary, check_window
+from secateur.modules.data.token_data import TokenData, check_vocabulary, check_window
 from secateur.modules.resuming import refuse_incomplete, refuse_placeless, refuse_unlike
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.settings import refuse_other
@@ -57,6 +57,8 @@ class LanguageModelling(LightningModule, ABC):
         self.perplexity = Perplexity()
         self.shortened: list[dict[str, int]] = []
         """The steps at which the run was told to end sooner, and when it was to end before."""
+        self.tokens_seen = 0
+        """Tokens of all training batches of all ranks so far, prompts included, padding not."""
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
@@ -118,6 +120,30 @@ class LanguageModelling(LightningModule, ABC):
         """The model in the state in which it is measured; by default unchanged."""
         return nullcontext(self.model)
 
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count the tokens of a batch.
+
+        Here and not at its end, where a checkpoint of this step may be written before.
+        """
+        tokens = batch["input_ids"].numel() * self.trainer.world_size
+        if "lengths" in batch:
+            tokens = int(self.trainer.strategy.reduce(batch["lengths"].sum(), reduce_op="sum"))
+        self.tokens_seen += tokens
+        self.log("tokens_seen", float(self.tokens_seen))
+
+    def share_of_counted(self, batch: dict[str, Tensor]) -> Tensor | float:
+        """Factor of the mean loss of a batch, so that the mean over ranks counts all tokens alike.
+
+        It is 1 if all tokens count, as every rank then has as many. Batches that are accumulated
+        into a step count alike, however many tokens they count.
+        """
+        if "loss_mask" not in batch or self._trainer is None or self.trainer.world_size == 1:
+            return 1.0
+        counted = batch["loss_mask"][:, 1:].sum()
+        total: Any = self.trainer.strategy.reduce(counted.clone(), reduce_op="sum")
+        share: Tensor = counted * self.trainer.world_size / total.clamp_min(1)
+        return share
+
     def on_validation_epoch_start(self) -> None:
         """Reset the perplexity here and not at the end: tensors of a `validate` are in inference
         mode, and a later fit cannot use them.
@@ -127,7 +153,8 @@ class LanguageModelling(LightningModule, ABC):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count one batch of windows, `input_ids` (B, T), into the perplexity."""
         for logits_TV, label_T in self._predictions(batch):
-            self.perplexity.update(logits_TV[None], label_T[None])
+            if len(label_T):
+                self.perplexity.update(logits_TV[None], label_T[None])
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexity over all validation windows."""
@@ -154,7 +181,7 @@ class LanguageModelling(LightningModule, ABC):
         self.on_validation_start()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[float]:
-        """Mean negative log-likelihood of each window of a batch, nats."""
+        """Mean negative log-likelihood of each window of a batch, nats; NaN where none counts."""
         return [float(F.cross_entropy(*pair)) for pair in self._predictions(batch)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -163,6 +190,7 @@ class LanguageModelling(LightningModule, ABC):
             checkpoint["secateur"] = self.recipe() | self._length()
         checkpoint["batches_per_step"] = self.trainer.accumulate_grad_batches
         checkpoint["shortened"] = self.shortened
+        checkpoint["tokens_seen"] = self.tokens_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model or configuration, or an incomplete one.
@@ -181,6 +209,7 @@ class LanguageModelling(LightningModule, ABC):
             )
         saved, current = dict(checkpoint["secateur"]), self.recipe()
         self.shortened = [*checkpoint.get("shortened", [])]
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
         if fitting:
             current |= self._length()
             self._note_shortened(saved, current, checkpoint["global_step"])
@@ -196,7 +225,7 @@ class LanguageModelling(LightningModule, ABC):
             loops = checkpoint["loops"]
             refuse_unlike(loops, {"fit_loop": self.trainer.fit_loop.state_dict()}, "loops")
             data = getattr(self.trainer, "datamodule", None)
-            if checkpoint["global_step"] and isinstance(data, TextData):
+            if checkpoint["global_step"] and isinstance(data, TokenData):
                 refuse_placeless(loops)
         if fitting and checkpoint["global_step"] and not checkpoint["optimizer_states"][0]["state"]:
             raise ValueError(
@@ -307,38 +336,18 @@ class LanguageModelling(LightningModule, ABC):
         }
 
     def _predictions(self, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits in fp32, shape (T - 1, V), and the tokens that they predict, window by window."""
+        """Logits in fp32 and the tokens that they predict, of those that count, window by window:
+        shapes (N, V) and (N,).
+        """
         input_BT = batch["input_ids"]
+        mask_BT = batch.get("loss_mask", torch.ones_like(input_BT, dtype=torch.bool))
         with self.measured() as model:
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits
-        for logits_TV, input_T in zip(logits_BTV, input_BT, strict=True):
-            yield logits_TV[:-1].float(), input_T[1:]
+        for logits_TV, input_T, mask_T in zip(logits_BTV, input_BT, mask_BT, strict=True):
+            yield logits_TV[:-1][mask_T[1:]].float(), input_T[1:][mask_T[1:]]
 
     def _log_perplexity(self, name: str) -> None:
         self.log(name, self.perplexity.compute(), prog_bar=True, sync_dist=True)
-
-
-def made_optimizer(
-    make: Callable[[Any], torch.optim.Optimizer], trained: Any
-) -> torch.optim.Optimizer:
-    """Make an optimiser.
-
-    Args:
-        make: The setting `optimizer`.
-        trained: Parameters, or groups of them.
-
-    Raises:
-        ValueError: It does not take its settings; the reason is that of its library.
-    """
-    try:
-        return make(trained)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`optimizer` does not take its settings: {error}.") from error
-
-
-def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Class and settings of an optimiser; resuming restores these, whatever the configuration."""
-    return f"{type(optimizer).__name__} {optimizer.defaults}"
 
 
 def _count_batches(checkpoint: dict[str, Any], before: int, now: int) -> None:

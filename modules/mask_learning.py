@@ -36,11 +36,8 @@ from transformers import PreTrainedModel
 import secateur.pruning.widths
 from secateur.modules.device_memory import check_memory, optimizer_bytes
 from secateur.modules.frozen_base import FrozenBase, freeze
-from secateur.modules.language_modelling import (
-    LanguageModelling,
-    describe_optimizer,
-    made_optimizer,
-)
+from secateur.modules.language_modelling import LanguageModelling
+from secateur.modules.optimizers import describe_optimizer, made_optimizer
 from secateur.modules.quantisation import (
     check_optimizer,
     check_quantised_run,
@@ -57,7 +54,7 @@ from secateur.modules.settling import (
     cut_and_refitted,
     named_gains,
 )
-from secateur.modules.teacher import predicting_states
+from secateur.modules.teacher import predicted_tokens, predicting_states
 from secateur.pruning.chains import Step
 from secateur.pruning.commands import import_all
 from secateur.pruning.export.alignment import report_alignment
@@ -314,18 +311,18 @@ class MaskLearning(LanguageModelling):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Fix the masks when the steps that learn them are over."""
+        super().on_train_batch_start(batch, batch_idx)
         if self.global_step >= self.mask_steps and not bool(self.settled_N.any()):
             self._settle()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
-        input_BT = batch["input_ids"]
         if self._has_settled:
-            losses = self._losses(input_BT, None)
+            losses = self._losses(batch, None)
             fraction = losses.total.new_tensor(self._notes.get("kept", self.budget.keep))
             loss, penalty = losses.total, torch.zeros_like(fraction)
         else:
-            draw, evaluate = self._draws(), partial(self._losses, input_BT)
+            draw, evaluate = self._draws(), partial(self._losses, batch)
             found = self.learning.gradient.estimate(draw, evaluate, self._average)
             self._average = found.average
             losses, gates = found.losses, self._open(split(found.gates_N, self.sites))
@@ -338,22 +335,23 @@ class MaskLearning(LanguageModelling):
         if not bool(loss.isfinite()):
             cause = "the budget penalty" if losses.total.isfinite() else "the language-model loss"
             self.stop_diverged(cause, loss)
-        return loss
+        return loss * self.share_of_counted(batch)
 
-    def _losses(self, input_BT: Tensor, gates_N: Tensor | None) -> TokenLosses:
+    def _losses(self, batch: dict[str, Tensor], gates_N: Tensor | None) -> TokenLosses:
         """Losses of the model with the given gates on one batch; with None, of the settled one."""
+        counted = batch["input_ids"], batch.get("loss_mask")
         settled = self.settle if gates_N is None else None
         weights = self.learning.loss if settled is None else settled.loss
         teacher_ND = None
         if weights.distillation:
             with torch.no_grad():
-                teacher_ND = predicting_states(self.model, input_BT)
+                teacher_ND = predicting_states(self.model, *counted)
         gates = None if gates_N is None else self._open(split(gates_N, self.sites))
         with self._applied(gates) as model:
             head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
             return token_losses(
-                predicting_states(model, input_BT),
-                input_BT[:, 1:].flatten(),
+                predicting_states(model, *counted),
+                predicted_tokens(*counted),
                 head_of(model),
                 teacher_ND=teacher_ND,
                 teacher_head=head_of(self.model),

@@ -10,6 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from secateur.modules.optimizers import decay_groups
+
 
 def check_undivided(strategy: Strategy) -> None:
     """Check that every rank holds all weights, so that blocks can be removed.
@@ -28,11 +30,12 @@ def check_undivided(strategy: Strategy) -> None:
 
 
 def let_go(strategy: Strategy, module: LightningModule) -> None:
-    """Remove parameters from optimiser and DDP that the module no longer has."""
+    """Give optimiser and DDP the parameters that the module has now, in groups as before."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for optimizer in strategy.optimizers:
-        (group,) = optimizer.param_groups
-        group["params"] = trained
+        groups = decay_groups(trained)
+        for group, now in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = now["params"]
         for parameter in optimizer.state.keys() - set(trained):
             del optimizer.state[parameter]
     _wrap_again(strategy, module)

@@ -1,4 +1,7 @@
-"""The teacher model of distillation."""
+"""The teacher model of distillation, and the states and tokens that a loss counts.
+
+Legend: B = windows of a batch, T = tokens of a window, N = predictions that count, D = model width.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,10 @@ class Teacher:
         self.model, self._states = model, student.fetching(_PredictingStates(model))
 
     @torch.no_grad()
-    def __call__(self, input_BT: Tensor) -> tuple[Tensor, Head]:
+    def __call__(self, input_BT: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Head]:
         """Hidden states of windows, as from `predicting_states`, and the output head."""
         assert self.model is not None
-        return self._states(input_BT), head_of(self.model)
+        return self._states(input_BT, mask_BT), head_of(self.model)
 
 
 class _PredictingStates(nn.Module):
@@ -59,12 +62,28 @@ class _PredictingStates(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_BT: Tensor) -> Tensor:
-        return predicting_states(self.model, input_BT)
+    def forward(self, input_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        return predicting_states(self.model, input_BT, mask_BT)
 
 
-def predicting_states(model: Any, input_BT: Tensor) -> Tensor:
-    """Last hidden states that predict the next tokens, shape (B * (T - 1), D)."""
-    output = model.get_decoder()(input_ids=input_BT, use_cache=False)
-    hidden_ND: Tensor = output.last_hidden_state[:, :-1].flatten(0, 1)
-    return hidden_ND
+def predicting_states(model: Any, input_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """Last hidden states that predict the tokens that count, shape (N, D).
+
+    Args:
+        model: The model.
+        input_BT: Token ids.
+        mask_BT: Which of them count as predictions (bool); None for all. The first of a window
+            never does.
+    """
+    hidden_BTD: Tensor = model.get_decoder()(input_ids=input_BT, use_cache=False).last_hidden_state
+    return _chosen(hidden_BTD[:, :-1], mask_BT)
+
+
+def predicted_tokens(input_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """The tokens that the states of `predicting_states` predict, shape (N,)."""
+    return _chosen(input_BT[:, 1:], mask_BT)
+
+
+def _chosen(of_places: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Of values (B, T - 1, ...), those whose next token counts."""
+    return of_places.flatten(0, 1) if mask_BT is None else of_places[mask_BT[:, 1:]]

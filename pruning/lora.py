@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.pruning.families import blocks_of, family_of
 
-_ADAPTER = "recovery"
+ADAPTER = "recovery"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class LoRA:
             lora_dropout=self.dropout,
             target_modules=targets,
         )
-        inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -108,7 +108,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 def added_up(layer: Any) -> Tensor:
     """The weight of a layer with its update, in the type of the weight."""
     weight_OI = layer.get_base_layer().weight.data
-    update_OI = layer.get_delta_weight(_ADAPTER).detach().float()
+    update_OI = layer.get_delta_weight(ADAPTER).detach().float()
     total_OI: Tensor = (weight_OI.float() + update_OI).to(weight_OI.dtype)
     return total_OI
 

@@ -87,7 +87,8 @@ def token_losses(
     """Cross-entropy and distillation over the tokens of a batch.
 
     Args:
-        hidden_ND: Last hidden states, shape (N, D), each predicting the label of its row.
+        hidden_ND: Last hidden states, shape (N, D), each predicting the label of its row. Without
+            rows, all losses and gradients are 0.
         labels_N: Token ids (int64), shape (N,).
         head: Output head.
         teacher_ND: Hidden states of the teacher; needed if the weight of distillation is not 0.
@@ -100,17 +101,18 @@ def token_losses(
     """
     weights = weights or LossWeights()
     assert teacher_ND is not None or not weights.distillation
+    count = max(len(labels_N), 1)
 
     def weighted(piece_CD: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         log_p_CV = head(piece_CD).float().log_softmax(-1)
-        nll = F.nll_loss(log_p_CV, labels_N[at], reduction="sum") / len(labels_N)
+        nll = F.nll_loss(log_p_CV, labels_N[at], reduction="sum") / count
         if teacher_ND is None:
             return weights.cross_entropy * nll, torch.stack(
                 [nll.detach(), torch.zeros_like(nll.detach())]
             )
         with torch.no_grad():
             target_CV = (teacher_head or head)(teacher_ND[at]).float().log_softmax(-1)
-        kl = F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True) / len(labels_N)
+        kl = F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True) / count
         value = weights.cross_entropy * nll + weights.distillation * kl
         return value, torch.stack([nll, kl]).detach()
 
@@ -125,7 +127,7 @@ def _sum_recomputed(
     function: Callable[[Tensor, slice], tuple[Tensor, Tensor]], chunk: int, hidden_ND: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sum a scalar function over row chunks, each computed again in the backward pass."""
-    places = [slice(start, start + chunk) for start in range(0, len(hidden_ND), chunk)]
+    places = [slice(start, start + chunk) for start in range(0, max(len(hidden_ND), 1), chunk)]
     found = [checkpoint(function, hidden_ND[at], at, use_reentrant=False) for at in places]
     totals, parts = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
     return totals, parts
@@ -149,7 +151,7 @@ class _SumOverChunks(torch.autograd.Function):
         gradients = []
         wanted = any(ctx.needs_input_grad)
         sums = [torch.zeros_like(parameter) for parameter in parameters] if wanted else []
-        for start in range(0, len(hidden_ND), chunk):
+        for start in range(0, max(len(hidden_ND), 1), chunk):
             at = slice(start, start + chunk)
             piece_CD = hidden_ND[at].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):

@@ -20,6 +20,9 @@ class Schedule(ABC):
             progress: Fraction of the steps taken, in [0, 1].
         """
 
+    def __repr__(self) -> str:  # settings are compared as text
+        return f"{type(self).__name__}()"
+
 
 class Linear(Schedule):
     """Equal steps."""

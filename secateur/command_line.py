@@ -157,7 +157,8 @@ class TrainCLI(LightningCLI):
                 raise UsageError(found)
             config.trainer.strategy = _object(strategy)
         limits = (config.trainer.max_steps, config.trainer.max_epochs)
-        if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)):
+        in_tokens = config.data.init_args.get("max_tokens") is not None
+        if self.subcommand == "fit" and limits in ((-1, -1), (-1, None)) and not in_tokens:
             raise ValueError(
                 "`trainer.max_steps` must be set: schedules end with it; 1000 is a start."
             )

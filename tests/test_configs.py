@@ -43,7 +43,7 @@ def test_a_recipe_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert config["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
+    assert config["trainer"]["max_steps"] == recipe["trainer"].get("max_steps", -1)
     assert config["model"]["class_path"].endswith(recipe["model"]["class_path"])
 
 

@@ -1,10 +1,9 @@
 """Windows of tokens in an order that survives interruption and another number of ranks.
 
-The samples of a run form one infinite sequence: permutation 0 of all windows, then permutation 1,
-and so on, where a permutation is a pure function of (seed, number). A global batch takes the next
-batch_size x ranks samples, rank r the r-th slice of it. So one number, the samples taken by all
-ranks together, defines the position of a run, and the content of a batch does not depend on the
-number of ranks or workers.
+The samples of a run form one infinite sequence, see `modules/data/order.py`. A global batch takes
+the next batch_size x ranks samples, rank r the r-th slice of it. So one number, the samples taken
+by all ranks together, defines the position of a run, and the content of a batch does not depend on
+the number of ranks or workers.
 
 Legend: B = windows of a batch, T = tokens of a window.
 """
@@ -12,8 +11,9 @@ Legend: B = windows of a batch, T = tokens of a window.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+from secateur.modules.data.order import Order, Shuffled
 
 
 class Windows(Dataset[Tensor]):
@@ -60,6 +62,35 @@ class Windows(Dataset[Tensor]):
         return windows
 
 
+class Joined(Dataset[Any]):
+    """Several data sets, one after the other.
+
+    Args:
+        parts: The data sets, one or more.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+        self.ends = [*accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        place = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[place][index - self.ends[place] + len(self.parts[place])]
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """Several at once: windows as one tensor (B, T), all else as a list."""
+        found = [self[int(index)] for index in indices]
+        return torch.stack(found) if isinstance(found[0], Tensor) else found
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """One data set of several; a single one as it is."""
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
 def as_batch(windows_BT: Any) -> dict[str, Tensor]:
     """The batch of a module: `input_ids`, int64 of shape (B, T)."""
     return {"input_ids": windows_BT}
@@ -78,6 +109,7 @@ class WindowSampler(Sampler[list[int]]):
         rank: This rank, in [0, num_ranks).
         num_ranks: Number of ranks, 1 or more.
         batches_per_step: Batches of one optimiser step, 1 or more.
+        order: The order of the windows; `Shuffled` by the seed if not given.
 
     Raises:
         ValueError: The windows do not fill one step.
@@ -91,6 +123,7 @@ class WindowSampler(Sampler[list[int]]):
         rank: int = 0,
         num_ranks: int = 1,
         batches_per_step: int = 1,
+        order: Order | None = None,
     ) -> None:
         self.global_batch = batch_size * num_ranks
         if num_windows < self.global_batch * batches_per_step:
@@ -102,7 +135,7 @@ class WindowSampler(Sampler[list[int]]):
             )
         self.num_windows, self.batch_size = num_windows, batch_size
         self.batches_per_step = batches_per_step
-        self.seed, self.rank = seed, rank
+        self.order, self.rank = order or Shuffled(num_windows, seed), rank
         self.samples = 0
 
     def __len__(self) -> int:
@@ -113,7 +146,7 @@ class WindowSampler(Sampler[list[int]]):
         for _ in range(len(self)):
             start = self.samples + self.rank * self.batch_size
             self.samples += self.global_batch
-            yield [self._window(sample) for sample in range(start, start + self.batch_size)]
+            yield [self.order(sample) for sample in range(start, start + self.batch_size)]
 
     def state_dict(self) -> dict[str, int]:
         """Number of samples taken so far by all ranks together."""
@@ -122,18 +155,6 @@ class WindowSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after this number of samples."""
         self.samples = state["samples"]
-
-    def _window(self, sample: int) -> int:
-        epoch, place = divmod(sample, self.num_windows)
-        return int(_order(self.num_windows, self.seed, epoch)[place])
-
-
-@lru_cache(maxsize=2)  # a batch touches at most two permutations, except when data are tiny
-def _order(num_windows: int, seed: int, epoch: int) -> Tensor:
-    # Seeds of 32 bits, as the generator uses; the odd factor keeps the epochs of
-    # neighbouring seeds apart. Epoch 0 is `torch.randperm` seeded with `seed`, as elsewhere.
-    generator = torch.Generator().manual_seed((seed + 0x9E3779B1 * epoch) % 2**32)
-    return torch.randperm(num_windows, generator=generator)
 
 
 class WindowLoader(StatefulDataLoader):  # type: ignore[misc]
@@ -148,14 +169,21 @@ class WindowLoader(StatefulDataLoader):  # type: ignore[misc]
         windows: The windows.
         sampler: Their order.
         num_workers: Processes that read ahead, 0 or more.
+        collate: Makes a batch of the windows that were read.
     """
 
-    def __init__(self, windows: Windows, sampler: WindowSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        windows: Dataset[Any],
+        sampler: WindowSampler,
+        num_workers: int = 0,
+        collate: Callable[[Any], dict[str, Tensor]] = as_batch,
+    ) -> None:
         with warnings.catch_warnings():
             # torchdata 0.11 counts its use by a function of torch that newer releases deprecate.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             super().__init__(
-                windows, batch_sampler=sampler, num_workers=num_workers, collate_fn=as_batch
+                windows, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate
             )
 
     def __iter__(self) -> Iterator[Any]:

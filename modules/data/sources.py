@@ -1,4 +1,4 @@
-"""Sources of documents: files, folders of files, data sets of the hub."""
+"""Sources of documents, or of rows with fields: files, folders of files, data sets of the hub."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ _WRONG = re.compile("[\0\ud800-\udfff]")
 
 
 class Source(ABC):
-    """A source of documents."""
+    """A source of documents, or of rows with fields."""
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
         """The documents in order, one at a time."""
 
     @abstractmethod
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows in order, each with its place for errors."""
+
+    @abstractmethod
     def digest(self) -> str:
         """Hash of the content, independent of names and paths."""
+
+    @abstractmethod
+    def error(self, what: str) -> ValueError:
+        """An error about the content, which names the source."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,13 @@ class LocalFile(Source):
     Args:
         setting: The setting that named the file, for errors.
         path: A .txt (one document), .json (a list, or lines of objects), .jsonl or .parquet file.
-        text_field: Field of objects and column of tables that holds the text.
+        text_field: Field of objects and column of tables that holds the text; None if rows are
+            read.
     """
 
     setting: str
     path: Path
-    text_field: str
+    text_field: str | None
 
     def digest(self) -> str:
         with self.path.open("rb") as file:
@@ -59,27 +68,44 @@ class LocalFile(Source):
         Raises:
             ValueError: The content does not match the suffix, or lacks the text field.
         """
+        if self.path.suffix.lower() == ".txt":
+            text = self._decode(self.path.read_bytes(), "the file")
+            if wrong := _WRONG.search(text):
+                place = text.count("\n", 0, wrong.start()) + 1
+                raise self.error(f"line {place} holds {_no_character(wrong)}")
+            yield text
+        else:
+            for where, record in self._records():
+                yield self._text(record, where)
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects or rows in order.
+
+        Raises:
+            ValueError: The content does not match the suffix, or is none with fields.
+        """
+        if self.path.suffix.lower() == ".txt":
+            raise self.error("plain text has no fields; give objects, such as JSON lines")
+        for where, record in self._records():
+            if not isinstance(record, dict):
+                raise self.error(f"{where} holds {type(record).__name__}, no object with fields")
+            yield where, record
+
+    def _records(self) -> Iterator[tuple[str, object]]:
         match self.path.suffix.lower():
-            case ".txt":
-                text = self._decode(self.path.read_bytes(), "the file")
-                if wrong := _WRONG.search(text):
-                    place = text.count("\n", 0, wrong.start()) + 1
-                    raise self._error(f"line {place} holds {_no_character(wrong)}")
-                yield text
             case ".parquet":
-                yield from self._rows()
+                yield from self._table()
             case ".json" if not self._has_lines:
                 records = self._parse(self.path.read_bytes(), "the file")
                 if not isinstance(records, list):
-                    raise self._error("a .json file must hold a list of strings or objects")
+                    raise self.error("a .json file must hold a list of strings or objects")
                 for number, record in enumerate(records):
-                    yield self._text(record, f"entry {number}")
+                    yield f"entry {number}", record
             case _:
                 with self.path.open("rb") as file:
                     for number, line in enumerate(file, 1):
                         if line.strip():
-                            where = f"line {number}"
-                            yield self._text(self._parse(line, where), where)
+                            yield f"line {number}", self._parse(line, f"line {number}")
 
     @property
     def holds_text(self) -> bool:
@@ -102,44 +128,45 @@ class LocalFile(Source):
         with self.path.open("rb") as file:
             return file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(sign)
 
-    def _rows(self) -> Iterator[str]:
+    def _table(self) -> Iterator[tuple[str, object]]:
+        wanted = None if self.text_field is None else [self.text_field]
         try:
             table = pq.ParquetFile(self.path)
             columns = table.schema_arrow.names
-            if self.text_field not in columns:
-                raise self._error(f"no column {self.text_field!r}; {_choose(columns)}")
+            if self.text_field is not None and self.text_field not in columns:
+                raise self.error(f"no column {self.text_field!r}; {_choose(columns)}")
             number = 0
-            for batch in table.iter_batches(columns=[self.text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield self._text(text, f"row {number}")
+            for batch in table.iter_batches(columns=wanted):
+                for row in batch.to_pylist():
+                    yield f"row {number}", row
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise self._error(f"not a parquet file, or damaged: {error}") from error
+            raise self.error(f"not a parquet file, or damaged: {error}") from error
 
     def _parse(self, content: bytes, where: str) -> Any:
         try:
             return json.loads(self._decode(content, where))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise self._error(f"{where} is not JSON: {error}") from error
+            raise self.error(f"{where} is not JSON: {error}") from error
 
     def _decode(self, content: bytes, where: str) -> str:
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise self._error(f"{where} is not UTF-8 text: {error}; convert it") from error
+            raise self.error(f"{where} is not UTF-8 text: {error}; convert it") from error
 
     def _text(self, record: object, where: str) -> str:
         if isinstance(record, dict):
             if self.text_field not in record:
-                raise self._error(f"{where} has no {self.text_field!r}; {_choose(list(record))}")
+                raise self.error(f"{where} has no {self.text_field!r}; {_choose(list(record))}")
             record = record[self.text_field]
         if not isinstance(record, str):
-            raise self._error(f"{where} holds {type(record).__name__}, not text")
+            raise self.error(f"{where} holds {type(record).__name__}, not text")
         if wrong := _WRONG.search(record):
-            raise self._error(f"{where} holds {_no_character(wrong)}")
+            raise self.error(f"{where} holds {_no_character(wrong)}")
         return record
 
-    def _error(self, what: str) -> ValueError:
+    def error(self, what: str) -> ValueError:
         return ValueError(f"`{self.setting}`: {self.path}: {what}.")
 
 
@@ -149,10 +176,10 @@ class Rows(Source):
     Args:
         setting: The setting that named it, for errors.
         name: Value of the setting.
-        text_field: Column that holds the text.
+        text_field: Column that holds the text; None if rows are read.
     """
 
-    def __init__(self, setting: str, name: str, text_field: str) -> None:
+    def __init__(self, setting: str, name: str, text_field: str | None) -> None:
         self.setting, self.name, self.text_field = setting, name, text_field
 
     @abstractmethod
@@ -160,10 +187,24 @@ class Rows(Source):
         """The data set."""
 
     def digest(self) -> str:
-        content = hashlib.sha256()
-        for text in self.documents():
+        content, texts = hashlib.sha256(), self.documents()
+        if self.text_field is None:
+            texts = (json.dumps(row, sort_keys=True, default=str) for _, row in self.rows())
+        for text in texts:
             content.update(f"{len(text)} {text}".encode())
         return f"rows {content.hexdigest()}"
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows in order.
+
+        Raises:
+            ValueError: There is no such data set.
+        """
+        for number, row in enumerate(self.read()):
+            yield f"row {number}", row
+
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"`{self.setting}`: {self.name}: {what}.")
 
     def documents(self) -> Iterator[str]:
         """The rows in order.
@@ -230,7 +271,17 @@ class SavedData(Rows):
         return found["train"]
 
 
-def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> list[Source]:
+def check_characters(text: str) -> None:
+    """Check that a text can be encoded.
+
+    Raises:
+        ValueError: It cannot; the message has no subject.
+    """
+    if wrong := _WRONG.search(text):
+        raise ValueError(f"holds {_no_character(wrong)}")
+
+
+def find_sources(setting: str, names: str | Sequence[str], text_field: str | None) -> list[Source]:
     """The sources that a setting names: files, folders (searched in order of path), hub data.
 
     Raises:
@@ -260,7 +311,7 @@ def find_sources(setting: str, names: str | Sequence[str], text_field: str) -> l
     return sources
 
 
-def _in_folder(setting: str, folder: Path, text_field: str) -> list[LocalFile]:
+def _in_folder(setting: str, folder: Path, text_field: str | None) -> list[LocalFile]:
     """The text files below a folder, in order of path; log which these are.
 
     Raises:
@@ -302,8 +353,5 @@ def _no_character(found: re.Match[str]) -> str:
 
 def _choose(fields: Sequence[str]) -> str:
     if chats := [name for name in fields if name in ("messages", "conversations")]:
-        return (
-            f"it has {chats[0]!r}, and chats are not read: write each as text first, as "
-            "`apply_chat_template(..., tokenize=False)` of the tokenizer does"
-        )
+        return f"it has {chats[0]!r}: chats are read by InstructionData, with `template` Chat"
     return f"set `text_field` to one of {', '.join(map(repr, fields))}"

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from secateur.pruning.checksums import damaged_files, write_sums
 from secateur.pruning.progress import tracked
 
 TRAIN, HELD_OUT = "train.npy", "held_out.npy"
+TOKENS = "tokens"
 _FORMAT = "secateur-tokens-2"
 _PLACE = ("_name_or_path", "is_local", "local_files_only", "name_or_path")
 """Keys of a tokenizer's configuration that depend on the path that it was loaded from."""
@@ -41,18 +43,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return content.hexdigest()
 
 
-def cache_key(
-    sources: Sequence[Source], tokenizer: str, text_field: str, held_out: float | None
-) -> str:
+def cache_key(sources: Sequence[Source], tokenizer: str, form: str, held_out: float | None) -> str:
     """Name of the cache entry, hex, 64 digits: another content or setting gives another name.
 
     Args:
         sources: The documents.
         tokenizer: Fingerprint of the tokenizer.
-        text_field: Field that holds the text.
+        form: How a document is read: the field that holds the text, or the template of a row.
         held_out: Fraction of the documents to write to a separate array, in (0, 1), or None.
     """
-    facts = [_FORMAT, tokenizer, text_field, held_out, [source.digest() for source in sources]]
+    facts = [_FORMAT, tokenizer, form, held_out, [source.digest() for source in sources]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -76,31 +76,79 @@ def tokenise(
     Raises:
         ValueError: The cache has a damaged entry, or cannot be created.
     """
+
+    def documents() -> Iterator[Mapping[str, Sequence[int]]]:
+        for ids in _encoded(sources, tokenizer):
+            yield {TOKENS: ids}
+
+    write_entry(entry, {TOKENS: token_type(tokenizer)}, documents(), held_out)
+
+
+def token_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    """The type of token ids on disk: two bytes if they suffice."""
+    return np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4")
+
+
+def array_path(entry: Path, split: str, kind: str) -> Path:
+    """File of an array of a cache entry.
+
+    Args:
+        entry: The folder.
+        split: TRAIN or HELD_OUT.
+        kind: What the array holds, such as TOKENS.
+    """
+    return entry / (split if kind == TOKENS else split.replace(".npy", f".{kind}.npy"))
+
+
+def write_entry(
+    entry: Path,
+    types: Mapping[str, np.dtype[Any]],
+    documents: Iterator[Mapping[str, Sequence[int]]],
+    held_out: float | None,
+) -> None:
+    """Write a cache entry, unless it is there already.
+
+    Args:
+        entry: Folder to write.
+        types: Kinds of arrays, see `array_path`, and the types of their numbers.
+        documents: The documents in order: what each adds to the array of every kind.
+        held_out: Fraction of the documents to hold out, in (0, 1), or None.
+
+    Raises:
+        ValueError: The cache has a damaged entry, or cannot be created.
+    """
+    places = [(split, kind) for split in (TRAIN, HELD_OUT) for kind in types]
+    names = [array_path(entry, *place).name for place in places]
     if entry.is_dir():
-        if damaged := damaged_files(entry, (TRAIN, HELD_OUT)):
+        if damaged := damaged_files(entry, names):
             raise ValueError(
                 f"`cache_dir`: {entry / damaged[0]} is damaged. Delete {entry}; the text is then "
                 "tokenised again."
             )
         return
-    rank_zero_info(f"Tokenising {len(sources)} files or data sets into {entry} ...")
+    rank_zero_info(f"Tokenising into {entry} ...")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"`cache_dir` {entry.parent} cannot be made: {error.strerror}.") from error
-    dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4")
     with tempfile.TemporaryDirectory(prefix=".making-", dir=entry.parent) as scratch:
         made = Path(scratch) / "entry"
         made.mkdir()
-        with (made / TRAIN).open("wb") as train, (made / HELD_OUT).open("wb") as aside:
-            arrays = [_GrowingArray(train, dtype), _GrowingArray(aside, dtype)]
-            documents = tracked(_encoded(sources, tokenizer), "Tokenising documents")
-            for number, ids in enumerate(documents):
+        with ExitStack() as files:
+            arrays = {
+                (split, kind): _GrowingArray(
+                    files.enter_context(array_path(made, split, kind).open("wb")), types[kind]
+                )
+                for split, kind in places
+            }
+            for number, found in enumerate(tracked(documents, "Tokenising documents")):
                 share = held_out or 0.0
-                arrays[int((number + 1) * share) > int(number * share)].append(ids)
-            for array in arrays:
+                aside = int((number + 1) * share) > int(number * share)
+                for kind, values in found.items():
+                    arrays[HELD_OUT if aside else TRAIN, kind].append(values)
+            for array in arrays.values():
                 array.finish()
-        write_sums(made, (TRAIN, HELD_OUT))
+        write_sums(made, names)
         try:
             made.rename(entry)
         except OSError:
@@ -115,9 +163,9 @@ class _GrowingArray:
         self.file, self.dtype, self.length = file, dtype, 0
         self._write_header()
 
-    def append(self, ids: list[int]) -> None:
-        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.length += len(ids)
+    def append(self, values: Sequence[int]) -> None:
+        self.file.write(np.asarray(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
 
     def finish(self) -> None:
         """Write the length into the space that numpy reserves in the header."""

@@ -175,7 +175,9 @@ def _what_was_done(origin: Origin) -> str:
     methods = " and ".join(map(plain, origin.provenance))
     done = [f"pruned ({methods})"] if methods else []
     if origin.training or not methods:
-        done.append(f"trained for {origin.steps} steps")
+        tokens = origin.training.get("tokens")
+        on = f" on {tokens:,} tokens" if tokens else ""
+        done.append(f"trained for {origin.steps} steps{on}")
     return f"`{plain(origin.name)}`, {' and '.join(done)} by Secateur."
 
 

@@ -22,6 +22,7 @@ class Gradually:
             more.
         over: Fraction of the steps after which the sparsity is reached, in (0, 1).
         curve: Shape of the curve; `Cubic` if not given, as in the paper.
+        after: Fraction of the steps before which nothing is removed, in [0, over).
 
     Raises:
         ValueError: A setting is outside its range.
@@ -33,12 +34,21 @@ class Gradually:
     every_n_steps: int
     over: float = 0.5
     curve: Schedule | None = None
+    after: float = 0.0
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be 1 or more, got {self.every_n_steps}.")
         if not 0 < self.over < 1:
             raise ValueError(f"`over` must be in (0, 1), got {self.over}.")
+        if not 0 <= self.after < self.over:
+            raise ValueError(
+                f"`after` must be in [0, {self.over}), below `over`, got {self.after}."
+            )
+
+    def first_step(self, steps: int) -> int:
+        """The step, of `steps`, up to whose rise the sparsity stays 0."""
+        return math.floor(self.after * steps / self.every_n_steps) * self.every_n_steps
 
     def last_step(self, steps: int) -> int:
         """The step, of `steps`, before which the sparsity of the pattern is reached."""
@@ -46,13 +56,16 @@ class Gradually:
 
     def due(self, step: int, steps: int) -> int:
         """The step of the latest rise when a step begins; 0 before the first rise."""
-        return min(step - step % self.every_n_steps, self.last_step(steps))
+        rise = min(step - step % self.every_n_steps, self.last_step(steps))
+        return rise if rise > self.first_step(steps) else 0
 
     def sparsity(self, rise: int, steps: int, final: float) -> float:
         """Fraction removed after the rise at a step, in [0, final]."""
-        return final * (self.curve or Cubic())(rise / self.last_step(steps))
+        first = self.first_step(steps)
+        progress = max(0, rise - first) / (self.last_step(steps) - first)
+        return final * (self.curve or Cubic())(progress)
 
     def settings(self) -> str:
         """The settings as text, to compare two schedules."""
         curve = type(self.curve or Cubic()).__name__
-        return f"Gradually({self.every_n_steps}, {self.over}, {curve})"
+        return f"Gradually({self.every_n_steps}, {self.over}, {curve}, {self.after})"

@@ -40,7 +40,7 @@ class GateHooks:
     def __init__(self, model: PreTrainedModel, family: Family | None = None) -> None:
         self.family = family = family or family_of(model.config)
         self.sites = find_sites(model, family)
-        self.gates: Sequence[Tensor] | None = None
+        self.gates: Sequence[Tensor | None] | None = None
         self.gains: Mapping[str, Tensor] | None = None
         self._handles: list[Any] = []
         places = count()
@@ -57,13 +57,15 @@ class GateHooks:
 
     @contextmanager
     def applied(
-        self, gates: Sequence[Tensor] | None, gains: Mapping[str, Tensor] | None = None
+        self,
+        gates: Sequence[Tensor | None] | None,
+        gains: Mapping[str, Tensor] | None = None,
     ) -> Iterator[None]:
         """Apply gates and gains for the duration of a `with` block; None opens all gates.
 
         Args:
             gates: One vector of shape (I,) per site, in the order of the sites, or of shape (B, 1,
-                I): separate gates for every window of a batch.
+                I): separate gates for every window of a batch. None leaves a site open.
             gains: One vector of shape (F,) per name of `secateur.pruning.sites.gain_sizes`.
         """
         before = self.gates, self.gains

@@ -27,7 +27,7 @@ from secateur.pruning.costs import CostModel
 from secateur.pruning.progress import tracked
 from secateur.pruning.sites import Site, find_sites
 from secateur.pruning.widths.budget import Budget
-from secateur.pruning.widths.scores import WidthScore
+from secateur.pruning.widths.scores import GateScore, WidthScore
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Ranking:
 def close_worst(
     ranking: Ranking,
     values_N: Float[Tensor, " N"],
-    score: WidthScore,
+    score: GateScore,
     budget: Budget,
     sites: Sequence[Site],
     table: CostModel,

@@ -18,12 +18,37 @@ from secateur.pruning.families import Family
 from secateur.pruning.sites import Site
 
 
-class WidthScore(ABC):
+class GateScore:
+    """Values of gates, compared between sites, for `Budget.finalise`.
+
+    They are compared by `ranks_within_sites`, or, where values are changes of the loss, by
+    `scores_per_cost`.
+    """
+
+    def scores(
+        self,
+        values_N: Float[Tensor, " N"],
+        sites: Sequence[Site],
+        marginal_S: Float[Tensor, " S"],
+    ) -> Float[Tensor, " N"]:
+        """Make values comparable between sites: by their ranks, unless overridden.
+
+        Args:
+            values_N: One value per gate.
+            sites: The sites, in order.
+            marginal_S: Cost of one more entry of every site, see `CostModel.marginal`.
+
+        Raises:
+            ValueError: The score cannot compare these sites.
+        """
+        return ranks_within_sites(values_N, sites)
+
+
+class WidthScore(GateScore, ABC):
     """One number per gate, in the order of `find_sites`; higher means keep.
 
     A score works in two steps. `values` measures every entry; values may be averaged over batches,
-    training steps and ranks. `scores` makes them comparable between sites, for `Budget.finalise`:
-    by `ranks_within_sites`, or, where values are changes of the loss, by `scores_per_cost`.
+    training steps and ranks. `scores` makes them comparable between sites.
 
     An entry of a site is a feature that several projections of a block read or write, see
     `pruning/families.py`; an entire part (`Budget(parts=True)`) is a site with one entry.
@@ -58,24 +83,6 @@ class WidthScore(ABC):
         Raises:
             ValueError: The score reads text and there is none, or a value is not finite.
         """
-
-    def scores(
-        self,
-        values_N: Float[Tensor, " N"],
-        sites: Sequence[Site],
-        marginal_S: Float[Tensor, " S"],
-    ) -> Float[Tensor, " N"]:
-        """Make values comparable between sites: by their ranks, unless overridden.
-
-        Args:
-            values_N: Result of `values`.
-            sites: The sites, in order.
-            marginal_S: Cost of one more entry of every site, see `CostModel.marginal`.
-
-        Raises:
-            ValueError: The score cannot compare these sites.
-        """
-        return ranks_within_sites(values_N, sites)
 
     def text(self, windows_WT: Int[Tensor, "W T"] | None) -> Int[Tensor, "W T"]:
         """Return the calibration windows of a score that reads text.

@@ -19,7 +19,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from secateur.modules.data.loader import WindowLoader, Windows, WindowSampler
-from secateur.modules.data.text_data import TextData, check_vocabulary, check_window
+from secateur.modules.data.text_data import TextData
+from secateur.modules.data.token_data import check_vocabulary, check_window
 from tests.tiny import SENTENCES, tiny_llama_config, tiny_tokenizer
 
 BOS, EOS = 1, 2
@@ -421,7 +422,7 @@ def test_lightning_cli_makes_it(
         ("a.json", b'["a", "\\ud83d b"]', r"entry 1 holds half of a character, '.ud83d'"),
         ("a.jsonl", b'"a"\n\n"\\ude00"', r"line 3 holds half of a character, '.ude00'"),
         ("a.json", b"[" * 100_000, "the file is not JSON"),
-        ("a.jsonl", b'{"messages": []}', "line 1 has no 'text'; it has 'messages', and chats are"),
+        ("a.jsonl", b'{"messages": []}', "line 1 has no 'text'; it has 'messages': chats"),
         ("a.txt", b"", "`train` holds no text"),
         ("a.json", b"[]", "`train` holds no text"),
         ("a.json", b"{", "the file is not JSON"),
