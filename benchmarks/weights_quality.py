@@ -33,7 +33,7 @@ from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.dsnot import DSnoT
 from secateur.pruning.weights.joint_saliency import JointSaliency
 from secateur.pruning.weights.layers import MlpOnly
-from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.least_squares import LeastSquares, ResidualLeastSquares
 from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.pattern import NM, Pattern, Unstructured
@@ -74,6 +74,7 @@ def combinations(pattern: Pattern) -> dict[str, WeightRecipe]:
     for name, base in [*found.items()]:
         for suffix, change in (
             ("least_squares", {"compensation": LeastSquares()}),
+            ("residual", {"compensation": ResidualLeastSquares()}),
             ("sweep", {"compensation": SparseGPTSweep()}),
             ("barber", {"refinement": Barber()}),
             ("barber+least_squares", {"refinement": Barber(), "compensation": LeastSquares()}),

@@ -74,8 +74,8 @@ class PruneWeights(AfterStep, Prune):
         allocation: How the sparsity is spread over the blocks: `Uniform` (if not given) or
             `AlphaPruning`.
         refinement: Changes the masks: `DSnoT` or `Barber`; none if not given.
-        compensation: Changes the kept weights: `SparseGPTSweep` or `LeastSquares`; none if not
-            given.
+        compensation: Changes the kept weights: `SparseGPTSweep`, `LeastSquares` or
+            `ResidualLeastSquares`; none if not given.
         matrices: Which matrices are pruned: `AllLinears` (if not given), `MlpOnly` or
             `AttentionOnly`.
         gradually: How the sparsity rises while the model trains; all at once before the first step

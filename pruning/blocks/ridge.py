@@ -9,7 +9,8 @@ Worked by hand: one input x = 1, 1, 2 at three tokens of weight 1, y = 2, 2, 5, 
 G = 6, Y = 14, m = 3, so W' = (14 + 3) / (6 + 3) = 17/9; the squared error falls from 11 to 1.52.
 
 Legend: B = windows of a batch, T = tokens of a window, I = inputs of a layer, K = I and the
-constant, O = outputs, Y = entries of a target.
+constant, O = outputs, Y = entries of a target; of a masked matrix: K = most kept inputs of a row, R
+= rows of a chunk.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from secateur.pruning.blocks.statistics import Gram, next_damping
+
+_CHUNK_ENTRIES = 2**24  # entries of the batched K x K matrices: 64 MiB
 
 
 class Sums:
@@ -73,18 +76,60 @@ def solve(
             factorisation fails.
         has_bias: The last input is a constant, which is not damped.
     """
-    gram_KK, start_OK = gram_KK.double(), start_OK.double()
-    damped_K = torch.ones_like(gram_KK[0])
-    if has_bias:
-        damped_K[-1] = 0.0
-    mean = float((gram_KK.diagonal() * damped_K).sum() / damped_K.sum()) or 1.0
     while True:
-        m_K = damping * mean * damped_K
-        lower_KK, failed = torch.linalg.cholesky_ex(gram_KK + m_K.diag())
-        solved_OK = torch.cholesky_solve((cross_OK.double() + m_K * start_OK).T, lower_KK).T
+        damped_KK = damped(gram_KK, damping, has_bias)
+        m_K = damped_KK.diagonal() - gram_KK.double().diagonal()
+        lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        target_OK = cross_OK.double() + m_K * start_OK.double()
+        solved_OK = torch.cholesky_solve(target_OK.T, lower_KK).T
         if not int(failed) and bool(solved_OK.isfinite().all()):
             return solved_OK, damping
         damping = next_damping(damping)
+
+
+def damped(
+    gram_KK: Float[Tensor, "K K"], damping: float, has_bias: bool = False
+) -> Float[Tensor, "K K"]:
+    """G + m I in float64; arguments as for `solve`."""
+    damped_K = torch.ones_like(gram_KK[0], dtype=torch.float64)
+    if has_bias:
+        damped_K[-1] = 0.0
+    mean = float((gram_KK.diagonal() * damped_K).sum() / damped_K.sum()) or 1.0
+    return gram_KK.double() + (damping * mean * damped_K).diag()
+
+
+def under_mask(
+    weight_OI: Float[Tensor, "O I"], mask_OI: Bool[Tensor, "O I"], hessian_II: Float[Tensor, "I I"]
+) -> Float[Tensor, "O I"]:
+    """The weights under a mask whose outputs are closest to those of the dense weights.
+
+    Args:
+        weight_OI: Weights.
+        mask_OI: True for kept weights; rows may keep different numbers.
+        hessian_II: Positive definite.
+
+    Raises:
+        torch.linalg.LinAlgError: The Hessian is not positive definite.
+    """
+    most = int(mask_OI.sum(1).max())
+    target_OI = weight_OI @ hessian_II
+    result_OI = torch.zeros_like(weight_OI)
+    if most == 0:
+        return result_OI
+    # Kept positions first, in order; rows that keep fewer than `most` are padded with other
+    # positions, whose equations are replaced by x = 0.
+    place_OK = mask_OI.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    real_OK = mask_OI.gather(1, place_OK)
+    rows = max(1, _CHUNK_ENTRIES // most**2)
+    for own in torch.arange(len(weight_OI), device=weight_OI.device).split(rows):
+        place_RK, real_RK = place_OK[own], real_OK[own]
+        matrix_RKK = hessian_II[place_RK[:, :, None], place_RK[:, None, :]]
+        matrix_RKK *= real_RK[:, :, None] & real_RK[:, None, :]
+        matrix_RKK.diagonal(dim1=1, dim2=2).add_(~real_RK)
+        target_RK = target_OI[own].gather(1, place_RK) * real_RK
+        solved_RK = torch.cholesky_solve(target_RK[:, :, None], torch.linalg.cholesky(matrix_RKK))
+        result_OI[own] = torch.zeros_like(result_OI[own]).scatter(1, place_RK, solved_RK[:, :, 0])
+    return result_OI
 
 
 def squared_error(layer: nn.Module, sums: Sums) -> float:

@@ -5,6 +5,7 @@ Legend: N = windows, T = tokens of a window.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -13,7 +14,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from secateur.pruning.blocks.linears import BlockCall, PrunableLinear, weight_of
+from secateur.pruning.blocks.refit import Batch, BlockPair
 from secateur.pruning.blocks.source import BlockSource, CalibrationStates, NoStates
+from secateur.pruning.plan import full_plan
 from secateur.pruning.weights.collect import collect
 from secateur.pruning.weights.parts import BlockTask, Matrix, PrunedBlock
 from secateur.pruning.weights.recipe import WeightRecipe
@@ -81,17 +84,64 @@ def _note(notes: list[str], name: str, text: str) -> None:
     notes.append(f"{name}: {text}")
 
 
-def states_for(
-    source: BlockSource,
-    recipe: WeightRecipe,
-    windows_NT: Int[Tensor, "N T"] | None,
-    batch_size: int,
-) -> CalibrationStates | NoStates:
-    """Calibration windows at the first block, if the recipe reads any."""
-    if recipe.data_free:
-        return NoStates()
-    assert windows_NT is not None
-    return CalibrationStates(source, windows_NT, batch_size)
+class Streams:
+    """Calibration windows at the next block of the pruned model, and of the dense one if needed.
+
+    Args:
+        source: The model.
+        recipe: Decides what is read.
+        windows_NT: Token ids, if the recipe reads any.
+        batch_size: Windows per forward pass of a block, 1 or more.
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        recipe: WeightRecipe,
+        windows_NT: Int[Tensor, "N T"] | None,
+        batch_size: int,
+    ) -> None:
+        self._source, self._recipe = source, recipe
+        self._states: CalibrationStates | NoStates = NoStates()
+        self._dense: CalibrationStates | None = None
+        if not recipe.data_free:
+            assert windows_NT is not None
+            self._states = CalibrationStates(source, windows_NT, batch_size)
+            if recipe.reads_dense:
+                self._plan = full_plan(source.model, "")
+                self._dense = copy.copy(self._states)
+                self._dense.hidden = [*self._states.hidden]
+
+    def dense_copy(self, block: nn.Module) -> nn.Module | None:
+        """A copy of the next block before it is pruned, if one is needed."""
+        return None if self._dense is None else copy.deepcopy(block)
+
+    def prune(
+        self, index: int, block: nn.Module, dense: nn.Module | None, sparsity: float
+    ) -> PrunedBlock:
+        """Prune the next block, in place; see `prune_block`.
+
+        Args:
+            index: Its number.
+            block: The block, with its weights.
+            dense: Its copy from `dense_copy`.
+            sparsity: Fraction to remove, in [0, 1).
+        """
+        own, calls = self._recipe.pruned(self._source.linears[index]), self._states.calls
+        done = prune_block(block, own, self._recipe, sparsity, partial(calls, index))
+        if self._dense is None or dense is None or self._recipe.compensation is None:
+            return done
+        pairs = zip(self._dense.calls(index), calls(index), strict=True)
+        batches = [Batch(dense_call, call) for dense_call, call in pairs]
+        pair = BlockPair(index, dense, block, self._plan)
+        notes = self._recipe.compensation.finish(pair, batches, done.masks)
+        return PrunedBlock(done.masks, done.notes + notes)
+
+    def advance(self, index: int, block: nn.Module, dense: nn.Module | None) -> None:
+        """Run the windows through the next block and its dense copy."""
+        self._states.advance(index, block)
+        if self._dense is not None and dense is not None:
+            self._dense.advance(index, dense)
 
 
 def allocate(source: BlockSource, recipe: WeightRecipe) -> list[float]:

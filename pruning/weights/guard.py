@@ -22,7 +22,7 @@ from torch import Tensor
 from secateur.pruning.blocks.source import BlockSource, CalibrationStates
 from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
-from secateur.pruning.weights.block import allocate, prune_block, states_for
+from secateur.pruning.weights.block import Streams, allocate
 from secateur.pruning.weights.parts import Uniform
 from secateur.pruning.weights.recipe import WeightRecipe
 
@@ -128,12 +128,12 @@ def trial(
 ) -> float:
     """Perplexity of held-back windows after pruning a copy of the model, one block at a time."""
     sparsities: Sequence[float] = allocate(source, recipe)
-    states = states_for(source, recipe, windows_NT, batch_size)
+    streams = Streams(source, recipe, windows_NT, batch_size)
     held = CalibrationStates(source, held_back_NT, batch_size)
     for index, sparsity in enumerate(tracked(sparsities, "Trying a recipe on blocks")):
         block = copy.deepcopy(source.block(index))
-        own = recipe.pruned(source.linears[index])
-        prune_block(block, own, recipe, sparsity, partial(states.calls, index))
-        states.advance(index, block)
+        dense = streams.dense_copy(block)
+        streams.prune(index, block, dense, sparsity)
+        streams.advance(index, block, dense)
         held.advance(index, block)
     return held.perplexity().value

@@ -16,56 +16,28 @@ Differs from the paper: the score chooses the mask.
 Expected: never worse than the mask alone on the calibration text, layer by layer, and never worse
 than a sweep with the same mask. Costs one Cholesky factorisation of K x K per output row.
 
-Legend: O = output features, R = rows of a chunk, I = input features, K = kept inputs.
+`ResidualLeastSquares` then refits all layers of the block as `pruning/blocks/refit.py` does for
+narrow models, under their masks: layers that write to the residual stream make up for what earlier
+blocks lost.
+
+Legend: O = output features, I = input features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.pruning.blocks.refit import Batch, BlockPair, refit_block
+from secateur.pruning.blocks.ridge import under_mask
 from secateur.pruning.blocks.statistics import next_damping
 from secateur.pruning.weights.hessian import Damped, damped, note_repair
 from secateur.pruning.weights.parts import Compensation, Matrix
-
-_CHUNK_ENTRIES = 2**24  # entries of the batched K x K matrices: 64 MiB
-
-
-def refit(
-    weight_OI: Float[Tensor, "O I"], mask_OI: Bool[Tensor, "O I"], hessian_II: Float[Tensor, "I I"]
-) -> Float[Tensor, "O I"]:
-    """The weights under a mask whose outputs are closest to those of the dense weights.
-
-    Args:
-        weight_OI: Weights.
-        mask_OI: True for kept weights; rows may keep different numbers.
-        hessian_II: Positive definite.
-
-    Raises:
-        torch.linalg.LinAlgError: The Hessian is not positive definite.
-    """
-    most = int(mask_OI.sum(1).max())
-    target_OI = weight_OI @ hessian_II
-    result_OI = torch.zeros_like(weight_OI)
-    if most == 0:
-        return result_OI
-    # Kept positions first, in order; rows that keep fewer than `most` are padded with other
-    # positions, whose equations are replaced by x = 0.
-    place_OK = mask_OI.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    real_OK = mask_OI.gather(1, place_OK)
-    rows = max(1, _CHUNK_ENTRIES // most**2)
-    for own in torch.arange(len(weight_OI), device=weight_OI.device).split(rows):
-        place_RK, real_RK = place_OK[own], real_OK[own]
-        matrix_RKK = hessian_II[place_RK[:, :, None], place_RK[:, None, :]]
-        matrix_RKK *= real_RK[:, :, None] & real_RK[:, None, :]
-        matrix_RKK.diagonal(dim1=1, dim2=2).add_(~real_RK)
-        target_RK = target_OI[own].gather(1, place_RK) * real_RK
-        solved_RK = torch.cholesky_solve(target_RK[:, :, None], torch.linalg.cholesky(matrix_RKK))
-        result_OI[own] = torch.zeros_like(result_OI[own]).scatter(1, place_RK, solved_RK[:, :, 0])
-    return result_OI
 
 
 @dataclass(frozen=True)
@@ -83,9 +55,37 @@ class LeastSquares(Damped, Compensation):
         hessian_II, damping = matrix.inputs.hessian_II(), self.damping
         while True:
             try:
-                weight_OI = refit(matrix.weight_OI, mask_OI, damped(hessian_II, damping))
+                weight_OI = under_mask(matrix.weight_OI, mask_OI, damped(hessian_II, damping))
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 damping = next_damping(damping)
             else:
                 note_repair(matrix, self.damping, damping)
                 return weight_OI
+
+
+@dataclass(frozen=True)
+class ResidualLeastSquares(LeastSquares):
+    """Refit as `LeastSquares` does, then all layers of the block to make up for earlier blocks.
+
+    Layers that read the residual stream are fitted to the outputs of the dense ones on the dense
+    stream, layers that write to it to the difference of the two streams. Needs the dense stream: a
+    copy of one block and of the calibration states.
+
+    Args:
+        damping: Fraction of the mean diagonal that is added to the diagonal, finite and above 0.
+
+    Raises:
+        ValueError: `damping` is not above 0, or not finite.
+    """
+
+    reads_dense: ClassVar[bool] = True
+
+    def finish(
+        self, block: BlockPair, batches: Sequence[Batch], masks: Mapping[str, Tensor]
+    ) -> list[str]:
+        layers = refit_block(block, batches, self.damping, masks)
+        return [
+            f"{layer.name}: the residual refit needed damping {layer.damping:.2g}."
+            for layer in layers
+            if layer.damping > self.damping
+        ]

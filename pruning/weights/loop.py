@@ -17,22 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from secateur.pruning.blocks.source import (
-    BlockSource,
-    CalibrationStates,
-    NoStates,
-    check_windows,
-)
+from secateur.pruning.blocks.refit import refuse_short_text
+from secateur.pruning.blocks.source import BlockSource, check_windows
 from secateur.pruning.files.fingerprint import data_fingerprint
 from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
-from secateur.pruning.weights.block import prune_block, states_for
+from secateur.pruning.weights.block import Streams
 from secateur.pruning.weights.guard import Decision, decide
 from secateur.pruning.weights.masks import WeightMasks
 from secateur.pruning.weights.parts import PrunedBlock
@@ -94,6 +89,10 @@ def prune_weights(
     recipe.check(source.linears)
     if windows_NT is not None:
         check_windows(source.model.config, windows_NT, batch_size)
+        if recipe.reads_dense:
+            refuse_short_text(
+                source.model.get_submodule(source.prefix.rstrip(".")), windows_NT.numel()
+            )
     if store is None and not source.keeps_changes:
         raise ValueError("`store` is needed for blocks that are streamed: they are kept there.")
     recipe.check_windows(windows_NT)
@@ -105,8 +104,8 @@ def prune_weights(
         store.claim({"decision": decision.settings()})
     applied, masks, notes = decision.applied(recipe), WeightMasks(), [*decision.notes]
     with evaluation(source.model):
-        states = states_for(source, applied, windows_NT, batch_size)
-        finished = _prune(source, applied, decision.sparsities, states, store, progress)
+        streams = Streams(source, applied, windows_NT, batch_size)
+        finished = _prune(source, decision.sparsities, streams, store, progress)
         for index, block in enumerate(finished):
             for path, mask_OI in block.masks.items():
                 masks.add(f"{source.prefix}{index}.{path}.weight", mask_OI)
@@ -132,21 +131,20 @@ def run_settings(
 
 def _prune(
     source: BlockSource,
-    recipe: WeightRecipe,
     sparsities: Sequence[float],
-    states: CalibrationStates | NoStates,
+    streams: Streams,
     store: BlockStore | None,
     progress: Progress | None,
 ) -> Iterator[PrunedBlock]:
     for index, sparsity in enumerate(tracked(sparsities, "Pruning weights of blocks")):
         block = source.block(index)
+        dense = streams.dense_copy(block)
         done = store.load(index, block) if store is not None else None
         if done is None:
-            own = recipe.pruned(source.linears[index])
-            done = prune_block(block, own, recipe, sparsity, partial(states.calls, index))
+            done = streams.prune(index, block, dense, sparsity)
             if store is not None:
                 store.save(index, block, done)
-        states.advance(index, block)
+        streams.advance(index, block, dense)
         yield done
         if progress is not None:
             progress(index + 1, len(sparsities))

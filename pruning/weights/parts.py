@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from secateur.pruning.blocks.linears import BlockCall, PrunableLinear
+from secateur.pruning.blocks.refit import Batch, BlockPair
 from secateur.pruning.blocks.statistics import Inputs, Statistic
 from secateur.pruning.weights.pattern import Group, Pattern
 
@@ -163,9 +164,23 @@ class Compensation(ABC):
 
     Attributes:
         needs: Statistics to collect of the inputs.
+        reads_dense: Whether `finish` is called; it reads the stream of the dense model.
     """
 
     needs: ClassVar[frozenset[type[Statistic]]]
+    reads_dense: ClassVar[bool] = False
+
+    def finish(
+        self, block: BlockPair, batches: Sequence[Batch], masks: Mapping[str, Tensor]
+    ) -> list[str]:
+        """Change the layers of a pruned block once more, in place; return notes.
+
+        Args:
+            block: The block, dense and pruned.
+            batches: All calibration windows at its input, in the dense and the pruned model.
+            masks: Layer, relative to the block, to its mask (O, I).
+        """
+        return []
 
     @abstractmethod
     def weight(self, matrix: Matrix, mask_OI: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:

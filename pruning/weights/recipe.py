@@ -28,8 +28,8 @@ class WeightRecipe:
         score: Which weights are kept: `Magnitude`, `Wanda`, `DaSS` or `ObsSaliency`.
         allocation: How the sparsity is spread over the blocks: `Uniform` or `AlphaPruning`.
         refinement: Changes the masks: `DSnoT` or `Barber`; None leaves them unchanged.
-        compensation: Changes the kept weights: `SparseGPTSweep` or `LeastSquares`; None leaves them
-            unchanged.
+        compensation: Changes the kept weights: `SparseGPTSweep`, `LeastSquares` or
+            `ResidualLeastSquares`; None leaves them unchanged.
         matrices: Which matrices are pruned: `AllLinears`, `MlpOnly` or `AttentionOnly`.
     """
 
@@ -50,6 +50,11 @@ class WeightRecipe:
     def data_free(self) -> bool:
         """Whether no part reads calibration windows."""
         return not self.needs and self.refinement is None
+
+    @property
+    def reads_dense(self) -> bool:
+        """Whether the compensation reads the stream of the dense model."""
+        return self.compensation is not None and self.compensation.reads_dense
 
     def group(self, linear: PrunableLinear) -> Group:
         """Which entries of a layer are compared."""

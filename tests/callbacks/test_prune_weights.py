@@ -23,15 +23,16 @@ from secateur.pruning.blocks.source import LiveBlocks
 from secateur.pruning.depth import BlockMagnitude, Blocks, OneShot
 from secateur.pruning.lora import LoRA
 from secateur.pruning.measure.perplexity import perplexity
-from secateur.pruning.weights import guard, loop
+from secateur.pruning.weights import block as weights_block
+from secateur.pruning.weights import guard
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.dass import DaSS
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.weights.layers import MlpOnly
-from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.least_squares import LeastSquares, ResidualLeastSquares
 from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.masks import WeightMasks
-from secateur.pruning.weights.parts import PrunedBlock, Uniform
+from secateur.pruning.weights.parts import Compensation, PrunedBlock, Uniform
 from secateur.pruning.weights.pattern import NM, Unstructured
 from secateur.pruning.weights.recipe import WeightRecipe
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep
@@ -237,15 +238,16 @@ def test_pruning_with_updates_gives_what_the_loop_made_of_their_sum(
         torch.testing.assert_close(live[name], weight_OI, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compensation", [SparseGPTSweep(), ResidualLeastSquares()], ids=str)
 def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compensation: Compensation
 ) -> None:
     recipe: dict[str, Any] = {
-        "pattern": NM(2, 4), "score": ObsSaliency(), "compensation": SparseGPTSweep(),
+        "pattern": NM(2, 4), "score": ObsSaliency(), "compensation": compensation,
     } | SMALL  # fmt: skip
     whole = PruneWeights(**recipe)
     fit(inputs, tmp_path / "whole", whole, max_steps=0)
-    save, pruned = BlockStore.save, loop.prune_block
+    save, pruned = BlockStore.save, weights_block.prune_block
 
     def dies(store: BlockStore, index: int, block: Any, done: PrunedBlock) -> None:
         if index == 1:
@@ -273,7 +275,7 @@ def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
         blocks.append(linears[0].block)
         return pruned(block, linears, *arguments)
 
-    monkeypatch.setattr(loop, "prune_block", watched)
+    monkeypatch.setattr(weights_block, "prune_block", watched)
     again = PruneWeights(**recipe)
     fit(inputs, tmp_path / "run", again, max_steps=0)
     assert blocks == [1, 2]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.pruning.blocks.refit import LayerRefit, refit
-from secateur.pruning.blocks.ridge import Sums, solve, squared_error
+from secateur.pruning.blocks.linears import linears_of
+from secateur.pruning.blocks.refit import (
+    Batch,
+    BlockPair,
+    LayerRefit,
+    outputs,
+    refit,
+    refit_block,
+)
+from secateur.pruning.blocks.ridge import Sums, damped, solve, squared_error, under_mask
+from secateur.pruning.blocks.source import CalibrationStates, LiveBlocks
 from secateur.pruning.export.cut import cut
 from secateur.pruning.families import blocks_of, family_of
 from secateur.pruning.plan import Plan, full_plan, plan_from_indices
@@ -225,3 +235,52 @@ def test_text_and_settings_that_do_harm_are_refused() -> None:
     with pytest.raises(ValueError, match=r"1\.mlp\.down_proj .* not finite"):
         refit(model, narrow, plan, WINDOWS_WT)
     assert LayerRefit("0.mlp.down_proj", 0.01).error_before is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "variant"), ROWS)
+def test_zeros_stay_and_the_model_comes_closer(family: str, variant: str) -> None:
+    dense, plain, sparse = (tiny_model(family, **VARIANTS[family][variant]) for _ in range(3))
+    generator, blocks = torch.Generator().manual_seed(0), f"{family_of(dense.config).blocks}."
+    masks: list[dict[str, Tensor]] = [{} for _ in blocks_of(dense, family_of(dense.config))]
+    for linears in linears_of(dense):
+        for linear in linears:
+            mask_OI = torch.rand(linear.shape, generator=generator) < 0.5
+            mask_OI[:, 0] = True  # a row may not be empty
+            masks[linear.block][linear.path] = mask_OI
+            for model in (plain, sparse):
+                model.get_submodule(f"{blocks}{linear.name}").weight.mul_(mask_OI)
+    plan = full_plan(dense, "base")
+    states = CalibrationStates(LiveBlocks(dense), WINDOWS_WT, 8)
+    hidden = [*states.hidden]
+    for index, own in enumerate(masks):
+        pair = BlockPair(
+            index, *(blocks_of(m, family_of(m.config))[index] for m in (dense, sparse)), plan
+        )
+        batches = [
+            Batch(call, replace(call, hidden_BTD=hidden_BTD))
+            for call, hidden_BTD in zip(states.calls(index), hidden, strict=True)
+        ]
+        refit_block(pair, batches, masks=own)
+        for number, batch in enumerate(batches):
+            states.hidden[number], hidden[number] = outputs(pair, batch)
+        for path, mask_OI in own.items():
+            assert bool((pair.narrow.get_submodule(path).weight[~mask_OI] == 0).all())
+    assert error(dense, sparse) < 0.8 * error(dense, plain)
+
+
+def test_a_masked_solution_is_the_best_under_its_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_NI, y_NO = (torch.randn(40, c, generator=generator).double() for c in (6, 3))
+    mask_OI = torch.rand(3, 6, generator=generator) < 0.5
+    gram_II, cross_OI = x_NI.T @ x_NI, y_NO.T @ x_NI
+    free_OI, used = solve(gram_II, cross_OI, torch.zeros(3, 6), 0.1)
+    found_OI = under_mask(free_OI, mask_OI, damped(gram_II, used))
+    m = 0.1 * float(gram_II.diagonal().mean())
+    for row in range(3):
+        kept = mask_OI[row]
+        design = torch.cat([x_NI[:, kept], math.sqrt(m) * torch.eye(int(kept.sum())).double()])
+        target = torch.cat([y_NO[:, row], torch.zeros(int(kept.sum())).double()])
+        expected = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+        torch.testing.assert_close(found_OI[row, kept], expected)
+        assert not bool(found_OI[row, ~kept].any())

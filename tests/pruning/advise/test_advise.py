@@ -117,7 +117,7 @@ def test_every_method_tells_what_remains_where_figures_come_from_and_what_to_typ
     blocks, alike, narrowed, learned = found
     assert "stock llama of 2 blocks" in blocks.facts["remains"]
     assert "+0.50 nats per token measured here" in blocks.facts["loss"]
-    assert "0.29 to 0.50 expected" in blocks.facts["loss"]
+    assert "0.13 to 0.50 expected" in blocks.facts["loss"]
     assert "+0.75 nats per token measured here before the refit" in alike.facts["loss"]
     assert "budget.uniform true" in alike.command
     assert "0.11 to 0.25 expected" in narrowed.facts["loss"]  # 0.25 x 0.164 / 0.357

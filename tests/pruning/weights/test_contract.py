@@ -28,7 +28,7 @@ from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.weights.guard import decide
 from secateur.pruning.weights.joint_saliency import JointSaliency
 from secateur.pruning.weights.layers import AllLinears, AttentionOnly, LayerSelection, MlpOnly
-from secateur.pruning.weights.least_squares import LeastSquares
+from secateur.pruning.weights.least_squares import LeastSquares, ResidualLeastSquares
 from secateur.pruning.weights.loop import prune_weights
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.masks import WeightMasks
@@ -66,6 +66,9 @@ ROWS: dict[type, WeightRecipe] = {
     Barber: WeightRecipe(NM(2, 4), DaSS(), refinement=Barber(0.1)),
     SparseGPTSweep: WeightRecipe(HALF, Wanda(), compensation=SparseGPTSweep()),
     LeastSquares: WeightRecipe(HALF, DaSS(), compensation=LeastSquares()),
+    ResidualLeastSquares: WeightRecipe(
+        NM(2, 4), Wanda(), compensation=ResidualLeastSquares(), matrices=MlpOnly()
+    ),
     AllLinears: WeightRecipe(HALF, Magnitude(), matrices=AllLinears()),
     MlpOnly: WeightRecipe(HALF, DaSS(), matrices=MlpOnly()),
     AttentionOnly: WeightRecipe(HALF, Wanda(), matrices=AttentionOnly()),
@@ -95,7 +98,7 @@ def make() -> Any:
 
 
 def windows() -> Tensor:
-    return torch.randint(320, (6, 16), generator=torch.Generator().manual_seed(0))
+    return torch.randint(320, (9, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("part", ROWS, ids=lambda part: part.__name__)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from secateur.pruning.blocks.ridge import under_mask
 from secateur.pruning.blocks.statistics import Gram
 from secateur.pruning.weights.hessian import damped, inverse_factors
 from secateur.pruning.weights.joint_saliency import JointSaliency, joint_losses
-from secateur.pruning.weights.least_squares import LeastSquares, refit
+from secateur.pruning.weights.least_squares import LeastSquares
 from secateur.pruning.weights.magnitude import Magnitude
 from secateur.pruning.weights.pattern import NM, Pattern, PerColumn, PerMatrix, PerRow, Unstructured
 from secateur.pruning.weights.sparse_gpt import ObsSaliency, SparseGPTSweep, sweep
@@ -28,7 +29,7 @@ def test_a_sweep_by_hand() -> None:
     keep = torch.tensor([[False, True]])
     weight_OI, _ = sweep(torch.tensor([[1.0, 2.0]]), factor_II, lambda w, d, own: keep[:, own])
     torch.testing.assert_close(weight_OI, torch.tensor([[0.0, 2.5]]))
-    refitted_OI = refit(torch.tensor([[1.0, 2.0]]), keep, hessian_II)
+    refitted_OI = under_mask(torch.tensor([[1.0, 2.0]]), keep, hessian_II)
     torch.testing.assert_close(refitted_OI, torch.tensor([[0.0, 2.5]]))
 
 
@@ -113,7 +114,7 @@ def test_the_refit_equals_the_formula_of_the_paper() -> None:
         gone = (~keep_I).nonzero()[:, 0]
         if len(gone):
             row -= row[gone] @ torch.linalg.inv(inverse_II[gone][:, gone]) @ inverse_II[gone]
-    torch.testing.assert_close(refit(weight_OI, mask_OI, hessian_II), expected_OI)
+    torch.testing.assert_close(under_mask(weight_OI, mask_OI, hessian_II), expected_OI)
 
 
 def test_inputs_that_are_never_read_do_no_harm() -> None:
