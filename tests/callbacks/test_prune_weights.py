@@ -23,7 +23,6 @@ from secateur.pruning.blocks.source import LiveBlocks
 from secateur.pruning.depth import BlockMagnitude, Blocks, OneShot
 from secateur.pruning.lora import LoRA
 from secateur.pruning.measure.perplexity import perplexity
-from secateur.pruning.weights import block as weights_block
 from secateur.pruning.weights import guard
 from secateur.pruning.weights.alpha_pruning import AlphaPruning
 from secateur.pruning.weights.dass import DaSS
@@ -245,9 +244,11 @@ def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
     recipe: dict[str, Any] = {
         "pattern": NM(2, 4), "score": ObsSaliency(), "compensation": compensation,
     } | SMALL  # fmt: skip
+    monkeypatch.setattr(guard, "trial", lambda _, recipe, **__: 2.0 - bool(recipe.compensation))
     whole = PruneWeights(**recipe)
     fit(inputs, tmp_path / "whole", whole, max_steps=0)
-    save, pruned = BlockStore.save, weights_block.prune_block
+    assert whole.history[0]["applied"]["compensation"] == repr(compensation)
+    save = BlockStore.save
 
     def dies(store: BlockStore, index: int, block: Any, done: PrunedBlock) -> None:
         if index == 1:
@@ -271,11 +272,11 @@ def test_a_run_that_was_killed_goes_on_at_the_block_that_it_was_in(
         fit(inputs, tmp_path / "run", PruneWeights(**recipe), max_steps=0, dtype="float64")
     blocks: list[int] = []
 
-    def watched(block: Any, linears: Any, *arguments: Any) -> PrunedBlock:
-        blocks.append(linears[0].block)
-        return pruned(block, linears, *arguments)
+    def watched(store: BlockStore, index: int, block: Any, done: PrunedBlock) -> None:
+        blocks.append(index)
+        save(store, index, block, done)
 
-    monkeypatch.setattr(weights_block, "prune_block", watched)
+    monkeypatch.setattr(BlockStore, "save", watched)
     again = PruneWeights(**recipe)
     fit(inputs, tmp_path / "run", again, max_steps=0)
     assert blocks == [1, 2]
