@@ -70,7 +70,7 @@ def test_without_training_it_does_what_the_loop_does(inputs: Path, tmp_path: Pat
     callback = PruneWeights(NM(2, 4), **SMALL)
     module, trainer = fit(inputs, tmp_path, callback, max_steps=0)
     dense: Any = AutoModelForCausalLM.from_pretrained(inputs / "base")
-    held_back_NT, windows_NT = callback._split_windows(trainer)
+    windows_NT, held_back_NT = callback.split_windows(trainer)
     assert len({tuple(row.tolist()) for row in torch.cat([held_back_NT, windows_NT])}) == 12
     before = perplexity(dense, held_back_NT).value
     found = prune_weights(LiveBlocks(dense), WeightRecipe(NM(2, 4)), windows_NT)
