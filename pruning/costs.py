@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.families import PARTS, Family, blocks_of, family_of
+from secateur.pruning.heads import HEADS
 from secateur.pruning.sites import Site, find_sites
 
 Product = tuple[int | float, *tuple[int | float, ...]]
@@ -132,7 +133,7 @@ class Cost(ABC):
 
         Args:
             model: The dense model.
-            family: The row of its family, `with_parts` or without; None means without.
+            family: The row of its family, with additional sites or without; None means without.
 
         Raises:
             ValueError: The cost of such a model is not known.
@@ -210,13 +211,14 @@ class Flops(Count):
         head = model.get_output_embeddings()
         assert head is not None
         attention_output = next(p.path for p in family.projections if p.output == "attn_out")
-        part = _parts(sites)
+        part, heads = _parts(sites), _heads(sites)
         for number, block in enumerate(blocks_of(model, family)):
             if not family.has(block, "attn"):
                 continue
             # q k^T and the weighted sum of v: 2 products of context_tokens x query width.
-            query_width = block.get_submodule(attention_output).in_features
-            products.append((4 * self.context_tokens * int(query_width), part(number, "attn")))  # type: ignore[arg-type]
+            groups, axis = heads(number)
+            query_width = int(block.get_submodule(attention_output).in_features) // groups  # type: ignore[arg-type]
+            products.append((4 * self.context_tokens * query_width, axis, part(number, "attn")))
         return CostTable(sites, products, constant=2 * head.in_features * head.out_features)
 
 
@@ -279,7 +281,7 @@ class Bytes(Cost):
         self, model: PreTrainedModel, family: Family, sites: list[Site]
     ) -> list[Product]:
         """Bytes of the keys and values of every attention."""
-        part, products = _parts(sites), list[Product]()
+        part, heads, products = _parts(sites), _heads(sites), list[Product]()
         for number, block in enumerate(blocks_of(model, family)):
             if not family.has(block, "attn"):
                 continue
@@ -288,9 +290,10 @@ class Bytes(Cost):
             linears: list[Any] = [
                 block.get_submodule(f"self_attn.{name}_proj") for name in ("k", "v")
             ]
-            width = sum(linear.out_features for linear in linears)
+            groups, axis = heads(number)
+            width = sum(linear.out_features for linear in linears) // groups
             bytes_per_token = self.batch_size * width * self.cache_bits / 8
-            products.append((tokens * bytes_per_token, part(number, "attn")))
+            products.append((tokens * bytes_per_token, axis, part(number, "attn")))
         return products
 
 
@@ -310,6 +313,14 @@ def _parts(sites: Sequence[Site]) -> Callable[[int, str], int | float]:
     return lambda block, part: index.get((block, part), float((block, part) in there))
 
 
+def _heads(sites: Sequence[Site]) -> Callable[[int], tuple[int, int | float]]:
+    """Map a block to the number of its groups of heads and their axis of a product: their site, or
+    (1, 1.0) if they are never cut.
+    """
+    found = {s.block: (s.size, i) for i, s in enumerate(sites) if s.name == HEADS}
+    return lambda block: found.get(block, (1, 1.0))
+
+
 def _projection_products(
     model: PreTrainedModel,
     family: Family,
@@ -319,20 +330,24 @@ def _projection_products(
 ) -> list[Product]:
     index = {(site.block, site.name): i for i, site in enumerate(sites)}
     part = _parts(sites)
+
+    def axis(block: int, site: str | None, features: int) -> tuple[int | float, int]:
+        """An axis of a product, and the features of one of its entries."""
+        if site is None:
+            return float(features), 1
+        place = index[block, site]
+        return place, features // sites[place].size
+
     products: list[Product] = []
     for number, block in enumerate(blocks_of(model, family)):
         for projection in family.projections_of(block):
-            linear = block.get_submodule(projection.path)
-            rows: int | float = float(linear.out_features)  # type: ignore[arg-type]
-            columns: int | float = float(linear.in_features)  # type: ignore[arg-type]
-            if projection.output is not None:
-                rows = index[number, projection.output]
-            if projection.input is not None:
-                columns = index[number, projection.input]
+            linear: Any = block.get_submodule(projection.path)
+            rows, row_unit = axis(number, projection.output, linear.out_features)
+            columns, column_unit = axis(number, projection.input, linear.in_features)
             gate = part(number, projection.part)
-            products.append((weight_unit, rows, columns, gate))
+            products.append((weight_unit * row_unit * column_unit, rows, columns, gate))
             if linear.bias is not None:
-                products.append((bias_unit, rows, gate))
+                products.append((bias_unit * row_unit, rows, gate))
     return products
 
 

@@ -12,7 +12,7 @@ residual stream a block reads and writes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from secateur.pruning import heads
+from secateur.pruning.heads import HEADS
 from secateur.pruning.modelling import is_narrow, narrow_type, stock_type
 
 PARTS = ("attn", "mlp")
@@ -51,8 +53,9 @@ class Projection:
 
     Args:
         path: Module, relative to its block. Its weight has shape (output features, input features).
-        input: Site that selects its input features; None if they are never cut.
-        output: Site that selects its output features, bias included; None if they are never cut.
+        input: Site that selects its input features; None if they belong to heads, and these are
+            never cut.
+        output: The same of its output features, bias included.
     """
 
     path: str
@@ -92,7 +95,9 @@ class Family:
         projections: Every prunable linear layer of a block.
         norms: Every norm whose output a site selects.
         mlp_width: Field of the configuration with the size of the site `mlp_mid`, the only width
-            that a stock model of the family can change.
+            beside the number of heads that a stock model of the family can change.
+        stock_heads: Function that tells whether a stock model may have other heads than fill its
+            residual stream, given the width of the stream and the number of query heads.
         refuse: Function that returns why a configuration of this family cannot be pruned, or None
             if it can.
         narrow: Whether blocks may differ in width, and lack attention or MLP.
@@ -104,6 +109,7 @@ class Family:
     projections: tuple[Projection, ...]
     norms: tuple[Norm, ...]
     mlp_width: str = "intermediate_size"
+    stock_heads: Callable[[int, int], bool] = heads.never
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
     narrow: bool = False
 
@@ -152,6 +158,27 @@ class Family:
     def with_parts(self) -> Family:
         """The family with two additional sites of size 1 per block: attention and MLP."""
         return replace(self, gates={**self.gates, **self.parts})
+
+    def with_heads(self) -> Family:
+        """The family with an additional site in every attention: its groups of heads.
+
+        The gate of a group multiplies the output of its heads, before the projection that reads it.
+        """
+        (reader,) = (p.path for p in self.projections if p.output == "attn_out")
+        gates: dict[str, GatePoint] = {}
+        for name, point in self.gates.items():
+            if name == "attn_out":
+                gates[HEADS] = GatePoint(reader, "input")
+            gates[name] = point
+        projections = (
+            replace(p, input=p.input or HEADS, output=p.output or HEADS) for p in self.projections
+        )
+        return replace(self, gates=gates, projections=tuple(projections))
+
+    def having(self, names: Collection[str]) -> Family:
+        """The family with those additional sites that are named: `attn_heads`, `attn`, `mlp`."""
+        family = self.with_heads() if HEADS in names else self
+        return family.with_parts() if {*PARTS} & {*names} else family
 
     def part_of_tensor(self, path: str) -> str | None:
         """The part that a tensor of a block belongs to; None if both parts need it.
@@ -245,12 +272,13 @@ _LLAMA = Family(
         Norm("input_layernorm", output="attn_in"),
         Norm("post_attention_layernorm", output="mlp_in"),
     ),
+    stock_heads=heads.if_they_divide,
 )
-# Sliding windows, biases of q, k and v, and norms of queries and keys are inside attention, which
-# no site cuts.
-_MISTRAL = replace(_LLAMA, model_type="mistral")
-_QWEN2 = replace(_LLAMA, model_type="qwen2")
-_QWEN3 = replace(_LLAMA, model_type="qwen3")
+# Sliding windows and norms of queries and keys are the same for all heads. Configurations of Qwen2,
+# OPT and Phi have no `head_dim`: their heads fill the residual stream.
+_MISTRAL = replace(_LLAMA, model_type="mistral", stock_heads=heads.always)
+_QWEN2 = replace(_LLAMA, model_type="qwen2", stock_heads=heads.never)
+_QWEN3 = replace(_LLAMA, model_type="qwen3", stock_heads=heads.always)
 
 # Sandwich norms: attention and MLP are also normalised before they are added to the residual
 # stream. Their gates multiply before that norm, so that the projection in front of it can shrink;
@@ -272,6 +300,7 @@ _GEMMA2 = Family(
         Norm("pre_feedforward_layernorm", output="mlp_in"),
         Norm("post_feedforward_layernorm", output="mlp_out"),
     ),
+    stock_heads=heads.if_they_divide,
     refuse=_refuse_bidirectional,
 )
 _GEMMA3 = replace(_GEMMA2, model_type="gemma3_text")
@@ -328,7 +357,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of the table for a configuration.
+    """The row of the table for a configuration, with heads if its blocks differ in these.
 
     Raises:
         ValueError: The family is unknown, or this member of it cannot be pruned.
@@ -336,7 +365,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = family_named(config.model_type)
     if reason := family.refuse(config):
         raise ValueError(f"This {family.model_type} model cannot be pruned: {reason}")
-    return family
+    blocks = getattr(config, "block_widths", None) or ()
+    return family.having({name for widths in blocks for name in widths} - {*PARTS})
 
 
 def family_named(model_type: str) -> Family:

@@ -8,7 +8,8 @@ Neither can run code. Equal plans give equal files, byte for byte.
 In a model folder they are in `plan/`: servers load every safetensors file at its top level as
 weights.
 
-A plan may have, per block, the sites `attn` and `mlp` of size 1: one gate each for the entire
+A plan may have, per block, the site `attn_heads`: groups of heads, each a key-value head with its
+query heads. It may also have the sites `attn` and `mlp` of size 1: one gate each for the entire
 attention and the entire MLP. If such a site keeps nothing, the sites of that part keep nothing
 either.
 
@@ -28,10 +29,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning import plan_files
-from secateur.pruning.families import PARTS, Family, family_named, family_of, skeleton
+from secateur.pruning.composition import compose_gains, compose_kept
+from secateur.pruning.families import Family, family_named, family_of, skeleton
+from secateur.pruning.heads import HEADS
 from secateur.pruning.modelling import is_narrow, narrow_type
 from secateur.pruning.plan_files import read_plan, write_plan
-from secateur.pruning.sites import Site, compose_gains, find_sites, gain_sizes, widths_table
+from secateur.pruning.sites import Site, features_of, find_sites, gain_sizes, widths_table
 
 TENSORS, DESCRIPTION = plan_files.TENSORS, plan_files.DESCRIPTION
 IN_MODEL = "plan"
@@ -90,9 +93,8 @@ class Plan:
 
     @property
     def family(self) -> Family:
-        """The row of the family whose sites these are, `with_parts` or without."""
-        family = family_named(self.model_type)
-        return family.with_parts() if any(site.is_part for site in self.sites) else family
+        """The row of the family whose sites these are."""
+        return family_named(self.model_type).having({site.name for site in self.sites})
 
     def keeps(self, block: int, part: str) -> bool:
         """Test whether the attention (`attn`) or the MLP (`mlp`) of a block is kept, at any width;
@@ -128,33 +130,42 @@ class Plan:
             by_block.setdefault(site.block, {})[site.name] = width
         return [by_block[block] for block in sorted(by_block)]
 
-    def stock_mlp_width(self) -> int | None:
-        """The common width of all MLPs, if nothing else is cut in the remaining blocks.
+    def stock_widths(self) -> dict[str, int] | None:
+        """The common width of all MLPs (`mlp_mid`) and, if they are cut, the common number of
+        groups of heads (`attn_heads`), if nothing else is cut in the remaining blocks.
 
-        Such a plan leaves a stock model of the family, which needs no code of its own. None
-        otherwise, and always for a narrow base model.
+        A model of these widths needs no code of its own. None otherwise, and always for a narrow
+        base model.
         """
         if is_narrow(self.model_type):
             return None
         stay = set(self.kept_blocks())
         sites = [(site, width) for site, width in self._widths_of_sites() if site.block in stay]
         cut = {site.name for site, width in sites if width < site.size}
-        mlps = {width for site, width in sites if site.name == "mlp_mid"}
-        return mlps.pop() if cut <= {"mlp_mid"} and len(mlps) == 1 else None
+        found = {name: {w for s, w in sites if s.name == name} for name in {"mlp_mid"} | cut}
+        uniform = all(len(widths) == 1 for widths in found.values())
+        if not uniform or not cut <= {"mlp_mid", HEADS}:
+            return None
+        return {name: widths.pop() for name, widths in found.items()}
 
     def _widths_of_sites(self) -> zip[tuple[Site, int]]:
         return zip(self.sites, self.widths, strict=True)
 
-    def index(self, block: int, name: str) -> Tensor:
-        """Kept indices (int64) of one site.
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {site.key: place for place, site in enumerate(self.sites)}
 
-        Raises:
-            KeyError: There is no such site.
-        """
-        for site, index_W in zip(self.sites, self.kept, strict=True):
-            if (site.block, site.name) == (block, name):
-                return index_W
-        raise KeyError(f"{block}.{name}")
+    def size(self, block: int, name: str) -> int:
+        """Number of entries of one site of the base model; KeyError if there is none."""
+        return self.sites[self._places[f"{block}.{name}"]].size
+
+    def index(self, block: int, name: str) -> Tensor:
+        """Kept indices (int64) of one site; KeyError if there is none."""
+        return self.kept[self._places[f"{block}.{name}"]]
+
+    def features(self, block: int, name: str, count: int) -> Tensor:
+        """The same for a tensor that has `count` features, one or several of every entry."""
+        return features_of(self.index(block, name), self.size(block, name), count)
 
     def gates(self) -> tuple[Tensor, ...]:
         """The gates (float32), one vector of shape (I,) per site: 1 for kept entries, else 0."""
@@ -206,35 +217,16 @@ class Plan:
         Raises:
             ValueError: The other plan was made for another family or other sizes.
         """
-        left = other.model_type
-        if left != (self.model_type if self.stock_mlp_width() else narrow_type(self.model_type)):
+        left, stock = other.model_type, self.stock_widths()
+        leaves = {narrow_type(self.model_type)} if stock is None else {self.model_type}
+        if HEADS in (stock or {}):  # the configuration decides, see `secateur.pruning.heads`
+            leaves.add(narrow_type(self.model_type))
+        if left not in leaves:
             raise ValueError(f"The plan leaves no {left!r} model, for which the next one was made.")
-        blocks = self.kept_blocks()
-        found = {(blocks[s.block], s.name): s.size for s in other.sites if s.block < len(blocks)}
-        widths = {(s.block, s.name): w for s, w in self._widths_of_sites() if w and not s.is_part}
-        if len(blocks) <= max(s.block for s in other.sites) or widths != {
-            key: size for key, size in found.items() if key[1] not in PARTS
-        }:
-            raise ValueError(
-                "The next plan does not fit: its sites differ from those of the model that this "
-                "one leaves; give a plan that was made for that model."
-            )
-        next_kept = {
-            (blocks[site.block], site.name): index_W
-            for site, index_W in zip(other.sites, other.kept, strict=True)
-        }
-        kept_of = dict(zip(self.sites, self.kept, strict=True))
-        sites, kept = [], []
-        for block in sorted({site.block for site in self.sites}):
-            own = [site for site in self.sites if site.block == block and not site.is_part]
-            for site in own:
-                sites.append(site)
-                kept.append(kept_of[site][next_kept.get((block, site.name), torch.arange(0))])
-            if self.family.gates.keys() | other.family.gates.keys() >= set(PARTS):
-                for part in (part for part in PARTS if (block, part) in self._parts):
-                    stays = self.keeps(block, part) and len(next_kept.get((block, part), [0])) > 0
-                    sites.append(Site(block, part, 1))
-                    kept.append(torch.arange(int(stays)))
+        first = dict(zip(self.sites, self.kept, strict=True))
+        second = dict(zip(other.sites, other.kept, strict=True))
+        blocks, names = self.kept_blocks(), {site.name for site in other.sites}
+        kept = compose_kept(first, second, blocks, self.family.having(names))
         stages = [
             stage
             for plan in (self, other)
@@ -243,10 +235,10 @@ class Plan:
         return Plan(
             model_type=self.model_type,
             base=self.base,
-            sites=tuple(sites),
-            kept=tuple(kept),
+            sites=tuple(kept),
+            kept=tuple(kept.values()),
             provenance={"method": "one plan after another", "stages": stages},
-            gains=compose_gains(self.family, self.gains, other.gains, kept_of, blocks),
+            gains=compose_gains(self.family, self.gains, other.gains, first, blocks),
         )
 
     def describe(self) -> str:
@@ -338,8 +330,8 @@ def plan_from_indices(
         kept: One vector of kept indices (int64, sorted) per site, in order.
         provenance: How they were chosen.
         gains: Factors by name, see `Plan`; None means ones.
-        family: The row of the family whose sites these are, `with_parts` or without; None means
-            without.
+        family: The row of the family whose sites these are, with additional sites or without; None
+            means without.
     """
     return Plan(
         model_type=model.config.model_type,

@@ -7,7 +7,7 @@ over all gates of a model is the concatenation of its sites in this order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.pruning.families import PARTS, Family, blocks_of, part_of
+from secateur.pruning.heads import HEADS, head_dim
+
+KEYS = "self_attn.k_proj"
+"""The projection of keys, in the blocks of every family."""
 
 SMALLEST_FAST = 512
 """Entries of the residual stream from which on shapes determine speed."""
@@ -35,7 +39,8 @@ class Site:
     Args:
         block: Index of the block in the original model.
         name: Name of the site in the family's row, such as `mlp_mid`.
-        size: Number of entries before pruning.
+        size: Number of entries before pruning. An entry is one feature; of `attn_heads`, the
+            features of a group of heads.
     """
 
     block: int
@@ -53,6 +58,11 @@ class Site:
         return self.name in PARTS
 
     @property
+    def is_of_features(self) -> bool:
+        """Whether an entry is a single feature, and not a group of heads or an entire part."""
+        return not self.is_part and self.name != HEADS
+
+    @property
     def is_of_stream(self) -> bool:
         """Whether its entries belong to the residual stream, read or written."""
         return self.name.endswith(("_in", "_out"))
@@ -68,7 +78,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
 
     Args:
         model: A causal language model of the family.
-        family: Its row of the table, `with_parts` or without.
+        family: Its row of the table, with additional sites or without.
 
     Raises:
         ValueError: A projection or norm of the family's row is missing in the model.
@@ -93,10 +103,29 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
                 (projection.input, linear.in_features),
                 (projection.output, linear.out_features),
             ):
-                if site is not None:
+                if site is not None and site != HEADS:
                     sizes[site] = int(size)  # type: ignore[arg-type]
+        if HEADS in family.gates and family.has(block, "attn"):
+            keys: Any = block.get_submodule(KEYS)
+            sizes[HEADS] = int(keys.out_features) // head_dim(model.config)
         sites += [Site(index, name, sizes[name]) for name in family.gates_of(block)]
     return sites
+
+
+def features_of(index_W: Tensor, size: int, features: int) -> Tensor:
+    """The features (int64) of kept entries of a site, on one side of a projection.
+
+    Args:
+        index_W: Kept entries (int64).
+        size: Number of entries of the site; each has equally many features, side by side.
+        features: Number of features.
+
+    Example: entries 0 and 2 of 3 are features 0, 1, 4 and 5 of 6.
+    """
+    each = features // size
+    if each == 1:
+        return index_W
+    return (index_W[:, None] * each + torch.arange(each, device=index_W.device)).flatten()
 
 
 def gain_sizes(model: PreTrainedModel, family: Family) -> dict[str, int]:
@@ -115,37 +144,6 @@ def gain_sizes(model: PreTrainedModel, family: Family) -> dict[str, int]:
             sizes[f"{index}.{projection.path}.input"] = int(linear.in_features)
             sizes[f"{index}.{projection.path}.output"] = int(linear.out_features)
     return sizes
-
-
-def compose_gains(
-    family: Family,
-    gains: Mapping[str, Tensor] | None,
-    next_gains: Mapping[str, Tensor] | None,
-    kept: Mapping[Site, Tensor],
-    kept_blocks: Sequence[int],
-) -> dict[str, Tensor] | None:
-    """Compose the gains of two cuts: the second gains multiply those of the same features.
-
-    Args:
-        family: The row of the family of the first model.
-        gains: Gains of the first cut, by the names of `gain_sizes`; missing names mean 1.
-        next_gains: Gains of the second cut, by the names of the model that the first one leaves.
-        kept: Indices that the first cut keeps, by site.
-        kept_blocks: Blocks of the first model that the second one has, in order.
-    """
-    composed = {name: gain_F.clone() for name, gain_F in (gains or {}).items()}
-    of_site = {(site.block, site.name): (site.size, index_W) for site, index_W in kept.items()}
-    sides = {f"{p.path}.input": p.input for p in family.projections}
-    sides |= {f"{p.path}.output": p.output for p in family.projections}
-    for place, block in enumerate(kept_blocks):
-        for side, site in sides.items():
-            if (next_W := (next_gains or {}).get(f"{place}.{side}")) is None:
-                continue
-            size, index_W = len(next_W), torch.arange(len(next_W))
-            if site is not None:
-                size, index_W = of_site[block, site]
-            composed.setdefault(f"{block}.{side}", torch.ones(size))[index_W] *= next_W
-    return composed or None
 
 
 def names_of(sites: Sequence[Site]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig
 from secateur.pruning.advise.probe import Times
 from secateur.pruning.costs import Bytes
 from secateur.pruning.families import skeleton
+from secateur.pruning.heads import head_dim, num_groups
 from secateur.pruning.measure.sizes import count
 
 
@@ -174,7 +174,5 @@ def _check_fraction(option: str, fraction: float) -> None:
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token, all blocks."""
-    found: Any = config
-    size = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads
-    heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
-    return int(2 * found.num_hidden_layers * heads * size * dtype.itemsize)
+    features = num_groups(config) * head_dim(config)
+    return int(2 * config.num_hidden_layers * features * dtype.itemsize)

@@ -194,9 +194,9 @@ class BlockPair:
     narrow: nn.Module | None
     plan: Plan
 
-    def kept(self, site: str) -> Int[Tensor, " W"]:
-        """Kept indices of a site of this block."""
-        return self.plan.index(self.index, site)
+    def kept(self, site: str, count: int) -> Int[Tensor, " W"]:
+        """Which of `count` features of a site of this block are kept."""
+        return self.plan.features(self.index, site, count)
 
 
 @dataclass
@@ -320,7 +320,8 @@ def _refit_readers(
     for reader in readers:
         weight_OI = with_bias(block.dense.get_submodule(reader.path))
         if reader.output is not None:
-            weight_OI = weight_OI[block.kept(reader.output).to(weight_OI.device)]
+            kept_W = block.kept(reader.output, len(weight_OI))
+            weight_OI = weight_OI[kept_W.to(weight_OI.device)]
         used = solver.replace(reader.path, sums.gram_KK, weight_OI @ sums.cross_YK)
         records.append(LayerRefit(f"{block.index}.{reader.path}", used))
     return records
@@ -357,7 +358,8 @@ def _target(block: BlockPair, part: str, path: str, batch: Batch) -> tuple[Tenso
         batch.dense_output = stream_BTD
     family = block.plan.family
     if family.parts[part] != family.gates[f"{part}_out"]:  # a norm follows
-        return added_BTO, added_BTO.float()[..., block.kept(f"{part}_out").to(added_BTO.device)]
+        kept_W = block.kept(f"{part}_out", added_BTO.shape[-1])
+        return added_BTO, added_BTO.float()[..., kept_W.to(added_BTO.device)]
     lack_BTD = stream_BTD.float() - batch.narrow.hidden_BTD.float()
     if batch.narrow_attention is not None:
         lack_BTD = _plus(lack_BTD, block.narrow, "attn", -batch.narrow_attention.float())

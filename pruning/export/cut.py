@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.depth.removal import shortened_config
-from secateur.pruning.export.configuration import own_code
+from secateur.pruning.export.configuration import own_code, stock_fields
 from secateur.pruning.export.slices import Slices
 from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.plan import Plan
@@ -81,11 +81,12 @@ def narrow_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     if len(keep) < config.num_hidden_layers:
         method = {"method": plan.provenance.get("method", "a plan")}
         smaller = shortened_config(config, keep, method)
-    if (width := plan.stock_mlp_width()) is not None:
-        setattr(smaller, plan.family.mlp_width, width)
+    if (fields := stock_fields(config, plan)) is not None:
+        for name, value in fields.items():
+            setattr(smaller, name, value)
         return smaller
     found = config_class(narrow_type(plan.model_type))
-    narrow: PreTrainedConfig = found.from_dict(smaller.to_dict() | own_code(plan))
+    narrow: PreTrainedConfig = found.from_dict(smaller.to_dict() | own_code(config, plan))
     return narrow
 
 

@@ -1,8 +1,9 @@
 """Prove an export to the bit: names, shapes, types, weights, indices and configuration.
 
 Whole tensors of the base model are multiplied by their gains, rounded to the type of the file, and
-only then indexed: another way than that of `secateur.pruning.export.slices`, which writes them.
-Logits cannot do this; in a narrow type, weights that are a few percent off pass for roundings.
+only then indexed, by entries of a site: another way than that of `secateur.pruning.export.slices`,
+which writes them. Logits cannot do this; in a narrow type, weights that are a few percent off pass
+for roundings.
 
 Memory: one tensor of the base model in float32.
 
@@ -184,9 +185,11 @@ def _cut(path: Path, name: str, plan: Plan) -> Tensor:
         tensor = scaled.to(tensor.dtype)
     for axis, site in enumerate(plan.family.axes(relative)):
         if site is not None:
-            index_W = plan.index(block, site)
-            if len(index_W) < tensor.shape[axis]:
-                tensor = tensor[index_W] if axis == 0 else tensor[:, index_W]
+            index_W, size = plan.index(block, site), plan.size(block, site)
+            if len(index_W) < size:
+                entries = tensor.unflatten(axis, (size, -1))
+                entries = entries[index_W] if axis == 0 else entries[:, index_W]
+                tensor = entries.flatten(axis, axis + 1)
     return tensor
 
 

@@ -1,10 +1,10 @@
 """Write a model folder as one GGUF file for llama.cpp and programs built on it.
 
-Stock models (complete, without some blocks, or with all MLPs narrowed to one width) keep the
-architecture of their family. Llamas, Mistrals and Qwen2s whose MLPs differ in width, or that lack
-the attention or the MLP of some blocks, become the architecture `deci`, which stores these numbers
-per block. llama.cpp cannot represent models that select entries of the residual stream; they are
-refused.
+Stock models (complete, without some blocks, or with all MLPs or attentions narrowed alike) keep the
+architecture of their family. Llamas, Mistrals and Qwen2s whose blocks differ in MLP width or number
+of heads, or that lack the attention or the MLP of some blocks, become the architecture `deci`,
+which stores these numbers per block. llama.cpp cannot represent models that select entries of the
+residual stream; they are refused.
 
 Two adjustments make llama.cpp compute the same as the model. If it scales attention scores by its
 own factor instead of Gemma's, queries are multiplied by the quotient. It ignores the attention of a
@@ -51,6 +51,7 @@ from secateur.pruning.export.gguf_tokenizer import add_tokenizer
 from secateur.pruning.export.native_shape import NativeShape, read_shape
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.headers import weight_files
+from secateur.pruning.heads import head_dim
 
 _F32 = GGMLQuantizationType.F32
 TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -208,7 +209,7 @@ def _architecture_of(shape: NativeShape) -> _Architecture:
     if name == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
         wrong.append("no `attn_logit_softcapping` or `final_logit_softcapping`")
     if found.period > 1 and _windows(config):
-        expected = [bool((block + 1) % found.period) for block in range(len(shape.attentions))]
+        expected = [bool((block + 1) % found.period) for block in range(len(shape.groups))]
         if [kind == "sliding_attention" for kind in config.layer_types] != expected:
             wrong.append(
                 f"full attention in other blocks than one in every {found.period} (remove blocks "
@@ -239,11 +240,6 @@ def _windows(config: PreTrainedConfig) -> int | None:
     return window if used and window and window < config.max_position_embeddings else None
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(size)
-
-
 def _add_sizes(writer: GGUFWriter, shape: NativeShape, architecture: _Architecture) -> list[str]:
     """Write the keys of the architecture; return notes for the user."""
     config, notes = shape.config, []
@@ -258,7 +254,7 @@ def _add_sizes(writer: GGUFWriter, shape: NativeShape, architecture: _Architectu
         )
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(shape.attentions))
+    writer.add_block_count(len(shape.groups))
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -267,14 +263,14 @@ def _add_sizes(writer: GGUFWriter, shape: NativeShape, architecture: _Architectu
         writer.add_head_count(heads)
         writer.add_head_count_kv(groups)
     else:
-        per_block = [(heads, groups) if stays else (0, 0) for stays in shape.attentions]
-        if not shape.attentions[0]:
+        per_block = [(kept * (heads // groups), kept) for kept in shape.groups]
+        if not shape.groups[0]:
             per_block[0] = (1, 1)
         writer.add_feed_forward_length([max(1, width) for width in shape.mlp_widths])
         writer.add_head_count([number for number, _ in per_block])
         writer.add_head_count_kv([number for _, number in per_block])
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(_head_dim(config))
+        add(head_dim(config))
     rope = _rope(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
@@ -298,7 +294,7 @@ def _entries(
 ) -> Iterator[_Entry]:
     """All tensors of the file: those of the folder, and zeros for missing parts."""
     config = shape.config
-    names = gguf.get_tensor_name_map(arch, len(shape.attentions))
+    names = gguf.get_tensor_name_map(arch, len(shape.groups))
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             sizes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
@@ -336,14 +332,14 @@ def _entry(
 
 def _idle(shape: NativeShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of the zero tensors of parts that replace missing ones."""
-    width, head = shape.config.hidden_size, _head_dim(shape.config)
+    width, head = shape.config.hidden_size, head_dim(shape.config)
     sizes: dict[tuple[int, MODEL_TENSOR], tuple[int, ...]] = {}
     for block, stays in enumerate(shape.mlp_widths):
         if not stays:
             sizes |= {(block, MODEL_TENSOR.FFN_NORM): (width,)}
             sizes |= {(block, MODEL_TENSOR.FFN_DOWN): (width, 1)}
             sizes |= {(block, kind): (1, width) for kind in _GATE_UP}
-    if not shape.attentions[0]:
+    if not shape.groups[0]:
         sizes |= {(0, MODEL_TENSOR.ATTN_NORM): (width,)}
         sizes |= {(0, MODEL_TENSOR.ATTN_OUT): (width, head)}
         sizes |= {(0, kind): (head, width) for kind in _QKV}
@@ -371,7 +367,7 @@ def _as_served(
     if architecture.centred and module == ("q_norm" if "3" in config.model_type else "q_proj"):
         tensor = tensor * _query_factor(config, architecture)
     if arch in _NEIGHBOURS and module in ("q_proj", "k_proj"):
-        tensor = _neighbours(tensor, _head_dim(config))
+        tensor = _neighbours(tensor, head_dim(config))
     return tensor
 
 
@@ -382,16 +378,16 @@ def _query_factor(config: PreTrainedConfig, architecture: _Architecture) -> floa
     root of the model width per head.
     """
     largest = config.num_hidden_layers == architecture.largest
-    divisor = config.hidden_size // config.num_attention_heads if largest else _head_dim(config)
+    divisor = config.hidden_size // config.num_attention_heads if largest else head_dim(config)
     return math.sqrt(divisor / config.query_pre_attn_scalar)
 
 
-def _neighbours(weight_OI: Tensor, head_dim: int) -> Tensor:
-    """Interleave the two halves of the rows of every head; O is heads times `head_dim`.
+def _neighbours(weight_OI: Tensor, size: int) -> Tensor:
+    """Interleave the two halves of the rows of every head; O is heads times `size`.
 
     Example: a head of rows 0 1 2 3 becomes 0 2 1 3.
     """
-    halves: Tensor = weight_OI.unflatten(0, (-1, 2, head_dim // 2))
+    halves: Tensor = weight_OI.unflatten(0, (-1, 2, size // 2))
     return halves.transpose(1, 2).reshape(weight_OI.shape)
 
 

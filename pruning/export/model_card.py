@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from secateur.pruning.costs import Cost, Flops, Parameters
+from secateur.pruning.export.configuration import stock_fields
 from secateur.pruning.export.stages import Origin, figures, plain, stages_table
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.heads import HEADS
 from secateur.pruning.measure.report import Report
 from secateur.pruning.measure.verdict import Grade, Verdict
 from secateur.pruning.modelling import is_narrow
@@ -128,7 +130,7 @@ def card(
     if plan is None:
         stock = not is_narrow(before.config.model_type)
     else:
-        stock = plan.stock_mlp_width() is not None
+        stock = stock_fields(before.config, plan) is not None
     verdicts = list(report.untimed().verdicts().values()) if report else []
     training = {"training": dict(origin.training)} if origin.training else {}
     return ModelCard(
@@ -191,7 +193,11 @@ def _what_stays(plan: Plan | None, stock: bool) -> list[str]:
         return [_OWN_WIDTHS.format(gains=gains), *gone]
     if plan is None or all(w in (0, s.size) for s, w in zip(plan.sites, plan.widths, strict=True)):
         return ["This is a stock model of its family.", *gone]
-    return [_STOCK_WIDTHS.format(width=plan.stock_mlp_width(), gains=gains), *gone]
+    widths = plan.stock_widths() or {}
+    kept = f"{widths['mlp_mid']} neurons are kept in the MLP of every block"
+    if HEADS in widths:
+        kept += f", and {widths[HEADS]} key-value heads with their queries in its attention"
+    return [_STOCK_WIDTHS.format(kept=kept, gains=gains), *gone]
 
 
 def _gone(plan: Plan) -> str:
@@ -255,7 +261,7 @@ Which entries of the residual stream a block reads and writes differs from block
 `config.json` has the widths, the weights have the indices{gains}."""
 
 _STOCK_WIDTHS = """\
-{width} neurons are kept in the MLP of every block; which ones differs between blocks{gains}. This
+{kept}; which ones differs between blocks{gains}. This
 is a stock model of its family."""
 
 _OWN_CODE_LOADING = """\

@@ -69,7 +69,7 @@ def write_nemotron_nas(folder: str | Path, out: str | Path) -> list[str]:
     with replaced_folder(out) as partial:
         for path in base.weight_files:
             shutil.copyfile(path, partial / path.name)
-        if not shape.attentions[0]:
+        if not shape.groups[0]:
             idle = _idle_attention(shape, base.dtype_of())
             save_file(idle, partial / _IDLE, metadata={"format": "pt"})
             places = {name: path.name for name, path in base.tensors.items()}
@@ -90,7 +90,7 @@ def write_nemotron_nas(folder: str | Path, out: str | Path) -> list[str]:
             f"{_MULTIPLE}` in the budget avoids this; the report of such a run shows its cost in "
             "perplexity, as aligned and free widths."
         )
-    if not shape.attentions[0]:
+    if not shape.groups[0]:
         notes.append("Block 0 has no attention; one of zeros was added, which vLLM needs to start.")
     return notes
 
@@ -102,7 +102,7 @@ def served_config(shape: NativeShape) -> dict[str, Any]:
     group = config.num_attention_heads // config.num_key_value_heads
     attentions = [
         {"no_op": False, "n_heads_in_group": group} if there or block == 0 else {"no_op": True}
-        for block, there in enumerate(shape.attentions)
+        for block, there in enumerate(shape.groups)
     ]
     mlps = [_mlp(width, config.hidden_size) for width in shape.mlp_widths]
     if _odd_blocks(shape):
@@ -150,6 +150,12 @@ def _refuse(shape: NativeShape, folder: Path) -> None:
         )
     if shape.is_stock:
         raise ValueError(f"{folder} is a stock model, which vLLM serves unchanged.")
+    if not shape.has_full_heads:
+        raise ValueError(
+            f"{folder} has key-value heads {', '.join(map(str, shape.groups))} in its blocks, and "
+            "this format has one number of query heads for all. Write it with `gguf`, or prune "
+            "heads with `budget.uniform: true`."
+        )
     if config.hidden_act != "silu":
         raise ValueError(
             f"vLLM runs such models with `hidden_act` 'silu', not {config.hidden_act!r}."

@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 
 from secateur.pruning.commands import CommandParser
-from secateur.pruning.export.configuration import own_code
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import (
     CONFIG,
@@ -26,7 +25,8 @@ from secateur.pruning.files.model_folder import (
     read_json,
     write_json,
 )
-from secateur.pruning.modelling import code_files, narrow_type
+from secateur.pruning.modelling import code_files, config_class, is_narrow, narrow_type
+from secateur.pruning.modelling.secateur_narrow import auto_map
 from secateur.pruning.plan import DESCRIPTION, IN_MODEL, TENSORS, Plan
 
 
@@ -55,7 +55,7 @@ def repair(folder: str | Path) -> list[str]:
         for name in (DESCRIPTION, TENSORS):
             (folder / name).unlink(missing_ok=True)
         changed.append(f"The plan was moved into {IN_MODEL}/.")
-    if plan.stock_mlp_width() is None:
+    if is_narrow(str(read_json(folder / CONFIG)["model_type"])):
         for ours in code_files(narrow_type(plan.model_type)):
             theirs = folder / ours.name
             if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
@@ -63,7 +63,8 @@ def repair(folder: str | Path) -> list[str]:
                 shutil.copyfile(ours, partial)
                 os.replace(partial, theirs)
                 changed.append(f"{theirs.name} was replaced by that of this version.")
-        config, classes = read_json(folder / CONFIG), own_code(plan)["auto_map"]
+        config, found = read_json(folder / CONFIG), config_class(narrow_type(plan.model_type))
+        classes = auto_map(found.auto_classes)
         if config.get("auto_map") != classes:
             write_json(folder / CONFIG, config | {"auto_map": classes})
             changed.append(f"{CONFIG} was changed to the classes of this version.")

@@ -23,6 +23,7 @@ from urllib.error import URLError
 
 from secateur.pruning.export.nemotron_nas import write_nemotron_nas
 from secateur.pruning.files.model_folder import CONFIG
+from secateur.pruning.heads import HEADS
 from secateur.pruning.modelling import is_narrow
 
 _TOP = 20
@@ -102,6 +103,11 @@ class VLLM(Server):
 
     def command(self, folder: Path, dtype: str, port: int, scratch: Path) -> list[str]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if HEADS in {name for widths in config.get("block_widths") or () for name in widths}:
+            raise ValueError(
+                f"{self.name} has one number of heads for all blocks, and those of {folder} differ "
+                "in it; prune heads with `budget.uniform: true`, or serve it with llama.cpp."
+            )
         narrow = is_narrow(str(config.get("model_type")))
         return [
             *("-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),

@@ -2,7 +2,7 @@
 
 Used both for streamed checkpoints and for live models.
 
-Legend: W = kept entries of a site, F = features on one side of a projection.
+Legend: W = kept entries of a site, or their features, F = features on one side of a projection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.headers import read_tensor
 from secateur.pruning.files.model_folder import in_block
 from secateur.pruning.files.tensors import Made
+from secateur.pruning.heads import HEADS
 from secateur.pruning.plan import Plan
+from secateur.pruning.sites import features_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Slice:
     Args:
         name: Name of the tensor in the smaller model.
         shape: Its shape there.
-        indices: Kept entries (int64, shape (W,)) along each of its first axes; None keeps all.
+        indices: Kept features (int64, shape (W,)) along each of its first axes; None keeps all.
         gains: Factors of the uncut tensor, shape (F,), along each of its first axes.
     """
 
@@ -85,13 +87,14 @@ class Slices:
         indices, smaller = [], list(shape)
         for axis, site in enumerate(self._family.axes(relative)):
             index_W = None if site is None else self._kept[block, site]
-            if site is not None and list(shape[axis : axis + 1]) != [self._sizes[block, site]]:
+            if site is not None and not self._fits(shape[axis : axis + 1], block, site):
                 raise ValueError(
                     f"{name!r} has shape {list(shape)}, which does not fit site {block}.{site} of "
                     f"{self._sizes[block, site]} entries; is it quantised? Prune the original "
                     "checkpoint."
                 )
-            if index_W is not None:
+            if site is not None and index_W is not None:
+                index_W = features_of(index_W, self._sizes[block, site], shape[axis])
                 smaller[axis] = len(index_W)
             indices.append(index_W)
         gains = self._plan.gains or {}
@@ -111,6 +114,13 @@ class Slices:
             for buffer, site in self._family.index_buffers.items()
             if (index_W := self._kept.get((block, site))) is not None and len(index_W) > 0
         }
+
+    def _fits(self, lengths: Sequence[int], block: int, site: str) -> bool:
+        """Test whether an axis of a tensor, if it is there, has the features of a site."""
+        size = self._sizes[block, site]
+        if site == HEADS:
+            return len(lengths) == 1 and lengths[0] % size == 0
+        return list(lengths) == [size]
 
     def _renamed(self, block: int, relative: str) -> str:
         return relative if block < 0 else f"{self._family.blocks}.{self._places[block]}.{relative}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.pruning.depth.removal import PROVENANCE
-from secateur.pruning.export.configuration import exported_config, own_code
+from secateur.pruning.export.configuration import exported_config, own_code, stock_fields
 from secateur.pruning.export.exact import prove_cut, prove_files, prove_saved, prove_shares
 from secateur.pruning.export.gathered_weights import (
     Whole,
@@ -44,6 +44,7 @@ from secateur.pruning.files.model_folder import (
 )
 from secateur.pruning.files.shares import Share
 from secateur.pruning.files.tensors import Made, by_file, packed, write_tensors
+from secateur.pruning.modelling import is_narrow
 from secateur.pruning.modes import evaluation
 from secateur.pruning.plan import IN_MODEL, Plan
 from secateur.pruning.weights.masks import WeightMasks
@@ -307,8 +308,11 @@ def _complete(
     """Add the other files of a model folder to weights and configuration."""
     tokenizer.save_pretrained(folder)
     if plan is not None:
-        if plan.stock_mlp_width() is None:
-            write_json(folder / CONFIG, read_json(folder / CONFIG) | own_code(plan))
+        config, written = origin.base_model.config, read_json(folder / CONFIG)
+        if stock_fields(config, plan) is None:
+            # A stock model with halves of blocks removed does not tell so itself.
+            telling = written if is_narrow(written["model_type"]) else {}
+            write_json(folder / CONFIG, written | own_code(config, plan) | telling)
         plan.save(folder / IN_MODEL)
     finish(folder, origin.folder)
 

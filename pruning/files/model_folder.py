@@ -67,10 +67,10 @@ def _written_before(folder: Path) -> bool:
         return False
     # A run folder, with logs and checkpoints, or a base model may also hold a plan: these are not
     # ours.
-    if (width := plan.stock_mlp_width()) is None:
+    if (widths := plan.stock_widths()) is None:
         return is_narrow(str(config.get("model_type")))
     family = FAMILIES.get(plan.model_type)
-    return family is not None and config.get(family.mlp_width) == width
+    return family is not None and config.get(family.mlp_width) == widths["mlp_mid"]
 
 
 def refuse_foreign(folder: str | Path, may_go: Callable[[Path], bool] = is_ours) -> None:

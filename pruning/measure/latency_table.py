@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.families import blocks_of, family_of
+from secateur.pruning.heads import HEADS, head_dim, num_groups
 from secateur.pruning.modelling import stock_type
 from secateur.pruning.sites import Site, find_sites
 
@@ -115,7 +116,7 @@ class LatencyTable:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def check_model(self, config: PreTrainedConfig, shown: str) -> None:
-        """Refuse a model of another shape.
+        """Refuse a model of another shape, or whose blocks differ in heads.
 
         Args:
             config: Configuration of the model.
@@ -125,6 +126,11 @@ class LatencyTable:
             ValueError: The shape differs.
         """
         found = shape_of(config)
+        if HEADS in family_of(config).gates:
+            raise ValueError(
+                f"{shown} has times for the heads of the whole model, and blocks of this one have "
+                "fewer of their own; they are not predicted."
+            )
         for name in {**self.shape, **found}:
             if (own := self.shape.get(name)) != (other := found.get(name)):
                 raise ValueError(
@@ -297,13 +303,12 @@ def kind_of(config: Any, block: int) -> str:
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What the time of a model depends on, beside its widths and the number of its blocks."""
     found: Any = config
-    heads = found.num_attention_heads
     sizes = {
         "model_type": stock_type(found.model_type),
         "hidden_size": found.hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(found, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(found, "head_dim", None) or found.hidden_size // heads,
+        "num_attention_heads": found.num_attention_heads,
+        "num_key_value_heads": num_groups(config),
+        "head_dim": head_dim(config),
         "vocab_size": found.vocab_size,
         "sliding_window": getattr(found, "sliding_window", None),
     }

@@ -27,8 +27,9 @@ WIDTHS_CAPTION = (
     "What stays of every block, first block on the left. A block has five widths: attn_in, the "
     "entries of the residual stream that attention reads; attn_out, those that it writes; mlp_in "
     "and mlp_out, the same for the MLP; mlp_mid, the neurons inside the MLP. The number in a cell "
-    "is the width that stays, its colour the fraction. attn and mlp, where they are shown, are "
-    "attention and MLP as a whole: 0 says that the block has lost them."
+    "is the width that stays, its colour the fraction. attn_heads, where it is shown, counts the "
+    "key-value heads, each with its queries. attn and mlp, where they are shown, are attention and "
+    "MLP as a whole: 0 says that the block has lost them."
 )
 STEPS_CAPTION = (
     "Perplexity of the validation text while training went on; where masks are learned, the "

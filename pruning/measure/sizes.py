@@ -64,13 +64,20 @@ def count(model: Any) -> Counts:
         config.hidden_size // config.num_attention_heads
     )
     # Transformers marks an attention layer by its place in the cache and the size of its heads.
-    attentions = sum(hasattr(m, "layer_idx") and hasattr(m, "head_dim") for m in inside)
+    attentions: list[Any] = [
+        m for m in inside if hasattr(m, "layer_idx") and hasattr(m, "head_dim")
+    ]
+    full = config.num_attention_heads * head_size
     return Counts(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         block_projection_parameters=weights + biases,
         block_flops_per_token=2 * weights + biases,
         head_flops_per_token=2 * model.get_output_embeddings().weight.numel(),
-        query_width=attentions * config.num_attention_heads * head_size,
+        # Blocks of narrow models may differ in heads; other models may have fused projections.
+        query_width=sum(
+            int(attention.q_proj.out_features) if hasattr(attention, "q_proj") else full
+            for attention in attentions
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM, OPTModel
 
@@ -64,7 +65,7 @@ class OPTBlock(NarrowBlock):
 
     linears = {  # noqa: RUF012
         **dict(list(ATTENTION.items())[:3]),
-        "self_attn.out_proj": (None, "attn_out"),
+        "self_attn.out_proj": ("attn_heads", "attn_out"),
         "fc1": ("mlp_in", "mlp_mid"),
         "fc2": ("mlp_mid", "mlp_out"),
     }
@@ -72,6 +73,11 @@ class OPTBlock(NarrowBlock):
         "self_attn_layer_norm": ("attn_in", SelectiveLayerNormGather),
         "final_layer_norm": ("mlp_in", SelectiveLayerNormGather),
     }
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if self.attn_out is not None:  # the attention of OPT counts its heads
+            self.self_attn.num_heads = self.self_attn.k_proj.out_features // self.self_attn.head_dim
 
     def attend(self, hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
         normed_BTW = self.self_attn_layer_norm(hidden_BTD)

@@ -59,7 +59,7 @@ class ParallelBlock(NarrowBlock):
 
     linears = {  # noqa: RUF012
         **dict(list(ATTENTION.items())[:3]),
-        "self_attn.dense": (None, "attn_out"),
+        "self_attn.dense": ("attn_heads", "attn_out"),
         "mlp.fc1": ("mlp_in", "mlp_mid"),
         "mlp.fc2": ("mlp_mid", "mlp_out"),
     }

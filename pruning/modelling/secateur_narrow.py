@@ -5,7 +5,8 @@ transformers. It extends transformers' own classes, which provide attention, rot
 caches and generation, and changes a block as follows:
 
 - norms take their statistics over the full residual stream and return only the selected entries;
-- the linear layers are narrow;
+- the linear layers are narrow, and attention may have fewer heads: a key-value head goes with all
+  query heads that read it, so that all blocks have equally many queries per key;
 - their outputs are added to the selected entries of the residual stream, which has its full width;
 - a block may have no attention, or no MLP.
 
@@ -127,22 +128,27 @@ class IndexedAdd(nn.Module):
         return stream_BTD.scatter_add(-1, index_BTW, narrow_BTW)
 
 
-ATTENTION: Mapping[str, tuple[str | None, str | None]] = {
-    "self_attn.q_proj": ("attn_in", None),
-    "self_attn.k_proj": ("attn_in", None),
-    "self_attn.v_proj": ("attn_in", None),
-    "self_attn.o_proj": (None, "attn_out"),
+ATTENTION: Mapping[str, tuple[str, str]] = {
+    "self_attn.q_proj": ("attn_in", "attn_heads"),
+    "self_attn.k_proj": ("attn_in", "attn_heads"),
+    "self_attn.v_proj": ("attn_in", "attn_heads"),
+    "self_attn.o_proj": ("attn_heads", "attn_out"),
 }
-GATED_MLP: Mapping[str, tuple[str | None, str | None]] = {
+GATED_MLP: Mapping[str, tuple[str, str]] = {
     "mlp.gate_proj": ("mlp_in", "mlp_mid"),
     "mlp.up_proj": ("mlp_in", "mlp_mid"),
     "mlp.down_proj": ("mlp_mid", "mlp_out"),
 }
 
 
-def _part(site: str | None) -> str:
+def _part(site: str) -> str:
     """The part of a block that a site belongs to: `attn` or `mlp`."""
-    return (site or "").partition("_")[0]
+    return site.partition("_")[0]
+
+
+def _num_groups(config: PreTrainedConfig) -> int:
+    """Key-value heads of a full block."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _cache_slot(config: PreTrainedConfig, layer_idx: int) -> int:
@@ -170,8 +176,8 @@ class NarrowBlock(nn.Module):
     attn_out: IndexedAdd | None
     mlp_out: IndexedAdd | None
 
-    # Linear layer: the sites of its inputs and of its outputs; None if they are never cut.
-    linears: ClassVar[Mapping[str, tuple[str | None, str | None]]]
+    # Linear layer: the sites of its inputs and of its outputs.
+    linears: ClassVar[Mapping[str, tuple[str, str]]]
     # Norm: the site of its output, and the class that replaces it if the site is narrow.
     norms: ClassVar[Mapping[str, tuple[str, type[nn.Module]]]]
     # The class that replaces a norm of full width; None keeps the stock one.
@@ -183,16 +189,22 @@ class NarrowBlock(nn.Module):
         # time.
         super().__init__(config, layer_idx)
         size = config.hidden_size
-        widths: Any = self._checked(config.block_widths[layer_idx], layer_idx)
+        widths: Any = self._checked(config, layer_idx)
         has = {part: widths.get(part) != 0 for part in ("attn", "mlp")}
+        groups = _num_groups(config)
+
+        def features(site: str, full: int) -> int:  # of this block, and of a full one
+            each = full // groups if site == "attn_heads" else 1
+            return each * int(widths.get(site, full // each))
+
         for path, (inputs, outputs) in self.linears.items():
-            if not has[_part(inputs or outputs)]:
+            if not has[_part(inputs)]:
                 setattr(self, path.split(".")[0], None)
                 continue
             stock: Any = self.get_submodule(path)
             narrow = nn.Linear(
-                widths.get(inputs, stock.in_features),
-                widths.get(outputs, stock.out_features),
+                features(inputs, stock.in_features),
+                features(outputs, stock.out_features),
                 bias=stock.bias is not None,
             )
             self.set_submodule(path, narrow)
@@ -217,13 +229,15 @@ class NarrowBlock(nn.Module):
         if self.attn_out is not None:
             self.self_attn.layer_idx = _cache_slot(config, layer_idx)
 
-    def _checked(self, widths: Mapping[str, int], layer_idx: int) -> Mapping[str, int]:
+    def _checked(self, config: PreTrainedConfig, layer_idx: int) -> Mapping[str, int]:
         """Check and return the widths of this block."""
+        widths: Mapping[str, int] = config.block_widths[layer_idx]
         full = {"attn": 1, "mlp": 1}
         for path, sites in self.linears.items():
             stock: Any = self.get_submodule(path)
             shape = (stock.in_features, stock.out_features)
-            full |= {site: of for site, of in zip(sites, shape, strict=True) if site is not None}
+            full |= dict(zip(sites, shape, strict=True))
+        full["attn_heads"] = _num_groups(config)
         for site, width in widths.items():
             least = 0 if site in ("attn", "mlp") else 1
             if not least <= width <= full.get(site, -1):
@@ -335,7 +349,8 @@ class NarrowConfig:
 
     Args:
         block_widths: One mapping per block, from the name of a site to its width, in [1, full
-            width]; a site that is not named has its full width. `attn: 0` and `mlp: 0` mean a block
+            width]; a site that is not named has its full width. That of `attn_heads` is the number
+            of key-value heads, each with its query heads. `attn: 0` and `mlp: 0` mean a block
             without attention or MLP. None means full blocks.
 
     Raises:

@@ -8,7 +8,6 @@ Legend: S = sites, N = all gates, C = chunks of gates.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.pruning.costs import Cost, CostModel, Flops
-from secateur.pruning.families import Family, family_of
+from secateur.pruning.families import PARTS, Family, family_of
+from secateur.pruning.heads import HEADS
 from secateur.pruning.sites import SMALLEST_FAST, Site, fast_multiple
+from secateur.pruning.widths.uniform import UNIFORM, uniform_widths
 
 # Measured on one core (width 576, bfloat16): gathering takes as long as a product with about 540
 # features. Estimated from memory traffic, it is about the same on a GPU at width 4096.
@@ -49,24 +50,27 @@ class Budget:
         keep: Fraction of the dense cost to keep, in (0, 1].
         cost: The measure of cost: `Flops` or `Parameters`, of the block projections or the whole
             model; `Bytes` of weights and cache; or `Latency`, by a table that was measured.
-        min_width: Fewest entries that a site keeps, 1 or more.
-        width_multiple: Every width is a multiple of this, 1 or more (8, 64 and 128 suit matrix
-            hardware); a site whose size is not a multiple may also stay uncut. None means 32 if the
-            residual stream has 512 entries or more, 64 from 1024 on, and 1 below.
+        min_width: Fewest features that a site keeps, 1 or more; of heads, one key-value head stays.
+        width_multiple: Every width in features is a multiple of this, 1 or more (8, 64 and 128 suit
+            matrix hardware); a site whose size is not a multiple may also stay uncut. None means 32
+            if the residual stream has 512 entries or more, 64 from 1024 on, and 1 below.
         selection: Selecting entries of the residual stream takes time: a site of it is cut only if
             that saves more than a product of the full stream with this many features, 0 or more. 0
             cuts any site. None means 512 if the residual stream has 512 entries or more, and 0
             below.
         uniform: Narrow the MLPs only, all to the same width, so that the result is a stock model of
-            its family, without custom code. The kept neurons still differ per block.
+            its family, without custom code. The kept neurons still differ per block. With
+            `attn_heads` in `sites`, all attentions keep the same number of heads, too.
         parts: Also remove entire attentions and MLPs, by one gate each. The cost that this saves is
             spent on the widths of the others.
         sites: Names of the sites that may be cut; the others are cut only with a removed part. None
-            means all. With `[mlp_mid]` alone, the residual stream and the heads are uncut, as
-            servers without the modelling file need (docs/serving.md).
+            means all but `attn_heads`: key-value heads, each with its query heads, are removed only
+            if they are named. With `[mlp_mid]` alone, the residual stream and the heads are uncut,
+            as servers without the modelling file need (docs/serving.md).
 
     Raises:
-        ValueError: A setting is outside its range, or `uniform` is set beside `parts` or `sites`.
+        ValueError: A setting is outside its range, or `uniform` is set beside `parts` or beside
+            `sites` that a stock model cannot change.
     """
 
     keep: float = 0.5
@@ -86,10 +90,10 @@ class Budget:
                 "`uniform` and `parts` cannot both be true: a block without attention or MLP is "
                 "not a stock block. Remove blocks first, then learn uniform widths of the rest."
             )
-        if self.uniform and self.sites is not None:
+        if self.uniform and (strange := [s for s in self.sites or () if s not in UNIFORM]):
             raise ValueError(
-                "`uniform` and `sites` cannot both be set: `uniform` cuts `mlp_mid` only. Leave "
-                "one out."
+                f"`uniform` and `sites` {strange} cannot both be set: a stock model can change "
+                f"{' and '.join(UNIFORM)} only. Name these, or set `uniform` to false."
             )
         if self.sites is not None and not self.sites:
             raise ValueError("`sites` must name one site or more, such as `mlp_mid`, got none.")
@@ -114,14 +118,13 @@ class Budget:
         Raises:
             ValueError: The family is unknown, or this member of it cannot be pruned.
         """
-        family = family_of(config)
-        return family.with_parts() if self.parts else family
+        return family_of(config).having({*(self.sites or ()), *(PARTS if self.parts else ())})
 
     def prunes(self, site: Site) -> bool:
         """Test whether the site may lose entries; gates of other sites stay open."""
-        if self.uniform:
-            return site.name == "mlp_mid"
-        return self.sites is None or site.is_part or site.name in self.sites
+        if self.sites is not None:
+            return site.is_part or site.name in self.sites
+        return site.name == "mlp_mid" if self.uniform else site.name != HEADS
 
     def check(self, sites: Sequence[Site], table: CostModel) -> None:
         """Check before training that the budget can be met.
@@ -136,17 +139,20 @@ class Budget:
     def _check(self, sites: Sequence[Site], table: CostModel) -> None:
         names = list(dict.fromkeys(site.name for site in sites if not site.is_part))
         if strange := [name for name in self.sites or () if name not in names]:
-            raise ValueError(f"`sites` names {strange[0]!r}; the model has {', '.join(names)}.")
+            known = ", ".join(dict.fromkeys([*names, HEADS]))
+            raise ValueError(f"`sites` names {strange[0]!r}; the model has {known}.")
         prunable = [site for site in sites if self.prunes(site)]
-        if not prunable or (self.uniform and len({site.size for site in prunable}) > 1):
+        narrowed = {*(self.sites or ["mlp_mid"])}
+        if self.uniform and len({(site.name, site.size) for site in prunable}) != len(narrowed):
             found = ", ".join(f"{site.key} {site.size}" for site in prunable)
             raise ValueError(
-                "`uniform` needs a site `mlp_mid` of the same size in every block, got "
-                f"{found or 'none'}; set it to false."
+                f"`uniform` needs a site `{'` and `'.join(sorted(narrowed))}` of the same size in "
+                f"every block, got {found or 'none'}; set it to false."
             )
-        smallest = min((s for s in prunable if not s.is_part), key=lambda site: site.size)
+        fine = [site for site in prunable if site.is_of_features]
+        smallest = min(fine, key=lambda site: site.size, default=None)
         for name in ("min_width", "width_multiple"):
-            if getattr(self, name) > smallest.size:
+            if smallest is not None and getattr(self, name) > smallest.size:
                 raise ValueError(
                     f"`{name}` {getattr(self, name)} is larger than site {smallest.key}, which "
                     f"has {smallest.size} entries; choose at most {smallest.size}."
@@ -181,8 +187,7 @@ class Budget:
         the best further chunks that still fit. The result costs at most `keep`, and no further
         chunk would fit. Deterministic; ties go to the earlier entry.
 
-        With `uniform` every MLP keeps its best entries, the largest number that fits the budget in
-        all blocks.
+        With `uniform` all blocks keep equally many of their best entries, see `uniform_widths`.
 
         Args:
             scores_N: Higher means keep; P(keep) or the logits, of any monotone scale.
@@ -220,7 +225,13 @@ class Budget:
         limit = self.keep * table.dense * (1 + 1e-12)
         top_S = torch.tensor([site.size for site in sites]) if most_S is None else most_S
         if self.uniform:
-            widths_S = self._uniform_widths(sites, table, limit)
+            floor_S = torch.tensor([self._floor(site) for site in sites])
+            pruned = [self.prunes(site) for site in sites]
+
+            def fits(widths_S: Tensor) -> bool:
+                return float(table(widths_S)) <= limit
+
+            widths_S = uniform_widths(scores_N, sites, pruned, floor_S, self._multiple, fits)
         elif any(site.is_part for site in sites):
             widths_S = self._widths_with_parts(scores_N, sites, table, limit, ranked, top_S)
         else:
@@ -230,20 +241,6 @@ class Budget:
             order[:width].sort().values
             for order, width in zip(ranked, widths_S.tolist(), strict=True)
         )
-
-    def _uniform_widths(self, sites: Sequence[Site], table: CostModel, limit: float) -> Tensor:
-        """The largest common MLP width within the limit."""
-        floor_S = torch.tensor([self._floor(site) for site in sites])
-        narrow_S = torch.tensor([self.prunes(site) for site in sites])
-        floor, size = next((self._floor(site), site.size) for site in sites if self.prunes(site))
-        # A site whose size is not a multiple may stay uncut.
-        choices = sorted({*range(floor, size + 1, self._multiple), size})
-
-        def too_wide(width: int) -> bool:
-            return float(table(floor_S.masked_fill(narrow_S, width))) > limit
-
-        affordable = bisect_left(choices, True, key=too_wide)  # the cost grows with the width
-        return floor_S.masked_fill(narrow_S, choices[affordable - 1])
 
     def _widths_with_parts(
         self,
@@ -313,6 +310,8 @@ class Budget:
             return 0
         if not self.prunes(site):
             return site.size
+        if not site.is_of_features:
+            return 1
         chunks = -(-self.min_width // self._multiple)
         return min(site.size, chunks * self._multiple)
 
@@ -329,7 +328,7 @@ class Budget:
         scores = scores_N.double().split([site.size for site in sites])
         for place, (order, vector) in enumerate(zip(ranked, scores, strict=True)):
             above = vector[order][int(floor_S[place]) : int(top_S[place])]
-            multiple = 1 if sites[place].is_part else self._multiple
+            multiple = self._multiple if sites[place].is_of_features else 1
             whole = len(above) - len(above) % multiple
             key_C = above[:whole].view(-1, multiple).mean(1)
             size_C = torch.full_like(key_C, multiple, dtype=torch.long)

@@ -6,15 +6,15 @@ from: the norm of the feature over all tokens, times the mean absolute weight of
 that read it. `Fluctuation` is that of "Fluctuation-based Adaptive Structured Pruning" (arXiv
 2312.11983, eq. 5): the variance of the feature times the squared norm of these weights, since a
 feature that hardly varies can be replaced by a bias. An entry that projections only write counts by
-its feature alone.
+its feature alone; a group of heads by the sum over its features.
 
 Only forward passes are needed. Memory: two floats per gate, in float64.
 
 Worked by hand: a feature (3, 4) over two tokens, read with weights (1, -3): norm 5 times mean
 absolute weight 2 is 10 by `WandaWidth`; variance 0.5 times 1 + 9 is 5 by `Fluctuation`.
 
-Legend: N = all gates, S = sites, I = entries of a site, W = calibration windows, T = tokens of a
-window, O = output features.
+Legend: N = all gates, S = sites, F = features at the gates of a site, I = its entries, W =
+calibration windows, T = tokens of a window, O = output features.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from secateur.pruning.widths.scores import WidthScore, refuse_parts
 
 @dataclass
 class _Moments:
-    """Sums over tokens of a feature and of its square, shape (I,), float64."""
+    """Sums over tokens of a feature and of its square, shape (F,), float64."""
 
     tokens: int = 0
-    sum_I: Tensor | float = 0.0
-    squares_I: Tensor | float = 0.0
+    sum_F: Tensor | float = 0.0
+    squares_F: Tensor | float = 0.0
 
     def add(self, x: Tensor) -> None:
-        x_NI = x.detach().flatten(0, -2).double()
-        self.tokens += len(x_NI)
-        self.sum_I, self.squares_I = self.sum_I + x_NI.sum(0), self.squares_I + x_NI.square().sum(0)
+        x_NF = x.detach().flatten(0, -2).double()
+        self.tokens += len(x_NF)
+        self.sum_F, self.squares_F = self.sum_F + x_NF.sum(0), self.squares_F + x_NF.square().sum(0)
 
-    def variance_I(self) -> Tensor:
-        mean_I = torch.as_tensor(self.sum_I) / self.tokens
-        around_I = torch.as_tensor(self.squares_I) - self.tokens * mean_I.square()
-        return around_I.clamp_min(0) / max(1, self.tokens - 1)
+    def variance_F(self) -> Tensor:
+        mean_F = torch.as_tensor(self.sum_F) / self.tokens
+        around_F = torch.as_tensor(self.squares_F) - self.tokens * mean_F.square()
+        return around_F.clamp_min(0) / max(1, self.tokens - 1)
 
 
 @contextmanager
@@ -78,12 +78,12 @@ class _FeatureScore(WidthScore):
     reads_text: ClassVar[bool] = True
 
     @abstractmethod
-    def of(self, feature: _Moments, readers: Sequence[Tensor]) -> Float[Tensor, " I"]:
-        """The values of the entries of a site.
+    def of(self, feature: _Moments, readers: Sequence[Tensor]) -> Float[Tensor, " F"]:
+        """The values of the features of a site.
 
         Args:
-            feature: Moments of its features.
-            readers: Weights (O, I) of the projections that read it; none if it is only written.
+            feature: Their moments.
+            readers: Weights (O, F) of the projections that read it; none if it is only written.
         """
 
     def values(
@@ -109,7 +109,8 @@ class _FeatureScore(WidthScore):
             block: Any = blocks[site.block]
             paths = [p.path for p in family.projections_of(block) if p.input == site.name]
             readers = [block.get_submodule(path).weight.detach() for path in paths]
-            values.append(self.of(feature, readers).float().cpu())
+            value_F = self.of(feature, readers)
+            values.append(value_F.view(site.size, -1).sum(1).float().cpu())
         return self.finite(torch.cat(values))
 
 
@@ -120,11 +121,11 @@ class WandaWidth(_FeatureScore):
     Entries are ranked within their site, so that every site keeps about the same fraction.
     """
 
-    def of(self, feature: _Moments, readers: Sequence[Tensor]) -> Float[Tensor, " I"]:
-        norm_I = torch.as_tensor(feature.squares_I).sqrt()
+    def of(self, feature: _Moments, readers: Sequence[Tensor]) -> Float[Tensor, " F"]:
+        norm_F = torch.as_tensor(feature.squares_F).sqrt()
         if not readers:
-            return norm_I
-        return norm_I * torch.stack([weight.double().abs().mean(0) for weight in readers]).mean(0)
+            return norm_F
+        return norm_F * torch.stack([weight.double().abs().mean(0) for weight in readers]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,11 @@ class Fluctuation(_FeatureScore):
     differ.
     """
 
-    def of(self, feature: _Moments, readers: Sequence[Tensor]) -> Float[Tensor, " I"]:
-        variance_I = feature.variance_I()
+    def of(self, feature: _Moments, readers: Sequence[Tensor]) -> Float[Tensor, " F"]:
+        variance_F = feature.variance_F()
         if not readers:
-            return variance_I
-        return variance_I * torch.stack([w.double().square().sum(0) for w in readers]).sum(0)
+            return variance_F
+        return variance_F * torch.stack([w.double().square().sum(0) for w in readers]).sum(0)
 
     def scores(
         self,
@@ -149,4 +150,11 @@ class Fluctuation(_FeatureScore):
     ) -> Float[Tensor, " N"]:
         refuse_parts(sites)
         values = values_N.double().split([site.size for site in sites])
-        return torch.cat([(v_I - v_I.mean()) / v_I.std().clamp_min(1e-30) for v_I in values])
+        return torch.cat([_standardised(value_I) for value_I in values])
+
+
+def _standardised(value_I: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
+    """Distance from the mean in standard deviations; 0 of a single entry, which always stays."""
+    if len(value_I) == 1:
+        return torch.zeros_like(value_I)
+    return (value_I - value_I.mean()) / value_I.std().clamp_min(1e-30)

@@ -31,7 +31,8 @@ class GateHooks:
 
     Args:
         model: A causal language model of a known family.
-        family: The row of the table with the gates, `with_parts` or without; None looks it up.
+        family: The row of the table with the gates, with those of additional sites or without;
+            None looks it up.
 
     Raises:
         ValueError: The family is unknown, or a module of its row is missing.
@@ -130,6 +131,8 @@ def hook_at(
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
     factor = factor.to(x.device, x.dtype)
+    if (each := x.shape[-1] // factor.shape[-1]) > 1:  # features of a group of heads
+        factor = factor.repeat_interleave(each, dim=-1)
     if factor.dim() == 3 and x.dim() == 2:  # OPT's MLP flattens windows to one row of tokens
         return torch.mul(x.view(len(factor), -1, x.shape[-1]), factor).view(x.shape)
     return torch.mul(x, factor)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from secateur.pruning.costs import Cost, CostModel
 from secateur.pruning.families import PARTS, Family, family_of
+from secateur.pruning.heads import HEADS
 from secateur.pruning.measure.latency_table import (
     ROLES,
     Curves,
@@ -183,6 +184,11 @@ class Latency(Cost):
             raise ValueError(
                 "`cost` Latency needs blocks of full width, and those of this model are narrow "
                 "already; start from the model that it was made from."
+            )
+        if HEADS in family.gates:
+            raise ValueError(
+                f"`cost` Latency has no times for fewer heads, and `sites` names {HEADS!r}; leave "
+                "it out, or count Flops or Bytes."
             )
         sites = find_sites(model, family)
         self.times.check_sizes(sites, shown)

@@ -51,7 +51,8 @@ class WidthScore(GateScore, ABC):
     training steps and ranks. `scores` makes them comparable between sites.
 
     An entry of a site is a feature that several projections of a block read or write, see
-    `pruning/families.py`; an entire part (`Budget(parts=True)`) is a site with one entry.
+    `pruning/families.py`; a group of heads is one entry with several features; an entire part
+    (`Budget(parts=True)`) is a site with one entry.
 
     Attributes:
         reads_text: Whether `values` needs calibration windows.
@@ -74,7 +75,7 @@ class WidthScore(GateScore, ABC):
 
         Args:
             model: The dense model; it is not changed.
-            family: The row of its family, `with_parts` or without.
+            family: The row of its family, with additional sites or without.
             gates: The present gates, one vector of shape (I,) per site; None opens all. Values of
                 closed entries are measured too, and not used.
             windows_WT: Token ids of calibration text; None for scores that read no text.

@@ -1,7 +1,7 @@
 """Score entries without text: by the size of their weights, or at random as a baseline.
 
-Legend: N = all gates, S = sites, I = entries of a site, W = calibration windows, T = tokens, O, J =
-output and input features of a projection.
+Legend: N = all gates, S = sites, I = entries of a site, F = their features, W = calibration
+windows, T = tokens, O, J = output and input features of a projection.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class WidthMagnitude(WidthScore):
                 weight_OJ: Tensor = blocks[site.block].get_submodule(projection.path).weight  # type: ignore[assignment]
                 for axis, name in enumerate((projection.output, projection.input)):
                     if name == site.name:
-                        squares_I += weight_OJ.detach().float().square().sum(1 - axis).cpu()
+                        squares_F = weight_OJ.detach().float().square().sum(1 - axis).cpu()
+                        squares_I += squares_F.view(site.size, -1).sum(1)
             values.append(squares_I.sqrt())
         return torch.cat(values)
 

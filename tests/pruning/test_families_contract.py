@@ -257,7 +257,7 @@ def test_a_uniform_plan_leaves_a_stock_model(family: str, variant: str, tmp_path
     found, before = (set(model.state_dict()) for model in (small, pair.dense))
     assert found == before
     width = getattr(small.config, FAMILIES[family].mlp_width)
-    assert width == plan.stock_mlp_width()
+    assert plan.stock_widths() == {"mlp_mid": width}
     assert 1 < width < getattr(pair.dense.config, FAMILIES[family].mlp_width)
     neurons = [plan.index(block, "mlp_mid").tolist() for block in range(4)]
     assert len({tuple(index) for index in neurons}) == 4  # which ones stay differs

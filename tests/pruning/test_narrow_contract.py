@@ -23,6 +23,7 @@ from secateur.pruning.export.deliver import export
 from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.heads import HEADS
 from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan, full_plan
 from secateur.pruning.widths.gate_hooks import GateHooks
@@ -32,6 +33,11 @@ from tests.tiny import VOCABULARY, tiny_family_folder, tiny_folder
 
 TOKENS_BT = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))
 FIRST = [(0, "attn"), (3, "mlp")]
+# Families, two of them with heads as a site.
+BASES: dict[str, tuple[str, list[str]]] = {family: (family, []) for family in FAMILIES} | {
+    "llama, heads": ("llama", [HEADS]),
+    "opt, heads": ("opt", [HEADS]),
+}
 SECOND = {"widths": None, "parts": [(1, "mlp"), (2, "attn")], "a block": [(1, "attn"), (1, "mlp")]}
 
 
@@ -50,18 +56,18 @@ class Narrow:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Narrow]:
-    """A narrow base per family; nothing may write there."""
+    """The narrow bases; nothing may write there."""
     found = {}
-    for family in FAMILIES:
-        path = tmp_path_factory.mktemp(family)
+    for number, (name, (family, also)) in enumerate(BASES.items()):
+        path = tmp_path_factory.mktemp(f"base{number}")
         stock = tiny_family_folder(path / "stock", family)
-        plan = uneven_plan(stock, removed=FIRST)
+        plan = uneven_plan(stock, removed=FIRST, also=also)
         prune_checkpoint(stock, plan, path / "narrow")
-        found[family] = Narrow(stock, plan, path / "narrow")
+        found[name] = Narrow(stock, plan, path / "narrow")
     return found
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=BASES)
 def narrow(request: pytest.FixtureRequest, made: dict[str, Narrow]) -> Narrow:
     return made[request.param]
 
@@ -252,7 +258,7 @@ def test_blocks_leave_a_narrow_checkpoint(narrow: Narrow, tmp_path: Path) -> Non
 def test_a_narrow_base_stays_narrow(made: dict[str, Narrow]) -> None:
     base = made["llama"].base
     plan = full_plan(base.skeleton(), base.fingerprint)
-    assert plan.stock_mlp_width() is None
+    assert plan.stock_widths() is None
     heading, first, *_ = (line.split() for line in plan.describe().splitlines())
     assert heading == ["block", "attn_in", "attn_out", "mlp_in", "mlp_mid", "mlp_out"]
     assert first == ["0", "1/1", "1/1", "1/1"]  # sizes differ from block to block

@@ -133,7 +133,7 @@ def test_plans_of_parts_are_kept_and_checked(tmp_path: Path) -> None:
     again = Plan.load(tmp_path)
     assert again.widths == plan.widths
     assert [again.keeps(block, "attn") for block in range(3)] == [True, False, True]
-    assert (again.kept_blocks(), again.stock_mlp_width()) == ([0, 1, 2], None)
+    assert (again.kept_blocks(), again.stock_widths()) == ([0, 1, 2], None)
     again.verify(model.config)
     kept = list(plan.kept)
     place = [site.key for site in plan.sites].index("1.attn_in")

@@ -216,7 +216,7 @@ def test_which_plans_leave_a_stock_model() -> None:
     whole, two, one = torch.arange(3), torch.tensor([0, 2]), torch.tensor([1])
 
     def width(*kept: torch.Tensor) -> int | None:
-        return Plan("llama", "x", sites, kept).stock_mlp_width()
+        return (Plan("llama", "x", sites, kept).stock_widths() or {}).get("mlp_mid")
 
     assert width(whole, whole, whole, whole) == 3
     assert width(whole, two, whole, torch.tensor([0, 1])) == 2

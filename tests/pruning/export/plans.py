@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from secateur.pruning.costs import Parameters
 from secateur.pruning.families import family_of
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
+from secateur.pruning.heads import HEADS
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.sites import find_sites, gain_sizes
 from secateur.pruning.widths.budget import Budget
@@ -21,14 +22,16 @@ def uneven_plan(
     seed: int = 0,
     with_gains: bool = True,
     removed: Collection[tuple[int, str]] | None = None,
+    also: Collection[str] = (),
 ) -> Plan:
     """Sites of block 0 keep one entry, of block 1 all, of block 2 odd numbers, of block 3 eights.
 
     Which entries stay, and with which gains, is drawn at random. With `removed`, blocks and parts,
-    attention and MLP have gates as a whole, and those of these are closed.
+    attention and MLP have gates as a whole, and those of these are closed. `also` names additional
+    sites.
     """
     model = BaseModel(folder).skeleton()
-    family = family_of(model.config)
+    family = family_of(model.config).having(also)
     if removed is not None:
         family = family.with_parts()
     sites = find_sites(model, family)
@@ -60,11 +63,12 @@ def uniform_plan(folder: Path, keep: float = 0.7, seed: int = 0) -> Plan:
 def random_plan(folder: Path, budget: Budget, seed: int = 0) -> Plan:
     """What a budget makes of random scores."""
     model = BaseModel(folder).skeleton()
-    sites = find_sites(model, family_of(model.config))
+    family = budget.family(model.config)
+    sites = find_sites(model, family)
     count = sum(site.size for site in sites)
     scores_N = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-    kept = budget.finalise(scores_N, sites, budget.cost.table(model))
-    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed})
+    kept = budget.finalise(scores_N, sites, budget.cost.table(model, family))
+    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, family=family)
 
 
 def native_plan(
@@ -87,5 +91,17 @@ def native_plan(
             width = 0
         elif site.name == "mlp_mid":
             width = (site.size, *widths)[min(site.block, 3)]
+        kept.append(torch.randperm(site.size, generator=generator)[:width].sort().values)
+    return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, None, family)
+
+
+def heads_plan(folder: Path, groups: Sequence[int], seed: int = 0) -> Plan:
+    """A plan that keeps so many groups of heads, block by block, and everything else."""
+    model = BaseModel(folder).skeleton()
+    family = family_of(model.config).with_heads()
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for site in find_sites(model, family):
+        width = groups[site.block] if site.name == HEADS else site.size
         kept.append(torch.randperm(site.size, generator=generator)[:width].sort().values)
     return plan_from_indices(model, fingerprint(folder), kept, {"seed": seed}, None, family)

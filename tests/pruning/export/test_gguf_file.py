@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from secateur.pruning.commands import UsageError
 from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
-from tests.pruning.export.plans import native_plan, uneven_plan, uniform_plan
+from tests.pruning.export.plans import heads_plan, native_plan, uneven_plan, uniform_plan
 from tests.tiny import tiny_config, tiny_family_folder, tiny_folder, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="pip install 'secateur[serving]'")
@@ -63,6 +63,25 @@ def test_removed_parts_are_written(tmp_path: Path) -> None:
     assert not tensors["blk.0.attn_output.weight"].any()
     assert not tensors["blk.1.ffn_down.weight"].any()
     assert "blk.2.attn_q.weight" not in tensors
+
+
+def test_heads_are_written_block_by_block(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base", num_attention_heads=12, num_key_value_heads=6)
+    prune_checkpoint(base, heads_plan(base, [6, 1, 4]), tmp_path / "small")
+    write_gguf(tmp_path / "small", tmp_path / "small.gguf", "f32")
+    keys, tensors = read(tmp_path / "small.gguf")
+    assert keys["general.architecture"] == "deci"
+    assert keys["deci.attention.head_count"] == [12, 2, 8]
+    assert keys["deci.attention.head_count_kv"] == [6, 1, 4]
+    assert keys["deci.attention.key_length"] == 2
+    assert tensors["blk.2.attn_q.weight"].shape == (16, 24)
+    assert tensors["blk.1.attn_k.weight"].shape == (2, 24)
+    # Equal numbers of heads that divide the stream leave the architecture of the family.
+    prune_checkpoint(base, heads_plan(base, [4, 4, 4]), tmp_path / "uniform")
+    write_gguf(tmp_path / "uniform", tmp_path / "uniform.gguf", "f32")
+    keys, _ = read(tmp_path / "uniform.gguf")
+    assert keys["general.architecture"] == "llama"
+    assert (keys["llama.attention.head_count"], keys["llama.attention.key_length"]) == (8, 2)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from secateur.pruning.export.nemotron_nas import main, write_nemotron_nas
 from secateur.pruning.export.rewrite import prune_checkpoint
-from tests.pruning.export.plans import native_plan, uneven_plan, uniform_plan
+from tests.pruning.export.plans import heads_plan, native_plan, uneven_plan, uniform_plan
 from tests.tiny import tiny_family_folder, tiny_folder
 
 
@@ -96,6 +96,10 @@ def test_unsupported_models_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "uniform", "is a stock model")
     prune_checkpoint(base, uneven_plan(base), tmp_path / "narrow")
     refused(tmp_path / "narrow", "1 of 24 entries of the residual stream at the site attn_in")
+    prune_checkpoint(base, heads_plan(base, [2, 1, 2]), tmp_path / "heads")
+    refused(
+        tmp_path / "heads", "has key-value heads 2, 1, 2 in its blocks, and this format has one"
+    )
     (tmp_path / "q").mkdir()
     qwen = pruned(tmp_path / "q", tiny_family_folder(tmp_path / "qwen3", "qwen3"))
     refused(qwen, "for Llama, Mistral and Qwen2, not for 'qwen3' models")

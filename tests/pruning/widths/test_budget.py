@@ -462,8 +462,8 @@ def test_sites_that_are_not_named_stay_whole() -> None:
         Budget(sites=["mlp_min"]).check(sites, table)
     with pytest.raises(ValueError, match="`sites` must name one site or more"):
         Budget(sites=[])
-    with pytest.raises(ValueError, match="`uniform` and `sites` cannot both be set"):
-        Budget(uniform=True, sites=["mlp_mid"])
+    with pytest.raises(ValueError, match=r"`uniform` and `sites` \['attn_in'\] cannot both be set"):
+        Budget(uniform=True, sites=["mlp_mid", "attn_in"])
 
 
 def test_sites_and_parts_leave_a_model_that_servers_know(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_sites_and_parts_leave_a_model_that_servers_know(tmp_path: Path) -> None
     prune_checkpoint(base, plan, tmp_path / "small")
     shape = read_shape(tmp_path / "small")  # refuses whatever selects entries of the stream
     assert len(set(shape.mlp_widths)) > 1
-    assert not all(shape.attentions)
+    assert not all(shape.groups)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
