@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from secateur.pruning.families import family_of, skeleton
-from secateur.pruning.measure.latency_bench import grid_of
+from secateur.pruning.heads import HEADS, num_groups
 from secateur.pruning.measure.latency_table import (
     ROLES,
     LatencyTable,
     Phase,
+    grid_of,
     kind_of,
     machine_name,
     shape_of,
@@ -32,12 +33,15 @@ def made_table(
     down: Plane,
     rest: float = 0.0,
     points: int = 8,
+    attn_heads: Line | None = None,
     **fields: Any,
 ) -> LatencyTable:
     """A table of a formula; a decoding step takes half of the time of a prefill."""
     sizes = {s.name: s.size for s in find_sites(skeleton(config), family_of(config))}
     grid = {role: grid_of(sizes[role], 1, points) for role in ROLES}
     kinds = {kind_of(config, block) for block in range(config.num_hidden_layers)}
+    if attn_heads is not None:
+        grid[HEADS] = grid_of(num_groups(config), 1, points)
 
     def phase(scale: float) -> Phase:
         return Phase(
@@ -49,6 +53,9 @@ def made_table(
             spread=0.01,
             factor=1.0,
             checks=[1.0],
+            attn_heads={kind: [scale * attn_heads(w) for w in grid[HEADS]] for kind in kinds}
+            if attn_heads is not None
+            else {},
         )
 
     settings: dict[str, Any] = {

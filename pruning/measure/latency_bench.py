@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig
 
 from secateur.pruning.families import blocks_of, family_of, skeleton
+from secateur.pruning.heads import HEADS, num_groups
 from secateur.pruning.measure.latency_table import (
     LEAST_POINTS,
     PHASES,
     ROLES,
     LatencyTable,
     Phase,
+    grid_of,
     kind_of,
     machine_name,
     shape_of,
@@ -93,27 +95,6 @@ class Measurement:
         return time.process_time if self.cpu_time else time.perf_counter
 
 
-def grid_of(size: int, multiple: int, points: int) -> list[int]:
-    """Widths to measure: all multiples and the size, or some of them, dense where they are narrow.
-
-    The last one below the full width is always among them: a full site selects nothing, so that
-    its time does not continue that of narrower ones.
-
-    Args:
-        size: Full width of the site, 1 or more.
-        multiple: Widths are multiples of it.
-        points: Number of widths at most, 4 or more.
-    """
-    narrow = [*range(multiple, size, multiple)] or [max(1, size // 2)]
-    last, chosen = len(narrow) - 1, min(points - 1, len(narrow))
-    places = [0]
-    for point in range(1, chosen):
-        spread = round(last * (point / (chosen - 1)) ** 1.5)
-        # No width twice, and room for those that follow.
-        places.append(min(max(spread, places[-1] + 1), last - (chosen - 1 - point)))
-    return sorted({*(narrow[place] for place in places), size})
-
-
 @dataclass(frozen=True)
 class _Call:
     """Arguments of a block in a forward pass of its model.
@@ -163,6 +144,8 @@ class Bench:
         self.multiple = how.multiple or fast_multiple(config.hidden_size)
         self.grid = {role: grid_of(sizes[role], self.multiple, how.points) for role in ROLES}
         self.least = {role: self.grid[role][0] for role in ROLES}
+        if (groups := num_groups(config)) > 1:
+            self.grid[HEADS] = grid_of(groups, 1, how.points)
         # A block of every kind of attention.
         blocks = range(config.num_hidden_layers)
         self.kinds = {kind_of(config, block): block for block in reversed(blocks)}
@@ -220,6 +203,10 @@ class Bench:
                 ]
                 for kind in self.kinds
             },
+            attn_heads={
+                kind: [time_of(*self._of_heads(kind, heads)) for heads in grid[HEADS]]
+                for kind in (self.kinds if HEADS in grid else ())
+            },
             up=[[time_of("mlp", w, m, first[4]) for m in grid["mlp_mid"]] for w in grid["mlp_in"]],
             down=[
                 [
@@ -233,13 +220,20 @@ class Bench:
             checks=[],
         )
 
+    def _of_heads(self, kind: str, heads: int) -> tuple[str, int, int, int]:
+        """The key of an attention with some of its heads, and full input and output."""
+        return kind, self.grid["attn_in"][-1], self.grid["attn_out"][-1], heads
+
     def _keys(self) -> list[tuple[Any, ...]]:
-        """All pieces to time: kind of attention or `mlp`, and widths in the order of the sites."""
+        """All pieces to time: kind of attention or `mlp`, and widths in the order of `ROLES`, those
+        of an attention followed by its number of heads if it lacks some.
+        """
         grid, least = self.grid, self.least
         keys: dict[tuple[Any, ...], None] = {}
         for kind in self.kinds:
             keys |= {(kind, w, least["attn_out"]): None for w in grid["attn_in"]}
             keys |= {(kind, least["attn_in"], w): None for w in grid["attn_out"]}
+            keys |= {self._of_heads(kind, heads): None for heads in grid.get(HEADS, ())}
         for middle in grid["mlp_mid"]:
             keys |= {("mlp", w, middle, least["mlp_out"]): None for w in grid["mlp_in"]}
             keys |= {("mlp", least["mlp_in"], middle, w): None for w in grid["mlp_out"]}
@@ -277,10 +271,10 @@ class Bench:
     def _piece(self, host: Any, place: int, key: tuple[Any, ...]) -> nn.Module:
         """A block of one part, of the widths of a key."""
         config = copy.deepcopy(host.config)
-        roles, gone = (ROLES[2:], "attn") if key[0] == "mlp" else (ROLES[:2], "mlp")
+        roles, gone = (ROLES[2:], "attn") if key[0] == "mlp" else ((*ROLES[:2], HEADS), "mlp")
         config.block_widths[place] = {
             gone: 0,
-            **self._shown(dict(zip(roles, key[1:], strict=True))),
+            **self._shown(dict(zip(roles, key[1:], strict=False))),
         }
         with torch.device("meta"):
             block: nn.Module = type(blocks_of(host, self.family)[place])(config, place)
@@ -390,8 +384,8 @@ class Bench:
     def _drawn(self, draw: random.Random) -> dict[str, int]:
         """Random widths of a block, from a quarter of the full ones up."""
         widths = {}
-        for role in ROLES:
-            size = self.grid[role][-1]
-            narrow = [*range(self.multiple, size, self.multiple), size]
+        for role, grid in self.grid.items():
+            size, multiple = grid[-1], 1 if role == HEADS else self.multiple
+            narrow = [*range(multiple, size, multiple), size]
             widths[role] = draw.choice([width for width in narrow if 4 * width >= size])
         return self._shown(widths)

@@ -3,12 +3,13 @@
 The time of a forward pass is that of embeddings and output head, plus that of every attention and
 every MLP, each a sum of a base, which includes the floor that no width changes, and increments:
 
-    attention(i, o) = attn_in[i] + attn_out[o]
+    attention(i, h, o) = (attn_in[i] + attn_out[o]) attn_heads[h] / attn_heads[all]
     MLP(i, m, o) = up[i, m] + down[m, o]
 
-A removed attention or MLP takes no time. Sources: additive tables follow ZipLM (arXiv 2302.04089),
-HALP (arXiv 2110.10811) and Puzzle (arXiv 2411.19146); here they are two-dimensional, since every
-site of a block has a width of its own.
+h groups of heads take a fraction of the time of all, the same at every width. A removed attention
+or MLP takes no time. Sources: additive tables follow ZipLM (arXiv 2302.04089), HALP (arXiv
+2110.10811) and Puzzle (arXiv 2411.19146); here they are two-dimensional, since every site of a
+block has a width of its own.
 
 Legend: G = widths of a grid, K = kinds of attention, B = blocks.
 """
@@ -20,18 +21,18 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Real
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.pruning.families import blocks_of, family_of
-from secateur.pruning.heads import HEADS, head_dim, num_groups
+from secateur.pruning.heads import HEADS, fields_of_heads, head_dim, num_groups
+from secateur.pruning.measure.latency_curves import Curves
 from secateur.pruning.modelling import stock_type
 from secateur.pruning.sites import Site, find_sites
 
@@ -52,6 +53,8 @@ class Phase:
         rest: Embeddings, last norm and output head.
         attn_in: Kind of attention to its times by the width of its input, at the least output.
         attn_out: Kind of attention to what wider outputs add.
+        attn_heads: Kind of attention to its times by the number of groups of heads, at full input
+            and output; empty if there is one group, or the table was measured before these were.
         up: Times of the MLP by the widths of its input and its middle, at the least output.
         down: What wider outputs of the MLP add, by the widths of its middle and its output.
         spread: Median over all measurements of (longest - shortest) / median of the rounds.
@@ -67,6 +70,7 @@ class Phase:
     spread: float
     factor: float
     checks: Sequence[float]
+    attn_heads: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,23 @@ class LatencyTable:
     @property
     def hash(self) -> str:
         """Checksum of the contents, 12 hex digits."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self._content(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, with its checksum."""
-        content = {"format": _FORMAT, "hash": self.hash, **asdict(self)}
+        content = {"format": _FORMAT, "hash": self.hash, **self._content()}
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
+    def _content(self) -> dict[str, Any]:
+        content = asdict(self)
+        for phase in content["phases"].values():
+            if not phase["attn_heads"]:  # as in tables from before there were times of heads
+                del phase["attn_heads"]
+        return content
+
     def check_model(self, config: PreTrainedConfig, shown: str) -> None:
-        """Refuse a model of another shape, or whose blocks differ in heads.
+        """Refuse a model of another shape; it may have fewer heads if their times were measured.
 
         Args:
             config: Configuration of the model.
@@ -126,10 +137,12 @@ class LatencyTable:
             ValueError: The shape differs.
         """
         found = shape_of(config)
-        if HEADS in family_of(config).gates:
+        if HEADS in self.grid:
+            found |= fields_of_heads(config, int(self.grid[HEADS][-1]))
+        elif HEADS in family_of(config).gates:
             raise ValueError(
-                f"{shown} has times for the heads of the whole model, and blocks of this one have "
-                "fewer of their own; they are not predicted."
+                f"{shown} has no times for fewer heads, and blocks of this model have fewer; "
+                f"{_AGAIN}."
             )
         for name in {**self.shape, **found}:
             if (own := self.shape.get(name)) != (other := found.get(name)):
@@ -185,6 +198,10 @@ class LatencyTable:
             attn_out=[
                 mixed({p: own[kind] for p, own in parts("attn_out").items()}) for kind in kinds
             ],
+            attn_heads=[
+                mixed({p: own[kind] for p, own in parts("attn_heads").items()})
+                for kind in (kinds if HEADS in self.grid else ())
+            ],
             up=mixed(parts("up")),
             down=mixed(parts("down")),
         )
@@ -206,92 +223,35 @@ class LatencyTable:
             sizes = {name: torch.tensor(float(size)) for name, size in own.items()}
             if "attn_in" in own:
                 kind = torch.tensor(curves.kinds.index(kind_of(model.config, block)))
-                total += float(curves.attention(kind, sizes["attn_in"], sizes["attn_out"]))
+                heads = None
+                if HEADS in self.grid:
+                    heads = sizes.get(HEADS, torch.tensor(float(num_groups(model.config))))
+                seconds = curves.attention(kind, sizes["attn_in"], sizes["attn_out"], heads)
+                total += float(seconds)
             if "mlp_in" in own:
                 total += float(curves.mlp(sizes["mlp_in"], sizes["mlp_mid"], sizes["mlp_out"]))
         return total
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Times of the parts of a model by their widths, float64, seconds.
+def grid_of(size: int, multiple: int, points: int) -> list[int]:
+    """Widths to measure: all multiples and the size, or some of them, dense where they are narrow.
 
-    Between two widths of the grid the time is linear; outside it is that of the nearest one.
+    The last one below the full width is always among them: a full site selects nothing, so that
+    its time does not continue that of narrower ones.
 
     Args:
-        grid: Site to its widths, shape (G,).
-        kinds: Kinds of attention.
-        rest: Time of what is in no block.
-        attn_in: Per kind, see `Phase`, shape (G,).
-        attn_out: Per kind.
-        up: Shape (G of `mlp_in`, G of `mlp_mid`).
-        down: Shape (G of `mlp_mid`, G of `mlp_out`).
+        size: Full width of the site, 1 or more.
+        multiple: Widths are multiples of it.
+        points: Number of widths at most, 4 or more.
     """
-
-    grid: Mapping[str, Tensor]
-    kinds: Sequence[str]
-    rest: float
-    attn_in: Sequence[Tensor]
-    attn_out: Sequence[Tensor]
-    up: Tensor
-    down: Tensor
-
-    def attention(
-        self, kind_B: Int[Tensor, "*B"], in_B: Real[Tensor, "*B"], out_B: Real[Tensor, "*B"]
-    ) -> Float[Tensor, "*B"]:
-        """Time of attentions, differentiable in their widths."""
-        total = torch.zeros_like(in_B, dtype=torch.float64)
-        for kind in range(len(self.kinds)):
-            own = _line(self.grid["attn_in"], self.attn_in[kind], in_B)
-            own = own + _line(self.grid["attn_out"], self.attn_out[kind], out_B)
-            total = total + own * (kind_B == kind)
-        return total
-
-    def mlp(
-        self, in_B: Real[Tensor, "*B"], mid_B: Real[Tensor, "*B"], out_B: Real[Tensor, "*B"]
-    ) -> Float[Tensor, "*B"]:
-        """Time of MLPs, differentiable in their widths."""
-        grid = self.grid
-        up_B = _plane(grid["mlp_in"], grid["mlp_mid"], self.up, in_B, mid_B)
-        return up_B + _plane(grid["mlp_mid"], grid["mlp_out"], self.down, mid_B, out_B)
-
-
-def _place(
-    grid_G: Float[Tensor, " G"], width_B: Real[Tensor, "*B"]
-) -> tuple[Int[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """Cell of every width, and where it lies inside, in [0, 1]."""
-    width_B = width_B.double().clamp(grid_G[0], grid_G[-1])
-    cell_B = (torch.searchsorted(grid_G, width_B.detach(), right=True) - 1).clamp(
-        max=len(grid_G) - 2
-    )
-    low_B = grid_G[cell_B]
-    return cell_B, (width_B - low_B) / (grid_G[cell_B + 1] - low_B)
-
-
-def _line(
-    grid_G: Float[Tensor, " G"], values_G: Float[Tensor, " G"], width_B: Real[Tensor, "*B"]
-) -> Float[Tensor, "*B"]:
-    """Interpolate between the points of a line."""
-    cell_B, inside_B = _place(grid_G, width_B)
-    line: Tensor = values_G[cell_B].lerp(values_G[cell_B + 1], inside_B)
-    return line
-
-
-def _plane(
-    rows_G: Tensor,
-    columns_G: Tensor,
-    values_GG: Float[Tensor, "G H"],
-    row_B: Real[Tensor, "*B"],
-    column_B: Real[Tensor, "*B"],
-) -> Float[Tensor, "*B"]:
-    """Interpolate between the points of a plane, first along its columns."""
-    (row, down_B), (column, along_B) = _place(rows_G, row_B), _place(columns_G, column_B)
-    above, below = (
-        values_GG[place, column].lerp(values_GG[place, column + 1], along_B)
-        for place in (row, row + 1)
-    )
-    plane: Tensor = above.lerp(below, down_B)
-    return plane
+    narrow = [*range(multiple, size, multiple)] or [max(1, size // 2)]
+    last, chosen = len(narrow) - 1, min(points - 1, len(narrow))
+    places = [0]
+    for point in range(1, chosen):
+        spread = round(last * (point / (chosen - 1)) ** 1.5)
+        # No width twice, and room for those that follow.
+        places.append(min(max(spread, places[-1] + 1), last - (chosen - 1 - point)))
+    return sorted({*(narrow[place] for place in places), size})
 
 
 def kind_of(config: Any, block: int) -> str:
@@ -384,7 +344,12 @@ def _is_sound(table: LatencyTable) -> bool:
         shapes += [(own.down, (size["mlp_mid"], size["mlp_out"]))]
         lines = [(line, size["attn_in"]) for line in own.attn_in.values()]
         lines += [(line, size["attn_out"]) for line in own.attn_out.values()]
+        lines += [(line, len(table.grid.get(HEADS, ()))) for line in own.attn_heads.values()]
         if not own.attn_in or own.attn_in.keys() != own.attn_out.keys():
+            return False
+        if own.attn_heads.keys() != (own.attn_in.keys() if HEADS in table.grid else {*()}):
+            return False
+        if any(line[-1] <= 0 for line in own.attn_heads.values()):
             return False
         lines += [(row, columns) for plane, (_, columns) in shapes for row in plane]
         if any(len(plane) != rows for plane, (rows, _) in shapes):

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from secateur.pruning.costs import Cost, CostModel
 from secateur.pruning.families import PARTS, Family, family_of
 from secateur.pruning.heads import HEADS
+from secateur.pruning.measure.latency_curves import Curves
 from secateur.pruning.measure.latency_table import (
     ROLES,
-    Curves,
     LatencyTable,
     kind_of,
     machine_name,
@@ -55,7 +55,7 @@ class LatencyModel(CostModel):
         # Gates of parts may be absent: then no part is removed.
         self._places = {
             name: torch.tensor([places[block, name] for block in blocks])
-            for name in (*ROLES, *PARTS)
+            for name in (*ROLES, HEADS, *PARTS)
             if (0, name) in places
         }
         self._kind_B = torch.tensor([curves.kinds.index(kind) for kind in kinds])
@@ -97,7 +97,8 @@ class LatencyModel(CostModel):
         ]
         if part == "attn":
             kind_B = self._kind_B[blocks].expand(columns[0].shape)
-            seconds_B = self.curves.attention(kind_B, *columns)
+            heads_B = widths_S[..., self._places[HEADS][blocks]] if HEADS in self._places else None
+            seconds_B = self.curves.attention(kind_B, *columns, heads_B)
         else:
             seconds_B = self.curves.mlp(*columns)
         if part in self._places:
@@ -185,10 +186,10 @@ class Latency(Cost):
                 "`cost` Latency needs blocks of full width, and those of this model are narrow "
                 "already; start from the model that it was made from."
             )
-        if HEADS in family.gates:
+        if HEADS in family.gates and HEADS not in self.times.grid:
             raise ValueError(
-                f"`cost` Latency has no times for fewer heads, and `sites` names {HEADS!r}; leave "
-                "it out, or count Flops or Bytes."
+                f"{shown} has no times for fewer heads, and `sites` names {HEADS!r}; measure it "
+                "again with `python -m secateur latency`, or leave them out."
             )
         sites = find_sites(model, family)
         self.times.check_sizes(sites, shown)

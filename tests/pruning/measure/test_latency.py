@@ -14,8 +14,8 @@ from secateur.pruning.export.rewrite import prune_checkpoint
 from secateur.pruning.families import FAMILIES
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.latency import main, measure_latency
-from secateur.pruning.measure.latency_bench import Bench, Measurement, grid_of
-from secateur.pruning.measure.latency_table import PHASES, ROLES, read_table
+from secateur.pruning.measure.latency_bench import Bench, Measurement
+from secateur.pruning.measure.latency_table import PHASES, ROLES, grid_of, read_table
 from tests.pruning.export.plans import uneven_plan
 from tests.tiny import tiny_folder, tiny_llama_config, tiny_model
 
@@ -56,6 +56,8 @@ def test_every_part_of_every_family_is_timed(family: str) -> None:
         assert phase.rest == 1
         assert {value for line in phase.attn_in.values() for value in line} == {1}
         assert {value for line in phase.attn_out.values() for value in line} == {0}
+        assert {value for line in phase.attn_heads.values() for value in line} == {1}
+        assert phase.attn_heads.keys() == phase.attn_in.keys()
         assert {value for row in phase.up for value in row} == {1}
         assert {value for row in phase.down for value in row} == {0}
         assert phase.checks == [1, 1]
@@ -74,6 +76,8 @@ def test_pieces_have_the_widths_of_their_keys_and_selections_like_a_plan() -> No
     assert attention.self_attn.q_proj.in_features == 5
     assert attention.attn_out.index is None  # full
     assert len(attention.input_layernorm.index.unique()) == 5
+    fewer: Any = bench._piece(host, 0, ("attention", 24, 24, 1))
+    assert (fewer.self_attn.q_proj.out_features, fewer.self_attn.k_proj.out_features) == (12, 4)
     mlp: Any = bench._piece(host, 1, ("mlp", 3, 7, 11))
     assert (mlp.mlp.up_proj.in_features, mlp.mlp.up_proj.out_features) == (3, 7)
     assert len(mlp.mlp_out.index) == 11

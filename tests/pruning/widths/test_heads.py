@@ -17,6 +17,7 @@ from secateur.pruning.export.servers import VLLM
 from secateur.pruning.families import family_of
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.heads import HEADS
+from secateur.pruning.measure.sizes import count
 from secateur.pruning.plan import Plan, full_plan
 from secateur.pruning.sites import Site, features_of, find_sites
 from secateur.pruning.widths.budget import Budget
@@ -28,7 +29,7 @@ from secateur.pruning.widths.scores import WidthScore
 from secateur.pruning.widths.uniform import uniform_widths
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 from tests.latency import flops_table
-from tests.pruning.export.plans import random_plan, uneven_plan, uniform_plan
+from tests.pruning.export.plans import heads_plan, random_plan, uneven_plan, uniform_plan
 from tests.tiny import VOCABULARY, tiny_folder, tiny_llama
 
 TOKENS_BT = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -231,16 +232,40 @@ def test_the_magnitude_of_a_group_by_hand() -> None:
     assert float(values[place][1]) == pytest.approx(expected)
 
 
-def test_times_of_fewer_heads_are_not_known(tmp_path: Path) -> None:
-    model = tiny_llama()
-    flops_table(model.config).save(tmp_path / "table.json")
-    cost = Latency(str(tmp_path / "table.json"), measured_on=flops_table(model.config).measured_on)
-    assert cost.table(model).dense > 0
-    budget = Budget(0.8, cost, sites=[HEADS, "mlp_mid"])
-    with pytest.raises(
-        ValueError, match="no times for fewer heads, and `sites` names 'attn_heads'"
-    ):
-        cost.table(model, budget.family(model.config))
+def test_a_table_of_times_has_those_of_fewer_heads_or_refuses_them(tmp_path: Path) -> None:
+    model = tiny_llama(num_key_value_heads=6)
+    family = family_of(model.config).with_heads()
+    path = tmp_path / "table.json"
+    flops_table(model.config).save(path)  # as measured before heads were
+    before = Latency(str(path), prompts=1.0, new_tokens=0.0)
+    assert before.table(model).dense == pytest.approx(Flops().table(model).dense)
+    with pytest.raises(ValueError, match="no times for fewer heads, and `sites` names 'attn_h.*"):
+        before.table(model, family)
+    flops_table(model.config, attn_heads=float).save(path)
+    cost = Latency(str(path), prompts=1.0, new_tokens=0.0)
+    table, expected = cost.table(model, family), Flops().table(model, family)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        draw_S = torch.rand(len(table.full_S), generator=generator).double()
+        widths_S = 1 + (table.full_S - 1) * draw_S
+        torch.testing.assert_close(table(widths_S), expected(widths_S))
+        torch.testing.assert_close(table.marginal(widths_S), expected.marginal(widths_S))
+    assert cost.table(model).dense == pytest.approx(expected.dense)
+
+
+def test_times_of_models_with_fewer_heads_are_predicted(tmp_path: Path) -> None:
+    stock = tiny_folder(tmp_path / "stock", num_key_value_heads=6)
+    dense = BaseModel(stock).load()
+    table = flops_table(dense.config, attn_heads=float)
+    for name, groups in (("several", [6, 1, 4]), ("uniform", [4, 4, 4])):
+        prune_checkpoint(stock, heads_plan(stock, groups), tmp_path / name)
+        small = BaseModel(tmp_path / name).load()
+        table.check_model(small.config, "The table")
+        assert table.seconds(small, "prefill") == pytest.approx(count(small).block_flops_per_token)
+        with pytest.raises(
+            ValueError, match=r"The table (has no times for fewer|was measured for)"
+        ):
+            flops_table(dense.config).check_model(small.config, "The table")
 
 
 # Plans in turn. The base has 6 groups; a narrow model that a plan leaves has fewer, block by block.
