@@ -31,18 +31,17 @@ def compose_kept(first: Kept, second: Kept, blocks: Sequence[int], family: Famil
         ValueError: The sites of the second cut are not those of the model that the first one
             leaves.
     """
-    if fits := max(site.block for site in second) < len(blocks):
-        # Heads that one of the cuts does not name are uncut in it.
-        widths = {(s.block, s.name): len(i) for s, i in first.items() if len(i) and not s.is_part}
-        found = {(blocks[s.block], s.name): s.size for s in second if not s.is_part}
-        fits = _shared(widths, found) == _shared(found, widths)
-    if not fits:
+    block_of = dict(enumerate(blocks))
+    widths = {(s.block, s.name): len(i) for s, i in first.items() if len(i) and not s.is_part}
+    found = {(block_of.get(s.block, -1), s.name): s.size for s in second if not s.is_part}
+    # Heads that one of the cuts does not name are uncut in it.
+    if _shared(widths, found) != _shared(found, widths):
         raise ValueError(
             "The next plan does not fit: its sites differ from those of the model that this "
             "one leaves; give a plan that was made for that model."
         )
     before = {(site.block, site.name): (site, index_W) for site, index_W in first.items()}
-    after = {(blocks[site.block], site.name): index_W for site, index_W in second.items()}
+    after = {(block_of[site.block], site.name): index_W for site, index_W in second.items()}
     base = {(block, part_of(name)) for block, name in before}
     left = {(block, part_of(name)) for (block, name), index_W in after.items() if len(index_W)}
     heads = max((site.size for site in second if site.name == HEADS), default=1)

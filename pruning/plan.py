@@ -134,8 +134,8 @@ class Plan:
         """The common width of all MLPs (`mlp_mid`) and, if they are cut, the common number of
         groups of heads (`attn_heads`), if nothing else is cut in the remaining blocks.
 
-        A model of these widths needs no code of its own. None otherwise, and always for a narrow
-        base model.
+        A model of these widths needs no code of its own, where its configuration can tell the
+        number of heads. None otherwise, and always for a narrow base model.
         """
         if is_narrow(self.model_type):
             return None
