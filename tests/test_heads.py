@@ -61,7 +61,7 @@ def test_masks_of_heads_are_learned_exported_and_resumed(
 
 def callback(uniform: bool) -> PruneWidths:
     return PruneWidths(
-        Budget(0.6, uniform=uniform, sites=[HEADS, "mlp_mid"]),
+        Budget(0.7, uniform=uniform, sites=[HEADS] if uniform else [HEADS, "mlp_mid"]),
         search=GradualRanking(rounds=2, batches_per_round=1, batch_size=4),
         compensation=Refit(),
         gradually=None if uniform else Gradually(1, over=0.5),
@@ -82,7 +82,7 @@ def test_heads_go_while_a_model_trains(uniform: bool, inputs: Path, tmp_path: Pa
     plan = module._plan()
     assert plan is not None
     assert kept(inputs / "base", plan, whole.budget) == pytest.approx(whole.history[-1]["kept"])
-    assert whole.history[-1]["kept"] <= 0.6
+    assert whole.history[-1]["kept"] <= 0.7
     heads = [len(plan.index(block, HEADS)) for block in range(3)]
     assert min(heads) < 6
     assert not uniform or len(set(heads)) == 1

@@ -17,7 +17,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -108,6 +108,15 @@ class _Call:
     arguments: tuple[Any, ...]
     named: Mapping[str, Any]
     cache: tuple[str, Cache]
+
+    def of_heads(self, groups: int) -> _Call:
+        """The same with a cache of so many groups of heads."""
+        name, fewer = copy.deepcopy(self.cache)
+        for layer in fewer.layers:
+            if layer.is_initialized:
+                layer.keys = layer.keys[:, :groups].contiguous()
+                layer.values = layer.values[:, :groups].contiguous()
+        return replace(self, cache=(name, fewer))
 
     def seconds(
         self, block: nn.Module, clock: Callable[[], float], device: torch.device, walked: Tensor
@@ -256,6 +265,8 @@ class Bench:
             block = self._piece(host, places[key[0]], key)
             for phase in PHASES:
                 call = calls[phase][places[key[0]]]
+                if key[0] != "mlp" and len(key) > 3:
+                    call = call.of_heads(key[3])
                 found = call.seconds(block, self.how.clock, self.device, self.walked[phase])
                 times[key][phase].append(found)
         medians = {key: {p: median(own[p]) for p in PHASES} for key, own in times.items()}
@@ -272,10 +283,8 @@ class Bench:
         """A block of one part, of the widths of a key."""
         config = copy.deepcopy(host.config)
         roles, gone = (ROLES[2:], "attn") if key[0] == "mlp" else ((*ROLES[:2], HEADS), "mlp")
-        config.block_widths[place] = {
-            gone: 0,
-            **self._shown(dict(zip(roles, key[1:], strict=False))),
-        }
+        widths = self._shown(dict(zip(roles, key[1:], strict=False)))
+        config.block_widths[place] = {gone: 0, **widths}
         with torch.device("meta"):
             block: nn.Module = type(blocks_of(host, self.family)[place])(config, place)
         block = block.to(self.dtype).to_empty(device=self.device).eval()
