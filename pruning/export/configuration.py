@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from secateur.pruning.depth.removal import shortened_fields
 from secateur.pruning.families import PARTS, family_named, part_of
 from secateur.pruning.files.base_model import BaseModel
-from secateur.pruning.heads import HEADS, fields_of_heads
+from secateur.pruning.heads import HEADS, fields_of_heads, num_groups
 from secateur.pruning.modelling import config_class, narrow_type
 from secateur.pruning.modelling.secateur_narrow import auto_map
 from secateur.pruning.plan import Plan
@@ -49,12 +49,12 @@ def _fields_of_heads(config: PreTrainedConfig, plan: Plan) -> dict[str, int] | N
     it, so that every block has to.
     """
     family, sites = family_named(plan.model_type), zip(plan.sites, plan.widths, strict=True)
-    found = [(site.size, width) for site, width in sites if site.name == HEADS and width]
-    if family.narrow or len({width for _, width in found}) > 1:
-        return None
-    if all(width == size for size, width in found):
+    found = {width for site, width in sites if site.name == HEADS and width}
+    if found <= {num_groups(config)}:
         return {}
-    fields = fields_of_heads(config, found[0][1])
+    if family.narrow or len(found) > 1:
+        return None
+    fields = fields_of_heads(config, found.pop())
     may_be = family.stock_heads(int(config.hidden_size), fields["num_attention_heads"])
     return fields if may_be else None
 
