@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from secateur.callbacks import PruneWidths
+from secateur.pruning.blocks.refit import Refit
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.heads import HEADS
 from secateur.pruning.plan import Plan
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gradual_ranking import GradualRanking
-from secateur.pruning.widths.refit import Refit
 from tests import fits
 from tests.pruning.widths.test_contract import SaveOnce
 from tests.runs import NOISE, call, content, learn_masks, make_inputs
