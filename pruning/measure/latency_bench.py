@@ -112,7 +112,8 @@ class _Call:
     def of_heads(self, groups: int) -> _Call:
         """The same with a cache of so many groups of heads."""
         name, fewer = copy.deepcopy(self.cache)
-        for layer in fewer.layers:
+        layers: list[Any] = fewer.layers
+        for layer in layers:
             if layer.is_initialized:
                 layer.keys = layer.keys[:, :groups].contiguous()
                 layer.values = layer.values[:, :groups].contiguous()
@@ -234,9 +235,7 @@ class Bench:
         return kind, self.grid["attn_in"][-1], self.grid["attn_out"][-1], heads
 
     def _keys(self) -> list[tuple[Any, ...]]:
-        """All pieces to time: kind of attention or `mlp`, and widths in the order of `ROLES`, those
-        of an attention followed by its number of heads if it lacks some.
-        """
+        """All pieces: kind of attention or `mlp`, widths in the order of `ROLES`, heads if fewer."""
         grid, least = self.grid, self.least
         keys: dict[tuple[Any, ...], None] = {}
         for kind in self.kinds:

@@ -98,7 +98,8 @@ class LatencyModel(CostModel):
         if part == "attn":
             kind_B = self._kind_B[blocks].expand(columns[0].shape)
             heads_B = widths_S[..., self._places[HEADS][blocks]] if HEADS in self._places else None
-            seconds_B = self.curves.attention(kind_B, *columns, heads_B)
+            in_B, out_B = columns
+            seconds_B = self.curves.attention(kind_B, in_B, out_B, heads_B)
         else:
             seconds_B = self.curves.mlp(*columns)
         if part in self._places:
