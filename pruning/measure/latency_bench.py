@@ -235,7 +235,7 @@ class Bench:
         return kind, self.grid["attn_in"][-1], self.grid["attn_out"][-1], heads
 
     def _keys(self) -> list[tuple[Any, ...]]:
-        """All pieces: kind of attention or `mlp`, widths in the order of `ROLES`, heads if fewer."""
+        """All pieces: kind of attention or `mlp`, widths in the order of `ROLES`, fewer heads."""
         grid, least = self.grid, self.least
         keys: dict[tuple[Any, ...], None] = {}
         for kind in self.kinds:
