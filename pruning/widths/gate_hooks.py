@@ -131,8 +131,8 @@ def hook_at(
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
     factor = factor.to(x.device, x.dtype)
-    if (each := x.shape[-1] // factor.shape[-1]) > 1:  # features of a group of heads
-        factor = factor.repeat_interleave(each, dim=-1)
+    if 1 < (groups := factor.shape[-1]) < (features := x.shape[-1]):  # of groups of heads
+        factor = factor.repeat_interleave(features // groups, dim=-1)
     if factor.dim() == 3 and x.dim() == 2:  # OPT's MLP flattens windows to one row of tokens
         return torch.mul(x.view(len(factor), -1, x.shape[-1]), factor).view(x.shape)
     return torch.mul(x, factor)
