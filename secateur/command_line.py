@@ -85,8 +85,9 @@ class TrainCLI(LightningCLI):
         try:
             self.config = parser.parse_args(arguments)
         except (UsageError, UnicodeDecodeError) as error:  # the latter of a configuration file
-            raise UsageError(self._explain(arguments, str(error))) from error
-        self._typed = typed.read(arguments)
+            tree = named_callbacks.read(typed_in)
+            raise UsageError(self._explain(arguments, tree, str(error))) from error
+        self._typed = named_callbacks.read(typed_in)
         if wrong := forbidden_value(self._typed):
             raise UsageError(wrong)
         subcommand = self.config["subcommand"]
@@ -111,13 +112,12 @@ class TrainCLI(LightningCLI):
         elif config.ckpt_path is not None:
             check_whole(Path(config.ckpt_path))
 
-    def _explain(self, arguments: list[str], message: str) -> str:
+    def _explain(self, arguments: list[str], tree: dict[str, typed.Node], message: str) -> str:
         """Explain arguments that the parser rejected, by its own message if need be."""
         named = [name for name in self.subcommands() if name in arguments]
         if not named:
             return f"Name a command first: {', '.join(self.subcommands())}."
         known = {action.dest.split(".")[0] for action in self._parser(named[0])._actions}
-        tree = typed.read(arguments)
         if found := wrong_setting(tree, known) or forbidden_value(tree):
             return found
         keys = re.findall(r'(?:Parser key "|argument -*)([\w.]+)', message)

@@ -10,24 +10,32 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from types import NoneType, TracebackType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType, TracebackType
+from typing import Any, NamedTuple, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 
 from secateur import yaml_text
 from secateur.pruning.commands import did_you_mean, nearest
+from secateur.signatures import (
+    WORDS,
+    described,
+    hints_of,
+    is_value,
+    objects_of,
+    parameters_of,
+    parts_of,
+    subclasses_of,
+    takes_any,
+    takes_list,
+)
 from secateur.typed import CLASS, Leaf, Node
 
 _ROOTS: dict[str, Any] = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_NO_OBJECTS = (*_WORDS, NoneType, dict, list, tuple, set, Path, Tensor)
 _OF_THE_COMMAND = ("ckpt_path", "return_predictions", "seed_everything", "weights_only")
 
 
@@ -59,26 +67,27 @@ def _wrong(node: Node, hint: Any, path: str, default: Any = None) -> str | None:
         default: Its default, whose class applies if none was typed.
     """
     if isinstance(node, list):
-        if not _takes_list(hint):
-            return f"{_said(node, path)} must be {_described(hint)}, got a list."
+        if not takes_list(hint):
+            return f"{_said(node, path)} must be {described(hint)}, got a list."
         return next(filter(None, (_wrong(item, hint, path) for item in node)), None)
     if isinstance(node, Leaf):
         if not _names_class(node, hint):
             return _wrong_value(node, hint, path)
         node = {CLASS: node}
-    if node and _is_value(hint):
+    if node and is_value(hint):
         name = next((name for name in node if name != CLASS), CLASS)
-        return f"{_said(node[name], f'{path}.{name}')} is not a setting: {_is(path, hint)}."
+        whole = _path_as_typed(node[name], path)
+        return f"{_said(node[name], f'{path}.{name}')} is not a setting: {_is(whole, hint)}."
     kind = _class_of(node, hint, path)
-    if kind is None and isinstance(default, tuple(_objects(hint))):
+    if kind is None and isinstance(default, tuple(objects_of(hint))):
         kind = type(default)
     if kind is None or isinstance(kind, str):
         return kind
-    parameters, hints = _parameters(kind), _hints(kind)
+    parameters, hints = parameters_of(kind), hints_of(kind)
     for name, child in node.items():
         at = f"{path}.{name}"
-        if name not in (CLASS, *parameters) and not _takes_any(kind):
-            others = "" if CLASS in node else _others(name, hint, path)
+        if name not in (CLASS, *parameters) and not takes_any(kind):
+            others = "" if CLASS in node else _others(name, hint, _path_as_typed(child, path))
             return (
                 f"{_said(child, at)} is not a setting of "
                 f"{kind.__name__}.{others or _suggest(child, at, kind)}"
@@ -98,20 +107,20 @@ def _default_of(kind: Any, name: str) -> Any:
     made = {f.name: f.default_factory for f in fields(kind)} if is_dataclass(kind) else {}
     if callable(make := made.get(name)):
         return make()
-    return parameter.default if (parameter := _parameters(kind).get(name)) else None
+    return parameter.default if (parameter := parameters_of(kind).get(name)) else None
 
 
 def _is(path: str, hint: Any) -> str:
-    return f"`--{path}` is {_described(hint)}"
+    return f"`--{path}` is {described(hint)}"
 
 
 def _others(name: str, hint: Any, path: str) -> str:
     """The classes that have a setting, where the default has not, as a sentence."""
     found = {
         c.__name__
-        for kind in _objects(hint)
-        for c in _subclasses(kind)
-        if name in _parameters(c) and not inspect.isabstract(c)
+        for kind in objects_of(hint)
+        for c in subclasses_of(kind)
+        if name in parameters_of(c) and not inspect.isabstract(c)
     }
     return (
         f" Set `--{path}` to {' or '.join(sorted(found))}, which has it."
@@ -130,11 +139,11 @@ def forbidden_value(tree: Mapping[str, Node]) -> str | None:
     """
     for name, kind in _ROOTS.items():
         for leaf, hint, path in _leaves(tree.get(name, {}), kind, name):
-            value, parts = _value_of(leaf), _parts(hint)
+            value, parts = _value_of(leaf), parts_of(hint)
             null = value is None and not {NoneType, Any, object} & {*parts}
             if null or (isinstance(value, float) and not math.isfinite(value)):
                 got = leaf.value or "null"
-                return f"{_said(leaf, path)} must be {_described(hint)}, got {got}."
+                return f"{_said(leaf, path)} must be {described(hint)}, got {got}."
     return None
 
 
@@ -152,7 +161,7 @@ def wrong_class(name: str, kind: type[Any], path: str) -> str | None:
 
 def word_of(kind: str) -> str:
     """What the values of a type of Python are called, by its name."""
-    return next((word for known, word in _WORDS.items() if known.__name__ == kind), kind)
+    return next((word for known, word in WORDS.items() if known.__name__ == kind), kind)
 
 
 def _leaves(node: Node, hint: Any, path: str) -> Iterator[tuple[Leaf, Any, str]]:
@@ -163,8 +172,8 @@ def _leaves(node: Node, hint: Any, path: str) -> Iterator[tuple[Leaf, Any, str]]
     elif isinstance(node, Leaf):
         yield node, hint, path
     else:
-        kind = None if _is_value(hint) else _class_of(node, hint, path)
-        hints = {} if kind is None or isinstance(kind, str) else _hints(kind)
+        kind = None if is_value(hint) else _class_of(node, hint, path)
+        hints = {} if kind is None or isinstance(kind, str) else hints_of(kind)
         for name, child in node.items():
             if name in hints:
                 yield from _leaves(child, hints[name], f"{path}.{name}")
@@ -187,15 +196,15 @@ def _wrong_value(leaf: Leaf, hint: Any, path: str) -> str | None:
         else:
             parser.parse_object({"value": leaf.value})
     except Exception:  # constructors of types may raise anything
-        return f"{_said(leaf, path)} must be {_described(hint)}, got {leaf.value!r}."
+        return f"{_said(leaf, path)} must be {described(hint)}, got {leaf.value!r}."
     return None
 
 
 def _names_class(leaf: Leaf, hint: Any) -> bool:
     """Test whether a value can only be the name of a class."""
     return (
-        bool(_objects(hint))
-        and str not in _parts(hint)
+        bool(objects_of(hint))
+        and str not in parts_of(hint)
         and isinstance(leaf.value, str)
         and isinstance(_value_of(leaf), str)  # neither null nor false
         and all(name.isidentifier() for name in leaf.value.split("."))
@@ -204,13 +213,13 @@ def _names_class(leaf: Leaf, hint: Any) -> bool:
 
 def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
     """The class of an object; None if unknown, an error message if no class has that name."""
-    kinds, chosen = _objects(hint), node.get(CLASS)
+    kinds, chosen = objects_of(hint), node.get(CLASS)
     if chosen is None:
         return kinds[0] if len(kinds) == 1 and not inspect.isabstract(kinds[0]) else None
     if not isinstance(chosen, Leaf) or not isinstance(chosen.value, str):
         return None
     module, _, name = chosen.value.rpartition(".")
-    known: dict[str, Any] = {c.__name__: c for kind in kinds for c in _subclasses(kind)}
+    known: dict[str, Any] = {c.__name__: c for kind in kinds for c in subclasses_of(kind)}
     found = known.get(name)
     if module:
         try:
@@ -221,7 +230,7 @@ def _class_of(node: Mapping[str, Node], hint: Any, path: str) -> Any:
         known = vars(package)
     if found:
         if not callable(found) or (inspect.isclass(found) and not issubclass(found, tuple(kinds))):
-            return f"{_said(chosen, path)} names {chosen.value}, which is not a {_described(hint)}."
+            return f"{_said(chosen, path)} names {chosen.value}, which is not a {described(hint)}."
         return found
     whole = [key for key, c in known.items() if inspect.isclass(c) and not inspect.isabstract(c)]
     return f"{_said(chosen, path)} names {chosen.value}: no such class.{did_you_mean(name, whole)}"
@@ -238,11 +247,11 @@ def _suggest(node: Node, path: str, kind: Any) -> str:
     """Suggest the nearest setting of a class, or of the objects that are its arguments."""
     if moved := _now(node, path, kind):
         return moved
-    own = list(_parameters(kind))
+    own = list(parameters_of(kind))
     known = {name: name for name in (*own, "init_args")}
-    for name, hint in _hints(kind).items():
-        for part in _objects(hint):
-            known = {deeper: f"{name}.{deeper}" for deeper in _parameters(part)} | known
+    for name, hint in hints_of(kind).items():
+        for part in objects_of(hint):
+            known = {deeper: f"{name}.{deeper}" for deeper in parameters_of(part)} | known
     parent, _, last = path.rpartition(".")
     if not (near := nearest(last, known)):
         return f" It has {', '.join(own) or 'none'}."
@@ -251,84 +260,22 @@ def _suggest(node: Node, path: str, kind: Any) -> str:
 
 def _said(node: Node, path: str) -> str:
     """A setting as it was typed, and the file that it is in."""
+    leaf = _first_leaf(node)
+    if leaf is not None and leaf.file:
+        return f"`{path}` in {leaf.file}"
+    return f"`--{_path_as_typed(node, path)}`"
+
+
+def _path_as_typed(node: Node, path: str) -> str:
+    """The name of a setting as it was typed: one of a callback by its name, perhaps."""
+    leaf = _first_leaf(node)
+    return path if leaf is None else leaf.as_typed(path)
+
+
+def _first_leaf(node: Node) -> Leaf | None:
     while isinstance(node, dict | list) and node:
         node = next(iter(node.values())) if isinstance(node, dict) else node[0]
-    file = node.file if isinstance(node, Leaf) else None
-    return f"`{path}` in {file}" if file else f"`--{path}`"
-
-
-# Types
-
-
-def _parts(hint: Any) -> list[Any]:
-    """The alternatives of a type: of unions, of elements of lists, of return values."""
-    if get_origin(hint) in (Union, UnionType, list):
-        return [part for inner in get_args(hint) for part in _parts(inner)]
-    if get_origin(hint) is Callable:
-        return _parts(get_args(hint)[1])
-    return [hint]
-
-
-def _objects(hint: Any) -> list[type]:
-    """The classes among the alternatives of a type that have settings."""
-    return [c for c in _parts(hint) if inspect.isclass(c) and not issubclass(c, _NO_OBJECTS)]
-
-
-def _takes_list(hint: Any) -> bool:
-    """Test whether a list is, or may be, a value of a type."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(map(_takes_list, get_args(hint)))
-    kind = origin or hint
-    if kind in (Any, object):
-        return True
-    return inspect.isclass(kind) and issubclass(kind, Iterable) and kind not in (str, dict)
-
-
-def _is_value(hint: Any) -> bool:
-    """Test whether a type is that of plain values, which have no settings of their own."""
-    return all(part in (*_WORDS, NoneType) or get_origin(part) is Literal for part in _parts(hint))
-
-
-def _described(hint: Any) -> str:
-    words: list[str] = []
-    for part in _parts(hint):
-        if get_origin(part) is Literal:
-            words += map(str, get_args(part))
-        elif part is NoneType:
-            words.append("null")
-        else:
-            words.append(_WORDS.get(part, getattr(part, "__name__", str(part))))
-    return " or ".join(dict.fromkeys(words))
-
-
-def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    found = _signature(kind)
-    return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
-def _takes_any(kind: Any) -> bool:
-    return any(p.kind == p.VAR_KEYWORD for p in _signature(kind).values())
-
-
-def _signature(kind: Any) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(kind).parameters)
-    except ValueError:  # of a class that is not written in Python
-        return {}
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    try:
-        return get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
-    except NameError:  # of a type that is imported for checkers only
-        return {}
-
-
-def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _subclasses(child)
+    return node if isinstance(node, Leaf) else None
 
 
 # Names of settings in messages
@@ -348,24 +295,34 @@ def as_typed(message: str, raised: TracebackType | None, tree: Mapping[str, Node
     while raised is not None:
         at_work.insert(0, type(raised.tb_frame.f_locals.get("self")))
         raised = raised.tb_next
-    near = [place for kind in at_work for place in places if place[1] is kind]
+    near = [place for kind in at_work for place in places if place.kind is kind]
 
     def typed(match: re.Match[str]) -> str:
         first = match[1].split(".")[0]
         if first in (*_ROOTS, *_OF_THE_COMMAND):
             return f"`--{match[1]}`"
-        for path, kind in [*near, *places]:
-            if first in _parameters(kind):
-                whose = f" of {kind.__name__}" if path == "trainer.callbacks" else ""
-                told = message[match.end() :].startswith(whose)
-                return f"`--{path}.{match[1]}`{'' if told else whose}"
+        for place in [*near, *places]:
+            if first in parameters_of(place.kind):
+                path = f"{place.path}.{match[1]}"
+                named = _path_as_typed(_below(place.node, match[1]), path)
+                whose = f" of {place.kind.__name__}" if place.path == "trainer.callbacks" else ""
+                told = named != path or message[match.end() :].startswith(whose)
+                return f"`--{named}`{'' if told else whose}"
         return match[0]
 
     return re.sub(r"`([a-z_][a-z_0-9.]*)`", typed, message)
 
 
-def _places(node: Node, hint: Any, path: str) -> Iterator[tuple[str, type]]:
-    """Path and class of every object that was typed, and of their default arguments."""
+class _Place(NamedTuple):
+    """An object that was typed, or is a default argument of one."""
+
+    path: str
+    kind: type
+    node: Node
+
+
+def _places(node: Node, hint: Any, path: str) -> Iterator[_Place]:
+    """Every object that was typed, and their default arguments."""
     if isinstance(node, list):
         for item in node:
             yield from _places(item, hint, path)
@@ -374,6 +331,15 @@ def _places(node: Node, hint: Any, path: str) -> Iterator[tuple[str, type]]:
         node = {CLASS: node}
     kind = _class_of(node, hint, path)
     if inspect.isclass(kind) and (CLASS in node or is_dataclass(kind) or kind is Trainer):
-        yield path, kind
-        for name, inner in _hints(kind).items():
+        yield _Place(path, kind, node)
+        for name, inner in hints_of(kind).items():
             yield from _places(node.get(name, {}), inner, f"{path}.{name}")
+
+
+def _below(node: Node, path: str) -> Node:
+    """The node of a setting inside another one, as deep as something was typed."""
+    for name in path.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return node if isinstance(node, Leaf) else None
+        node = node[name]
+    return node

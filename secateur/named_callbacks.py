@@ -7,7 +7,7 @@ list that was typed, in files and on the command line, is read, and given to it 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -25,16 +25,46 @@ def resolve(arguments: Sequence[str]) -> list[str]:
     Raises:
         UsageError: No callback, or more than one, is called so, or a setting has no value.
     """
-    if not any(argument.startswith(_PREFIX) for argument in arguments):
-        return [*arguments]
     rest, given = _taken_out(arguments)
-    found = typed.read(rest).get("trainer", {})
-    nodes = found.get("callbacks") if isinstance(found, dict) else None
-    callbacks = [typed.as_object(node) for node in nodes] if isinstance(nodes, list) else []
+    return [*rest, as_option(callbacks_of(read(arguments)))] if given else rest
+
+
+def read(arguments: Sequence[str]) -> dict[str, Node]:
+    """All settings of a command line, as `typed.read`; those of callbacks by name are in the list.
+
+    Raises:
+        UsageError: As for `resolve`, or a file cannot be read, or is not YAML.
+    """
+    rest, given = _taken_out(arguments)
+    tree = typed.read(rest)
+    if not given:
+        return tree
+    callbacks = callbacks_of(tree)
     for option, value in given:
         name, _, setting = option.removeprefix(_PREFIX).partition(".")
-        typed.put(_called(callbacks, name, option), setting, typed.of_text(value), append=False)
-    return [*rest, f"--trainer.callbacks={json.dumps([_plain(node) for node in callbacks])}"]
+        node = typed.of_text(value, callback=name)
+        typed.put(_called(callbacks, name, option), setting, node, append=False)
+    return tree
+
+
+def callbacks_of(tree: Mapping[str, Node]) -> list[dict[str, Node]]:
+    """The callbacks of settings, in order; they stay part of the tree."""
+    trainer = tree.get("trainer")
+    nodes = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    if not isinstance(nodes, list):
+        return []
+    nodes[:] = map(typed.as_object, nodes)
+    return nodes
+
+
+def as_option(callbacks: Iterable[Node]) -> str:
+    """The argument that gives the trainer these callbacks and no others."""
+    return f"--trainer.callbacks={json.dumps([_plain(node) for node in callbacks])}"
+
+
+def name_of(callback: Mapping[str, Node]) -> str:
+    """The name of the class of a callback."""
+    return str(callback[CLASS].value).rpartition(".")[2]
 
 
 def _taken_out(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -60,7 +90,7 @@ def _called(callbacks: Sequence[dict[str, Node]], name: str, option: str) -> dic
     Raises:
         UsageError: There is none, or there are several.
     """
-    names = [str(callback[CLASS].value).rpartition(".")[2] for callback in callbacks]
+    names = [*map(name_of, callbacks)]
     if names.count(name) == 1 and option.count(".") > 1:
         return callbacks[names.index(name)]
     if name in names:

@@ -13,6 +13,7 @@ from secateur import yaml_text
 from secateur.pruning.commands import UsageError
 
 CLASS = "class_path"
+CALLBACKS = "trainer.callbacks."
 _FLAGS = ("--help", "--print_config", "-h")
 
 
@@ -24,11 +25,19 @@ class Leaf:
         value: Text from the command line, or a value from YAML.
         is_text: Whether the value is text that the parser has not parsed yet.
         file: The file that it is in; None for the command line.
+        callback: The callback whose name it was typed under, as in
+            `--callbacks.SaveCheckpoint.keep`; None if under none.
     """
 
     value: Any
     is_text: bool
     file: Path | None = None
+    callback: str | None = None
+
+    def as_typed(self, path: str) -> str:
+        """The name of a setting that this leaf is in, as it was typed."""
+        name = f"callbacks.{self.callback}."
+        return path if self.callback is None else path.replace(CALLBACKS, name, 1)
 
 
 Node = Any
@@ -87,27 +96,29 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def of_text(text: str) -> Node:
-    """The node of a value as it is typed on the command line."""
+def of_text(text: str, callback: str | None = None) -> Node:
+    """The node of a value as it is typed on the command line, perhaps under a callback's name."""
     try:
         value = yaml_text.load(text)
     except yaml.YAMLError:
         value = text
-    return _of_yaml(value) if isinstance(value, dict | list) else Leaf(text, is_text=True)
+    if isinstance(value, dict | list):
+        return _of_yaml(value, callback=callback)
+    return Leaf(text, is_text=True, callback=callback)
 
 
-def _of_yaml(value: Any, file: Path | None = None) -> Node:
+def _of_yaml(value: Any, file: Path | None = None, callback: str | None = None) -> Node:
     """The node of a YAML value; the level `init_args` is left out."""
     if isinstance(value, list):
-        return [_of_yaml(item, file) for item in value]
+        return [_of_yaml(item, file, callback) for item in value]
     if not isinstance(value, dict):
-        return Leaf(value, is_text=False, file=file)
+        return Leaf(value, is_text=False, file=file, callback=callback)
     node: dict[str, Node] = {}
     for key, item in value.items():
         if key in ("init_args", "dict_kwargs") and isinstance(item, dict):
-            node |= _of_yaml(item, file)
+            node |= _of_yaml(item, file, callback)
         else:
-            node[str(key)] = _of_yaml(item, file)
+            node[str(key)] = _of_yaml(item, file, callback)
     return node
 
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
+import yaml
 
 from secateur import program, yaml_text
 from secateur.command_line import TrainCLI
@@ -47,6 +48,22 @@ def told(
     assert "Traceback" not in said
     assert "Namespace(" not in said
     return message
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FILLED = ("--model.base=a/model", "--data.train=text.json")  # what recipes leave to their users
+# A setting of every callback of the recipes, and a value that no recipe gives it.
+NAMED: dict[str, tuple[str, Any]] = {
+    "AnnealSparsity": ("over", 0.123),
+    "ExportModel": ("folder", "out"),
+    "PlotWidths": ("folder", "pictures"),
+    "PruneBlocks": ("calibration_seed", 123),
+    "PruneWeights": ("calibration_seed", 123),
+    "PruneWidths": ("held_back_windows", 123),
+    "SaveCheckpoint": ("every_n_steps", 123),
+    "TrackBudget": ("tolerance", 0.123),
+    "WatchRanks": ("patience_seconds", 123.0),
+}
 
 
 class Parsed(Exception):
@@ -102,14 +119,72 @@ def test_callbacks_are_set_by_name(line: TrainCLI, tmp_path: Path) -> None:
     ("setting", "message"),
     [
         ("--callbacks.SaveCheckpoin.keep=1", r"names no callback .* Did you mean `SaveCheckpoint`"),
-        ("--callbacks.SaveCheckpoint.kep=1", r"not a setting of SaveCheckpoint.*callbacks.keep"),
+        (
+            "--callbacks.SaveCheckpoint.kep=1",
+            r"`--callbacks.SaveCheckpoint.kep` is not a setting of SaveCheckpoint. "
+            r"Did you mean `--callbacks.SaveCheckpoint.keep`",
+        ),
         ("--callbacks.SaveCheckpoint=1", r"names a callback; it must name one setting"),
         ("--callbacks.SaveCheckpoint.keep", r"must be followed by a value"),
-        ("--callbacks.SaveCheckpoint.keep=x", r"must be a whole number, got 'x'"),
+        (
+            "--callbacks.SaveCheckpoint.keep=x",
+            r"`--callbacks.SaveCheckpoint.keep` must be a whole number, got 'x'",
+        ),
+        (
+            "--callbacks.SaveCheckpoint.keep.x=1",
+            r"`--callbacks.SaveCheckpoint.keep.x` is not a setting: "
+            r"`--callbacks.SaveCheckpoint.keep` is a whole number",
+        ),
+        (
+            "--callbacks.SaveCheckpoint.keep=null",
+            r"`--callbacks.SaveCheckpoint.keep` must be a whole number, got null",
+        ),
+        (
+            "--callbacks.AnnealSparsity.curve=Cubik",
+            r"`--callbacks.AnnealSparsity.curve` names Cubik: no such class. Did you mean `Cubic`",
+        ),
     ],
 )
 def test_wrong_settings_of_callbacks_by_name(line: TrainCLI, setting: str, message: str) -> None:
     assert re.search(message, refused(line, [*learn_masks(Path("in"), Path("out")), setting]))
+
+
+IN_WIDTHS = {
+    "score=Fishr": "`--callbacks.PruneWidths.score` names Fishr: .* mean `Fisher`?",
+    "score=secateur.Linear": "`--callbacks.PruneWidths.score` names secateur.Linear, which is not",
+    "scor=Fisher": "`--callbacks.PruneWidths.scor` .* mean `--callbacks.PruneWidths.score`?",
+    "keep=0.7": "Did you mean `--callbacks.PruneWidths.budget.keep`?",
+    "budget.kep=0.7": "`--callbacks.PruneWidths.budget.kep` is not a setting of Budget.",
+    "budget.keep=half": "`--callbacks.PruneWidths.budget.keep` must be a number, got 'half'",
+    "budget={kep: 0.7}": "`--callbacks.PruneWidths.budget.kep` is not a setting of Budget.",
+    "score.alpha=1": "`--callbacks.PruneWidths.score.alpha` is not a setting of Fisher",
+    "search.rounds=a": "`--callbacks.PruneWidths.search.rounds` must be a whole number, got 'a'",
+    "search.score.x=1": "`--callbacks.PruneWidths.search.score` is not a setting of GradualRank",
+}
+
+
+@pytest.mark.parametrize(("setting", "message"), IN_WIDTHS.items(), ids=IN_WIDTHS)
+def test_settings_inside_a_callback_are_told_by_its_name(
+    setting: str, message: str, line: TrainCLI
+) -> None:
+    recipe = next(path for path in RECIPES if path.name == "importance.yaml")
+    named = f"--callbacks.PruneWidths.{setting}"
+    said = refused(line, ["fit", f"--config={recipe}", *FILLED, named])
+    assert re.search(message.replace("?", r"\?"), said), said
+    assert "trainer.callbacks" not in said
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_callback_of_a_recipe_is_set_by_name(path: Path, line: TrainCLI) -> None:
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = [each["class_path"] for each in recipe["trainer"]["callbacks"]]
+    given = {name: NAMED[name] for name in names}
+    settings = [f"--callbacks.{name}.{key}={value}" for name, (key, value) in given.items()]
+    found = taken(line, ["fit", f"--config={path}", *FILLED, *settings])
+    assert list(found) == names
+    assert {name: found[name][key] for name, (key, _) in given.items()} == {
+        name: value for name, (_, value) in given.items()
+    }
 
 
 def refused(line: TrainCLI, arguments: list[str]) -> str:
@@ -293,6 +368,9 @@ def test_a_recipe_with_old_paths_is_taken(line: TrainCLI, tmp_path: Path) -> Non
         ("--data.train=/no/such.json", "`--data.train`: there is no file /no/such.json"),
         ("--trainer.max_steps=-1", "`--trainer.max_steps` must be set"),
         ("--trainer.callbacks.folder=plan", "`--trainer.callbacks.folder` of ExportModel"),
+        ("--callbacks.ExportModel.folder=plan", "`--callbacks.ExportModel.folder` of ExportModel"),
+        ("--callbacks.SaveCheckpoint.keep=0", "`--callbacks.SaveCheckpoint.keep` must be 1 or mor"),
+        ("--callbacks.AnnealSparsity.over=2", "`--callbacks.AnnealSparsity.over` must be in [0, 1"),
         ("--ckpt_path=best", "`--ckpt_path` is best, but"),
         ("--model.budget.width_multiple=25", "`--model.budget.width_multiple` 25 is larger than"),
     ],
