@@ -47,8 +47,8 @@ REAL := from benchmarks.smollm2 import smollm2_folder; print(smollm2_folder())
 
 demo-real: setup
 	$(RUN) -m benchmarks.demo_text runs/demo
-	$(RUN) train.py fit --config configs/small/smollm2.yaml --data.train runs/demo/text \
-		--model.base "$$($(RUN) -c '$(REAL)')"
+	base="$$($(RUN) -c '$(REAL)')" && $(RUN) train.py fit \
+		--config configs/small/smollm2.yaml --data.train runs/demo/text --model.base "$$base"
 	@echo "Open runs/demo_real/report.html."
 
 test: setup

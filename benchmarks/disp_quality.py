@@ -113,28 +113,28 @@ def perplexities(folder: Path | str, tokenizer: str) -> tuple[dict[str, float], 
     return values, count(model).block_projection_parameters
 
 
+def common(model: str, seed: int, root: Path) -> list[str]:
+    """Arguments of train.py that every run of the protocol has, behind its `--config`."""
+    return [
+        f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={root}",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_val_batches=0",
+        "--trainer.enable_progress_bar=false",
+        f"--model.base={model}",
+        f"--data.train={data_folder() / 'text' / 'c4_masktrain.json'}",
+        f"--data.validation={data_folder() / 'text' / 'c4_heldout.json'}",
+        f"--data.window_tokens={WINDOW_TOKENS}",
+        f"--data.batch_size={BATCH_SIZE}",
+        "--data.validation_windows=8",
+        f"--data.seed={seed}",
+    ]
+
+
 def run(arguments: list[str], model: str, seed: int, root: Path) -> dict[str, float]:
     """Run the command line once; return its cost."""
     with timed_refits() as refits:
-        program = train(
-            [
-                "fit",
-                *arguments[:1],
-                f"--seed_everything={seed}",
-                f"--trainer.default_root_dir={root}",
-                "--trainer.accelerator=cpu",
-                "--trainer.limit_val_batches=0",
-                "--trainer.enable_progress_bar=false",
-                f"--model.base={model}",
-                f"--data.train={data_folder() / 'text' / 'c4_masktrain.json'}",
-                f"--data.validation={data_folder() / 'text' / 'c4_heldout.json'}",
-                f"--data.window_tokens={WINDOW_TOKENS}",
-                f"--data.batch_size={BATCH_SIZE}",
-                "--data.validation_windows=8",
-                f"--data.seed={seed}",
-                *arguments[1:],
-            ]
-        )
+        program = train(["fit", *arguments[:1], *common(model, seed, root), *arguments[1:]])
     callbacks: list[Any] = program.trainer.callbacks  # type: ignore[attr-defined]
     clock = next(callback for callback in callbacks if isinstance(callback, PlainSteps))
     steps = clock.total / clock.step_seconds

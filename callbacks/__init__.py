@@ -10,6 +10,7 @@ from secateur.callbacks.prune_blocks import PruneBlocks
 from secateur.callbacks.prune_weights import PruneWeights
 from secateur.callbacks.prune_widths import PruneWidths
 from secateur.callbacks.save_checkpoint import SaveCheckpoint
+from secateur.callbacks.settle_now import SettleNow
 from secateur.callbacks.show_progress import ShowProgress
 from secateur.callbacks.track_budget import TrackBudget
 from secateur.callbacks.watch_ranks import WatchRanks
@@ -22,6 +23,7 @@ __all__ = [
     "PruneWeights",
     "PruneWidths",
     "SaveCheckpoint",
+    "SettleNow",
     "ShowProgress",
     "TrackBudget",
     "WatchRanks",

@@ -72,8 +72,7 @@ class AnnealSparsity(Callback):
         """Set target and temperature of this step."""
         module = learns_masks(pl_module, "AnnealSparsity")
         progress = min(1.0, trainer.global_step / max(1, self._total))
-        done = self.curve(min(1.0, progress / self.over)) if self.over else 1.0
-        module.keep_target = 1.0 + (module.budget.keep - 1.0) * done
+        module.annealed = self.curve(min(1.0, progress / self.over)) if self.over else 1.0
         if self.end_temperature is not None:
             start, end = self._start_temperature, self.end_temperature
             module.temperature = start + (end - start) * self.temperature_curve(progress)

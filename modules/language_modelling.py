@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from secateur.modules.data.token_data import TokenData, check_vocabulary, check_window
 from secateur.modules.resuming import refuse_incomplete, refuse_placeless, refuse_unlike
+from secateur.modules.shortening import Record, asked_before, end_at
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.settings import refuse_other
 
@@ -55,8 +56,8 @@ class LanguageModelling(LightningModule, ABC):
         super().__init__()
         self.model: Any = None
         self.perplexity = Perplexity()
-        self.shortened: list[dict[str, int]] = []
-        """The steps at which the run was told to end sooner, and when it was to end before."""
+        self.shortened: list[Record] = []
+        """The steps at which the run was told to end sooner, and what was planned before."""
         self.tokens_seen = 0
         """Tokens of all training batches of all ranks so far, prompts included, padding not."""
 
@@ -196,7 +197,7 @@ class LanguageModelling(LightningModule, ABC):
         """Refuse a checkpoint of another base model or configuration, or an incomplete one.
 
         Fewer steps than it was written under are noted instead: whoever wants to see the result
-        sooner may have it.
+        sooner may have it. A run that was told to settle now goes on so under its old settings.
 
         Raises:
             ValueError: The settings differ, or part of the checkpoint is missing.
@@ -212,7 +213,7 @@ class LanguageModelling(LightningModule, ABC):
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         if fitting:
             current |= self._length()
-            self._note_shortened(saved, current, checkpoint["global_step"])
+            self._accept(saved, current, checkpoint)
             if saved.get("ranks") != current["ranks"]:  # compare per rank or in total
                 for key in ("ranks", "windows_per_step"):
                     saved.pop(key, None)
@@ -245,10 +246,25 @@ class LanguageModelling(LightningModule, ABC):
         for optimizer in self.trainer.optimizers:
             refuse_incomplete(optimizer)
 
-    def _note_shortened(self, saved: dict[str, Any], current: dict[str, Any], step: int) -> None:
-        """Accept that a run ends sooner, though not before the step that it has reached."""
-        before, now = saved.get("max_steps", -1), current["max_steps"]
-        if not step <= now < before:
+    def _accept(
+        self, saved: dict[str, Any], current: dict[str, Any], checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Accept that a run ends sooner, though not before the step that it has reached.
+
+        Args:
+            saved: Settings in the checkpoint; those whose change is accepted are set to the new.
+            current: Settings of this run.
+            checkpoint: The checkpoint.
+        """
+        step, before = checkpoint["global_step"], saved.get("max_steps", -1)
+        if asked := asked_before(self.shortened, current["max_steps"]):
+            end_at(self.trainer, asked["max_steps"])
+            current["max_steps"] = asked["max_steps"]
+            rank_zero_info(
+                f"This run was told to settle at step {asked['settled_at']}: it ends at step "
+                f"{asked['max_steps']}."
+            )
+        if not step <= (now := current["max_steps"]) < before:
             return
         saved["max_steps"] = now
         self.shortened.append({"at_step": step, "max_steps_before": before, "max_steps": now})

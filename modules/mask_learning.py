@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -54,6 +54,7 @@ from secateur.modules.settling import (
     cut_and_refitted,
     named_gains,
 )
+from secateur.modules.shortening import end_at, reschedule
 from secateur.modules.teacher import predicted_tokens, predicting_states
 from secateur.pruning.chains import Step
 from secateur.pruning.commands import import_all
@@ -78,6 +79,7 @@ from secateur.pruning.widths.hypernetwork import GRUHypernetwork, Hypernetwork
 from secateur.pruning.widths.learning import GateLearning, Importance, masks_of
 from secateur.pruning.widths.memory import ORIGINAL, Run
 from secateur.pruning.widths.policy_gradient import Draw
+from secateur.pruning.widths.sizes import nested_cuts
 
 import_all(secateur.pruning.widths)
 
@@ -138,7 +140,13 @@ class MaskLearning(LanguageModelling):
         self.base, self.budget = base, budget
         self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
         self.learning, self.settle, self.frozen = learning, settle, frozen
-        self.keep_target = budget.keep
+        self.annealed = 1.0
+        sizes = learning.sizes
+        if sizes is not None and budget.keep not in sizes.keep:
+            raise ValueError(
+                f"`budget.keep` {budget.keep} must be one of `learning.sizes.keep`, "
+                f"{' '.join(map(str, sizes.keep))}: the size that this run exports."
+            )
         self.strict_loading = False  # checkpoints hold trained parameters, not the frozen model
         self._make_hypernetwork, self._make_optimizer = hypernetwork, optimizer
         self._trained = False
@@ -147,6 +155,7 @@ class MaskLearning(LanguageModelling):
         self._average = torch.tensor(math.nan)  # the state of the baseline of a policy gradient
         self._ranked_N: Tensor | None = None  # the initial ranking
         self.settled_N: Tensor
+        self._settled_at: int | None = None  # the step at which masks settled or have to settle
         self.settled: Settled | None = None
         self._notes: dict[str, Any] = {}
         self._nothing: nn.Parameter | None = None
@@ -173,7 +182,7 @@ class MaskLearning(LanguageModelling):
             recompute(self.model, self.hooks)
         self.sites = self.hooks.sites
         self.table = self.budget.cost.table(skeleton(self.model.config), family)
-        self.budget.check(self.sites, self.table)
+        self._smallest.check(self.sites, self.table)
         count = sum(site.size for site in self.sites)
         self.register_buffer("start_N", torch.zeros(count))
         self.register_buffer("settled_N", torch.zeros(count, dtype=torch.bool))
@@ -185,6 +194,7 @@ class MaskLearning(LanguageModelling):
         torch.nn.init.zeros_(self.start_N)
         torch.nn.init.zeros_(self.settled_N)
         self._average, self._ranked_N = torch.tensor(math.nan), None
+        self._settled_at = None
         self.settled, self._notes = None, {}  # first: the following lines depend on it
         if self.settle is not None and not self._cuts:
             # Made now, for a strategy to divide.
@@ -242,15 +252,15 @@ class MaskLearning(LanguageModelling):
         """
         optimizer = self._optimizer()
         check_optimizer(optimizer, self.device)
-        begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
 
         def falling(progress: float) -> float:
             return (1 + math.cos(math.pi * progress)) / 2
 
         def of_masks(step: int) -> float:
-            return falling(step / begin) if step < begin else 0.0
+            return falling(step / self.mask_steps) if step < self.mask_steps else 0.0
 
-        def of_settled(step: int) -> float:
+        def of_settled(step: int) -> float:  # both ends may change while the run goes on
+            begin, end = self.mask_steps, int(self.trainer.estimated_stepping_batches)
             if step < begin:
                 return 0.0
             warm = min(1.0, (step + 1 - begin) / max(1.0, _WARM_UP * (end - begin)))
@@ -270,6 +280,8 @@ class MaskLearning(LanguageModelling):
             ValueError: `max_steps` is not set, or there is no such step and no ranking to start
                 from.
         """
+        if self._settled_at is not None:
+            return self._settled_at
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise ValueError("`trainer.max_steps` must be set: masks settle near the last step.")
@@ -280,6 +292,24 @@ class MaskLearning(LanguageModelling):
                 "`trainer.max_steps`, or start from importance (`learning.start`)."
             )
         return steps
+
+    @property
+    def keep_target(self) -> float:
+        """Present target of the kept fraction of the cost; `annealed` moves it from 1 to that of
+        the step.
+        """
+        sizes = self.learning.sizes
+        keep = self.budget.keep if sizes is None else sizes.of_step(self.global_step)
+        return 1.0 + (keep - 1.0) * self.annealed
+
+    @property
+    def _keeps(self) -> Sequence[float]:
+        """The budgets that masks are learned for, the largest first."""
+        return self.learning.sizes.keep if self.learning.sizes else (self.budget.keep,)
+
+    @property
+    def _smallest(self) -> Budget:
+        return dataclasses.replace(self.budget, keep=self._keeps[-1])
 
     @property
     def base_folder(self) -> Path:
@@ -305,8 +335,11 @@ class MaskLearning(LanguageModelling):
         return [*self.hypernetwork.parameters(), *(self.settled.trained() if self.settled else [])]
 
     def on_fit_start(self) -> None:
-        """Rank the gates to start from, unless a checkpoint has them."""
-        if self.learning.start is not None and self.trainer.ckpt_path is None:
+        """Rank the gates to start from, unless a checkpoint has the ranking: that of a run without
+        steps is written before this.
+        """
+        later = self.trainer.ckpt_path and self.trainer.strategy.restore_checkpoint_after_setup
+        if self.learning.start is not None and not later and not bool(self.start_N.any()):
             self.start_N.copy_(self._ranked(self.learning.start))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -314,6 +347,24 @@ class MaskLearning(LanguageModelling):
         super().on_train_batch_start(batch, batch_idx)
         if self.global_step >= self.mask_steps and not bool(self.settled_N.any()):
             self._settle()
+
+    def settle_now(self) -> None:
+        """Learn masks no longer: they settle before the next step, and as many steps follow as were
+        planned after that.
+        """
+        step, total = self.global_step, int(self.trainer.estimated_stepping_batches)
+        if step >= (planned := self.mask_steps):
+            rank_zero_warn(f"Asked to settle now, but masks have settled at step {planned}.")
+            return
+        self._settled_at, end = step, step + total - planned
+        record = {"max_steps_before": self.trainer.max_steps, "max_steps": end}
+        self.shortened.append({"at_step": step, "settled_at": step} | record)
+        end_at(self.trainer, end)
+        rank_zero_info(
+            f"Asked to settle now: masks settle at step {step} instead of {planned}, {end - step} "
+            f"steps follow as planned, and the run ends at step {end} instead of {total}. The "
+            "model card says so."
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one sample of masks on one batch of windows, `input_ids` (B, T)."""
@@ -464,7 +515,7 @@ class MaskLearning(LanguageModelling):
         if self.trainer.is_global_zero or self.divided:
             count = start.search.windows_read(start.score)
             windows_WT = self._text(count, start.seed) if count else None
-            ranking = start.search.choose(self.model, self.budget, start.score, windows_WT)
+            ranking = start.search.choose(self.model, self._smallest, start.score, windows_WT)
             found = ranking.positions_N()
         if not self.divided:
             found = self.trainer.strategy.broadcast(found)
@@ -487,10 +538,12 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def _settle(self) -> None:
         """Choose the final masks; cut and refit the model if it can be cut."""
+        self._settled_at = self.global_step
+        reschedule(self.trainer)  # it may be sooner than schedules have expected
         masks_N = masks_of(self._kept(), self.sites)
         which: dict[str, Any] = {}
         if self.settle is not None and self._ranked_N is not None:
-            masks_N, which = self._better_masks(masks_N, self._ranked_N, self.settle)
+            masks_N, which = self._better_masks(self._ranked_N, self.settle)
         self.settled_N.copy_(masks_N.bool())
         if self.settle is None:
             return
@@ -514,25 +567,26 @@ class MaskLearning(LanguageModelling):
         self._take(narrow, self.settle)
         train_instead(self.trainer.strategy, self, self.settled.trained() if self.settled else [])
 
-    def _better_masks(
-        self, learned_N: Tensor, ranked_N: Tensor, settle: Settle
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _better_masks(self, ranked_N: Tensor, settle: Settle) -> tuple[Tensor, dict[str, Any]]:
         """The learned masks, or those of the initial ranking if they have the lower perplexity on
-        the windows held back; and the comparison for the report.
+        the windows held back; and the comparison for the report. Of several sizes the mean decides,
+        so that all are cut from the same ranking.
         """
-        kept = self.budget.finalise(ranked_N, self.sites, self.table)
-        both, found = {"learned": learned_N, "ranking": masks_of(kept, self.sites)}, {}
-        if torch.equal(*both.values()):
-            return learned_N, {}
+        both, found = {"learned": self._cut(self._cpu_logits()), "ranking": self._cut(ranked_N)}, {}
+        if all(map(torch.equal, both["learned"].values(), both["ranking"].values())):
+            return both["learned"][self.budget.keep], {}
         if self.trainer.is_global_zero:
             held_WT = self._text(settle.held_back_windows, self.sampler.seed)
-            for name, mask_N in both.items():
-                with self._applied(split(mask_N.to(self.device), self.sites)) as model:
-                    found[name] = perplexity(model, held_WT).value
+            for name, masks in both.items():
+                nll = 0.0
+                for mask_N in masks.values():
+                    with self._applied(split(mask_N.to(self.device), self.sites)) as model:
+                        nll += perplexity(model, held_WT).mean_nll / len(masks)
+                found[name] = math.exp(nll)
         found = self.trainer.strategy.broadcast(found)
         best = min(found, key=lambda name: found[name])
         notes = {f"perplexity_masks_{name}": value for name, value in found.items()}
-        return both[best], notes | {"masks": best}
+        return both[best][self.budget.keep], notes | {"masks": best}
 
     def _take(self, narrow: PreTrainedModel, settle: Settle) -> None:
         """Make the cut model the trained one."""
@@ -616,6 +670,9 @@ class MaskLearning(LanguageModelling):
             "notes": self._notes,
             "average": self._average,
             "ranked": self._ranked_N,
+            "settled_at": self._settled_at,
+            "mask_steps": self.mask_steps,
+            "fraction": self.settle and self.settle.fraction,
         }
         super().on_save_checkpoint(checkpoint)
 
@@ -631,6 +688,7 @@ class MaskLearning(LanguageModelling):
         self._notes = checkpoint["settled"]["notes"]
         self._average = checkpoint["settled"].get("average", self._average)
         self._ranked_N = checkpoint["settled"].get("ranked")
+        self._settled_at = checkpoint["settled"].get("settled_at")
         if (state := checkpoint["settled"]["plan"]) is not None:
             assert self.settle is not None
             with torch.no_grad():
@@ -642,6 +700,35 @@ class MaskLearning(LanguageModelling):
             self.settled = MaskedGains(self.model, self.hooks)
         if isinstance(self.settled, MaskedGains):
             self.settled.gates = split(masks_N, self.sites)
+
+    def _accept(
+        self, saved: dict[str, Any], current: dict[str, Any], checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Accept also that masks settle sooner, by another fraction of the steps; and anything that
+        follows the masks, if the checkpoint is the last one of a run that only learned masks.
+        """
+        of_masks, step = checkpoint["settled"], checkpoint["global_step"]
+        planned, before = of_masks.get("mask_steps"), of_masks.get("fraction")
+        settled_N = checkpoint["state_dict"].get("settled_N")
+        settled = settled_N is None or bool(settled_N.any())
+        if not settled and step == planned == saved.get("max_steps") == self.mask_steps:
+            saved |= {name: current[name] for name in ("settle", "max_steps")}
+            sizes = [repr(dataclasses.replace(self.budget, keep=keep)) for keep in self._keeps]
+            saved["budget"] = current["budget"] if saved["budget"] in sizes else saved["budget"]
+            return
+        super()._accept(saved, current, checkpoint)
+        if settled or self.settle is None or before in (None, now := self.settle.fraction):
+            return
+        same = repr(dataclasses.replace(self.settle, fraction=before)) == saved["settle"]
+        if not same or self.mask_steps >= planned:
+            return
+        saved["settle"] = current["settle"]
+        record = {"at_step": step, "settle_fraction_before": before, "settle_fraction": now}
+        self.shortened.append(record)
+        rank_zero_warn(
+            f"`settle.fraction` was {before} and is {now} from step {step} on: masks settle at "
+            f"step {max(step, self.mask_steps)} instead of {planned}. The model card says so."
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Base model and its data type, budget, gates, settling and optimiser."""
@@ -700,10 +787,17 @@ class MaskLearning(LanguageModelling):
     @torch.no_grad()
     def _kept(self) -> tuple[Tensor, ...]:
         """Kept indices (int64) per site, exactly on budget; deterministic."""
-        if self._has_settled:
-            masks = split(self.settled_N.cpu(), self.sites)
-            return tuple(mask.nonzero().squeeze(1) for mask in masks)
-        return self.budget.finalise(self._cpu_logits(), self.sites, self.table)
+        masks_N = (
+            self.settled_N.cpu()
+            if self._has_settled
+            else self._cut(self._cpu_logits())[self.budget.keep]
+        )
+        return tuple(mask.nonzero().squeeze(1) for mask in split(masks_N, self.sites))
+
+    def _cut(self, scores_N: Tensor) -> dict[float, Tensor]:
+        """Kept fraction to the masks (N,) that it leaves of a ranking, the largest first."""
+        cuts = nested_cuts(self._keeps, self.budget, scores_N, self.sites, self.table)
+        return {keep: masks_of(kept, self.sites) for keep, kept in cuts.items()}
 
     @torch.no_grad()
     def _cpu_logits(self) -> Tensor:

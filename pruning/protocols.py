@@ -25,12 +25,16 @@ class LearnsMasks(Protocol):
     """A module that learns gates under a budget."""
 
     budget: Budget
-    keep_target: float
-    """Present target of the kept fraction of the cost, in (0, 1]."""
+    annealed: float
+    """How far the target has come from the dense model to the budget, in [0, 1]."""
     temperature: float
     """Present temperature of the gates, above 0."""
     sites: list[Site]
     table: CostModel
+
+    @property
+    def keep_target(self) -> float:
+        """Present target of the kept fraction of the cost, in (0, 1]."""
 
     @property
     def mask_steps(self) -> int:
@@ -41,6 +45,9 @@ class LearnsMasks(Protocol):
 
     def plan(self) -> Plan:
         """The plan that would be exported now, on budget."""
+
+    def settle_now(self) -> None:
+        """Learn masks no longer: they settle, and the steps planned after that follow."""
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ _HOMES = {
     "pruning.widths.lora_taylor": ("LoRATaylor",),
     "pruning.widths.policy_gradient": ("LeaveOneOut", "MovingAverage", "PolicyGradient"),
     "pruning.blocks.refit": ("Refit", "refit"),
+    "pruning.widths.sizes": ("Sizes",),
     "pruning.widths.width_magnitude": ("RandomOrder", "WidthMagnitude"),
     "pruning.widths.gates": (
         "GateSampler",
@@ -101,6 +102,7 @@ _HOMES = {
         "PruneWeights",
         "PruneWidths",
         "SaveCheckpoint",
+        "SettleNow",
         "ShowProgress",
         "TrackBudget",
         "WatchRanks",

@@ -21,9 +21,11 @@ from lightning.pytorch.utilities import rank_zero_info
 import secateur.callbacks
 import secateur.modules
 from secateur import named_callbacks, typed, yaml_text
+from secateur.callbacks.settle_now import SettleNow
 from secateur.callbacks.show_progress import ShowProgress
 from secateur.explain import as_typed, forbidden_value, word_of, wrong_class, wrong_setting
 from secateur.modules.language_modelling import LanguageModelling
+from secateur.modules.mask_learning import MaskLearning
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import (
     FOLDER,
@@ -194,8 +196,9 @@ class TrainCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             refuse_as_typed(error, self._typed.get("trainer", {}))
-        if not any(isinstance(callback, ShowProgress) for callback in callbacks):
-            trainer.callbacks.insert(0, ShowProgress())  # type: ignore[attr-defined]
+        for kind in (ShowProgress, *([SettleNow] if isinstance(self.model, MaskLearning) else [])):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                trainer.callbacks.insert(0, kind())  # type: ignore[attr-defined]
         check_nodes(trainer)
         if trainer.world_size > 1:
             told = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
@@ -215,6 +218,8 @@ class TrainCLI(LightningCLI):
         """Let callbacks refuse before text is tokenised and a model is read."""
         if not self.trainer.checkpoint_callbacks:  # no SaveCheckpoint that handles signals
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
+        if not isinstance(self.model, MaskLearning):  # no SettleNow that handles it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksFirst):
                 callback.check_first(self.trainer, self.model)

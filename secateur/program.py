@@ -23,6 +23,7 @@ _TRAINING = {
     "predict": "the loss of every window of a text",
 }
 _COMMANDS = {
+    "family": ("family", "learn masks once for several sizes, make and measure each"),
     "advise": ("pruning.advise.command", "measure a model here, and tell what pruning comes to"),
     "latency": ("pruning.measure.latency", "measure times of all widths here, for a budget"),
     "surgery": ("pruning.export.rewrite", "cut a checkpoint down to a plan, streamed"),
@@ -97,10 +98,11 @@ def _run(arguments: Sequence[str]) -> None:
             f"{did_you_mean(arguments[0], known)}"
         )
     if "fit" in arguments:
-        # Block signals to stop while libraries and models load; SaveCheckpoint unblocks them.
-        # SIGTERM is blocked only under `srun`; elsewhere it comes from a person and ends the
-        # program at once.
-        early = {signal.SIGUSR1} | ({signal.SIGTERM} if "SLURM_STEP_ID" in os.environ else set())
+        # Block signals while libraries and models load: SaveCheckpoint unblocks those to stop,
+        # SettleNow the one to settle. SIGTERM is blocked only under `srun`; elsewhere it comes from
+        # a person and ends the program at once.
+        early = {signal.SIGUSR1, signal.SIGUSR2}
+        early |= {signal.SIGTERM} if "SLURM_STEP_ID" in os.environ else set()
         signal.pthread_sigmask(signal.SIG_BLOCK, early)
     train()
 

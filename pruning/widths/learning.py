@@ -25,6 +25,7 @@ from secateur.pruning.widths.gates import GateSampler, Stream
 from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
 from secateur.pruning.widths.policy_gradient import Draw, Estimator, Pathwise
 from secateur.pruning.widths.scores import WidthScore
+from secateur.pruning.widths.sizes import Sizes
 
 OnBudget = Callable[[Tensor], Tensor]
 """From scores (N,) to masks (N,) of the best ones within a budget: 1 for kept, else 0."""
@@ -201,12 +202,24 @@ class GateLearning:
         start: Initial ranking; None starts with all gates open.
         gradient: `Pathwise` back-propagates through the model; `PolicyGradient` only runs it
             forward, so that no activations are stored.
+        sizes: Several budgets, one drawn for every step; None means that of the model alone.
+
+    Raises:
+        ValueError: `sizes` are set beside a `pressure` that gates follow slowly.
     """
 
     pressure: Pressure = field(default_factory=ExactBudget)
     loss: LossWeights = field(default_factory=LossWeights)
     start: Importance | None = field(default_factory=Importance)
     gradient: Estimator = field(default_factory=Pathwise)
+    sizes: Sizes | None = None
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None and not isinstance(self.pressure, ExactBudget):
+            raise ValueError(
+                f"`sizes` need `pressure` ExactBudget, got {type(self.pressure).__name__}: gates "
+                "that a penalty moves do not meet another budget at every step."
+            )
 
 
 def _split_at_budget(scores_N: Tensor, on_budget: OnBudget) -> tuple[Tensor, Tensor]:

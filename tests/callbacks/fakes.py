@@ -27,14 +27,19 @@ class Masks(LightningModule):
         self.budget = Budget(keep=keep, cost=Parameters())
         self.sites = find_sites(model, family_of(model.config))
         self.table = self.budget.cost.table(model)
-        self.keep_target, self.temperature = keep, 0.4
+        self.annealed, self.temperature = 1.0, 0.4
         self.mask_steps = 100
         self.dense = model
         self.set(probability)
+        self.settled = False
         self.logged: list[dict[str, float]] = []
 
     def set(self, probability: float) -> None:
         self.probability_N = torch.full((sum(site.size for site in self.sites),), probability)
+
+    @property
+    def keep_target(self) -> float:
+        return 1.0 + (self.budget.keep - 1.0) * self.annealed
 
     def keep_probability(self) -> Tensor:
         return self.probability_N
@@ -43,6 +48,9 @@ class Masks(LightningModule):
         scores_N = torch.linspace(0, 1, len(self.probability_N))
         kept = self.budget.finalise(scores_N, self.sites, self.table)
         return plan_from_indices(self.dense, "0" * 64, kept, {"kept": 0.5})
+
+    def settle_now(self) -> None:
+        self.settled = True
 
     def log_dict(self, dictionary: Any, **_: Any) -> None:
         self.logged.append(dict(dictionary))
