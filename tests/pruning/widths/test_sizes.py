@@ -28,7 +28,10 @@ KEEPS = (0.9, 0.8, 0.65, 0.5, 0.31)
         ([1.0, 0.5], r"must have fractions in \(0, 1\), got 1.0"),
         ([0.5, 0.0], r"must have fractions in \(0, 1\), got 0.0"),
         ([0.5, float("nan")], r"must have fractions in \(0, 1\), got nan"),
-        ([0.5, 0.8], "the largest first, got 0.5 0.8; 0.8 0.5 would do"),
+        (
+            [0.5, 0.8],
+            "must have different fractions, the largest first, got 0.5 0.8; 0.8 0.5 would",
+        ),
         ([0.8, 0.5, 0.5], "must have different fractions, .* got 0.8 0.5 0.5; 0.8 0.5 would do"),
     ],
 )
