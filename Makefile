@@ -17,7 +17,7 @@ OLDEST := .venv-oldest/bin/python
 help:
 	@echo "make setup      the environment, in .venv"
 	@echo "make demo       pretrain a tiny model, learn its masks, export and compare"
-	@echo "make demo-real  the same with a real model of 135 M parameters, 93 MB to download"
+	@echo "make demo-real  prune a real model of 135 M parameters, compare; 93 MB to download"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make test-cluster  runs on a local SLURM of two nodes, from Debian packages"
