@@ -26,6 +26,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import transformers.optimization  # noqa: F401 (torch's compiler: at DeepSpeed's start, too late)
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
