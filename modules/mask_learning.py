@@ -535,6 +535,10 @@ class MaskLearning(LanguageModelling):
         drawn_WT = drawn_WT[torch.randperm(len(drawn_WT), generator=generator)]
         return drawn_WT.repeat(-(-count // len(drawn_WT)), 1)[:count]
 
+    def _settling_text(self, settle: Settle) -> Tensor:
+        """The windows held back, always the same, and then those to refit on (int64, (W, T))."""
+        return self._text(settle.held_back_windows + settle.refit_windows, self.sampler.seed)
+
     @torch.no_grad()
     def _settle(self) -> None:
         """Choose the final masks; cut and refit the model if it can be cut."""
@@ -554,8 +558,7 @@ class MaskLearning(LanguageModelling):
         plan, narrow = self.plan(), None
         news: Any = None
         if self.trainer.is_global_zero:
-            count = self.settle.held_back_windows + self.settle.refit_windows
-            text_WT = self._text(count, self.sampler.seed)
+            text_WT = self._settling_text(self.settle)
             narrow, notes = cut_and_refitted(self.model, plan, self.settle, text_WT)
             news = notes, narrow.state_dict() if self.trainer.world_size > 1 else None
         notes, weights = self.trainer.strategy.broadcast(news)
@@ -576,7 +579,7 @@ class MaskLearning(LanguageModelling):
         if all(map(torch.equal, both["learned"].values(), both["ranking"].values())):
             return both["learned"][self.budget.keep], {}
         if self.trainer.is_global_zero:
-            held_WT = self._text(settle.held_back_windows, self.sampler.seed)
+            held_WT = self._settling_text(settle)[: settle.held_back_windows]
             for name, masks in both.items():
                 nll = 0.0
                 for mask_N in masks.values():
@@ -644,7 +647,7 @@ class MaskLearning(LanguageModelling):
     def _undo_if_worse(self, settled: Settled) -> None:
         """Undo the training of the settled model if it raised the held-back perplexity."""
         assert self.settle is not None
-        held_WT = self._text(self.settle.held_back_windows, self.sampler.seed)
+        held_WT = self._settling_text(self.settle)[: self.settle.held_back_windows]
         with settled.plain() as model:
             found = perplexity(model, held_WT).value
         before = self._notes["perplexity_settled"]

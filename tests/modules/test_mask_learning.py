@@ -444,6 +444,18 @@ def test_weights_of_the_cut_model_train_and_can_be_undone(
     assert not torch.allclose(undone, seen[-1], atol=1e-6)
 
 
+def test_training_is_judged_on_the_windows_that_it_started_from(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    settle = Settle(fraction=0.5, train=Gains(lr=1e-12), held_back_windows=3, refit_windows=20)
+    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=settle)
+    trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(module, data)
+    module.export(tmp_path / "model", "the command")
+    notes = module.plan().provenance
+    assert notes["perplexity_trained"] == pytest.approx(notes["perplexity_settled"], rel=1e-5)
+    assert notes["perplexity_masks_learned"] > 0
+
+
 def test_an_absurd_rank_is_refused_at_the_start(
     inputs: Path, data: TextData, tmp_path: Path
 ) -> None:
