@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import secateur.pruning.blocks
 import secateur.pruning.widths
 from secateur.callbacks import PruneWidths
 from secateur.modules.causal_lm import CausalLM
@@ -61,12 +62,12 @@ KEEP = 0.6
 
 
 def methods() -> Iterator[type]:
-    for module in pkgutil.iter_modules(secateur.pruning.widths.__path__):
-        path = f"secateur.pruning.widths.{module.name}"
-        for value in vars(importlib.import_module(path)).values():
-            ours = inspect.isclass(value) and value.__module__ == path
-            if ours and issubclass(value, AXES) and not inspect.isabstract(value):
-                yield value
+    for package in (secateur.pruning.widths, secateur.pruning.blocks):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(module.name)).values():
+                ours = inspect.isclass(value) and value.__module__ == module.name
+                if ours and issubclass(value, AXES) and not inspect.isabstract(value):
+                    yield value
 
 
 def test_every_method_has_a_row() -> None:
