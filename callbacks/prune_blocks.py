@@ -142,8 +142,11 @@ class PruneBlocks(Prune):
         if self.compensation is not None:
             trained, data = self.pruned(module), trainer.datamodule  # type: ignore[attr-defined]
             trained.check_compensation()
-            tokens = self.calibration_windows * data.window_tokens
-            self.compensation.check(trained.base_model.skeleton(), tokens)
+            model, tokens = (
+                trained.base_model.skeleton(),
+                self.calibration_windows * data.window_tokens,
+            )
+            self.compensation.check(model, self.search.units.of(model), tokens)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the target can be reached in time; remove what is due at once.

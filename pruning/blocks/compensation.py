@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.pruning.plan import Plan
 
@@ -19,24 +19,17 @@ from secateur.pruning.plan import Plan
 class ModelCompensation(ABC):
     """Change the weights of a smaller model so that it is closer to the dense one."""
 
-    def refuse(self, config: PretrainedConfig, units: Sequence[Any]) -> str | None:
-        """Why it does not suit a model from which units are removed; None if it does.
-
-        Args:
-            config: Configuration of the dense model.
-            units: Blocks or halves of blocks that are removed.
-        """
-        return None
-
-    def check(self, model: PreTrainedModel, tokens: int) -> None:  # noqa: B027 (often nothing)
-        """Refuse too little text, before anything is spent.
+    @abstractmethod
+    def check(self, model: PreTrainedModel, units: Sequence[Any], tokens: int) -> None:
+        """Refuse what does not suit the method, before anything is spent.
 
         Args:
             model: The dense model, live or on the meta device.
+            units: Blocks or halves of blocks that may be removed.
             tokens: Tokens of calibration text.
 
         Raises:
-            ValueError: It is too little for this model.
+            ValueError: The method does not suit the model or the units, or needs more text.
         """
 
     @abstractmethod

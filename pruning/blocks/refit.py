@@ -97,7 +97,7 @@ class Refit(ModelCompensation):
     damping: float = 0.01
     batch_size: int = 8
 
-    def check(self, model: PreTrainedModel, tokens: int) -> None:
+    def check(self, model: PreTrainedModel, units: Sequence[Any], tokens: int) -> None:
         refuse_short_text(model.get_submodule(family_of(model.config).blocks), tokens)
 
     def __call__(

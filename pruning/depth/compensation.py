@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.pruning.blocks.compensation import ModelCompensation
 from secateur.pruning.depth.removal import as_units, remove_blocks
@@ -52,16 +52,18 @@ class ScaledStream(ModelCompensation):
 
     batch_size: int = 8
 
-    def refuse(self, config: PretrainedConfig, units: Sequence[Unit]) -> str | None:
+    def check(self, model: PreTrainedModel, units: Sequence[Unit], tokens: int) -> None:
         if halves := [unit.key for unit in units if unit.part != "block"]:
-            return f"ScaledStream is for whole blocks, not {', '.join(halves)}; Refit is for both."
-        for norm in family_of(config).norms:
+            raise ValueError(
+                f"`compensation` ScaledStream is for whole blocks, not for halves such as "
+                f"{halves[0]}; use Refit."
+            )
+        for norm in family_of(model.config).norms:
             if norm.output in ("attn_out", "mlp_out"):
-                return (
-                    f"ScaledStream has no effect on {config.model_type!r} models: {norm.path!r} "
-                    "normalises the output of a block. Use Refit."
+                raise ValueError(
+                    f"`compensation` ScaledStream has no effect on {model.config.model_type!r} "
+                    f"models: {norm.path!r} normalises the output of a block. Use Refit."
                 )
-        return None
 
     def __call__(
         self,
@@ -137,8 +139,7 @@ class Compensation:
             ValueError: As for `remove_blocks`, or the method does not suit model, units or text.
         """
         gone = as_units(units)
-        if reason := self.how.refuse(model.config, gone):
-            raise ValueError(f"`compensation` {reason}")
+        self.how.check(model, gone, self.windows_NT.numel())
         smaller = copy.deepcopy(model)
         remove_blocks(smaller, gone)
         without = perplexity(smaller, self.held_back_NT).value

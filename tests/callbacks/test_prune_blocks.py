@@ -338,6 +338,16 @@ def test_a_refit_that_cannot_be_is_refused_before_scoring(
     assert not (tmp_path / "depth").exists()
 
 
+def test_halves_are_not_scaled_and_this_is_told_before_scoring(
+    inputs: Path, tmp_path: Path
+) -> None:
+    search = OneShot(Perplexity(), units=HalfBlocks())
+    callback = PruneBlocks(Blocks(1), search, compensation=ScaledStream())
+    with pytest.raises(ValueError, match="is for whole blocks, not for halves such as 0.attn"):
+        fit(inputs, tmp_path, callback, max_steps=1)
+    assert not (tmp_path / "depth").exists()
+
+
 class Falling(BlockMagnitude):
     """Scores fall from half to half, so that the last ones go first."""
 

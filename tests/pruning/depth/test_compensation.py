@@ -108,6 +108,9 @@ def test_a_refit_brings_the_model_without_units_closer(family: str, units: list[
 
 
 class _Worse(ModelCompensation):
+    def check(self, model: Any, units: Any, tokens: int) -> None:
+        """Refuse nothing."""
+
     def __call__(self, dense: Any, smaller: Any, plan: Any, windows_NT: Any) -> dict[str, Any]:
         smaller.lm_head.weight.data *= -50
         return {}
@@ -128,7 +131,11 @@ def test_what_harms_held_back_text_is_left_out() -> None:
     ("family", "unit", "message"),
     [
         ("gemma2", Unit(1), "`compensation` ScaledStream has no effect on 'gemma2' models"),
-        ("llama", Unit(1, "mlp"), "`compensation` ScaledStream is for whole blocks, not 1.mlp"),
+        (
+            "llama",
+            Unit(1, "mlp"),
+            "ScaledStream is for whole blocks, not for halves such as 1.mlp",
+        ),
     ],
 )
 def test_what_cannot_be_scaled_is_refused(family: str, unit: Unit, message: str) -> None:
