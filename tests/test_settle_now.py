@@ -17,6 +17,7 @@ from tests.runs import NOISE, call, content, learn_masks, make_inputs
 
 pytestmark = NOISE
 KEEP_ALL = ("--callbacks.SaveCheckpoint.every_n_steps=1", "--callbacks.SaveCheckpoint.keep=20")
+SETTLED_LR = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(inputs: Path, root: Path, *settings: str, max_steps: int = 12) -> list[str]:
     """Nine steps that learn masks, and three after."""
     base = learn_masks(inputs, root, max_steps)
-    return [*base, "--model.settle.fraction=0.25", *KEEP_ALL, *settings]
+    settle = ("--model.settle.fraction=0.25", f"--model.settle.train.lr={SETTLED_LR}")
+    return [*base, *settle, *KEEP_ALL, *settings]
 
 
 def ask_at(step: int, monkeypatch: pytest.MonkeyPatch, rates: dict[int, list[float]]) -> None:
@@ -63,7 +65,7 @@ def test_a_signal_settles_the_masks_and_the_rest_follows_as_planned(
     gates, settled = zip(*(rates[step] for step in sorted(rates)), strict=True)
     assert gates[2] > gates[3] == gates[4] == gates[5] == 0
     assert settled[:3] == (0, 0, settled[2])
-    falling = [0.03 * (1 + math.cos(math.pi * done / 3)) / 2 for done in (1, 2, 3)]
+    falling = [SETTLED_LR * (1 + math.cos(math.pi * done / 3)) / 2 for done in (1, 2, 3)]
     assert settled[3:] == pytest.approx(falling)
 
     # What is resumed in between ends as the run that was told, under the settings of the first.
