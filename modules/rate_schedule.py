@@ -1,6 +1,7 @@
-"""How the learning rate moves after the warm-up: constant, linear, cosine, warm-up-stable-decay.
+"""How learning rates move: that of weights, and those of gates and settled model in mask learning.
 
-After `start` of the steps the rate falls from its peak to `floor` of it, along a curve:
+`RateSchedule` is constant, linear, cosine, or warm-up-stable-decay once the warm-up is over. After
+`start` of the steps the rate falls from its peak to `floor` of it, along a curve:
 
     factor(x) = 1                                             for x <= start
     factor(x) = 1 - (1 - floor) curve((x - start) / (1 - start))   else.
@@ -11,6 +12,7 @@ Sources: cosine, "SGDR" (arXiv 1608.03983); a stable phase before the decay, "Mi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from secateur.pruning.schedules import Cosine, Schedule
+
+_WARM_UP = 0.1  # fraction of the settled steps in which the learning rate rises
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,32 @@ class RateSchedule:
         if step < warmup_steps:
             return step / warmup_steps
         return self(min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0))
+
+
+def rate_of_masks(step: int, mask_steps: int) -> float:
+    """Factor of the learning rate of gates: it falls to 0 along a cosine until masks settle.
+
+    Args:
+        step: Optimiser step, 0 or more.
+        mask_steps: Steps in which masks are learned, 0 or more.
+    """
+    return _falling(step / mask_steps) if step < mask_steps else 0.0
+
+
+def rate_of_settled(step: int, mask_steps: int, steps: int) -> float:
+    """Factor of the learning rate of the settled model: 0 while masks are learned; then it rises
+    over the first tenth of the steps that are left, and falls to 0 along a cosine.
+
+    Args:
+        step: Optimiser step, 0 or more.
+        mask_steps: Steps in which masks are learned, 0 or more.
+        steps: All steps, 1 or more.
+    """
+    if step < mask_steps:
+        return 0.0
+    done, left = step - mask_steps, steps - mask_steps
+    return min(1.0, (done + 1) / max(1.0, _WARM_UP * left)) * _falling(done / max(1, left))
+
+
+def _falling(progress: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2

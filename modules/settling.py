@@ -4,11 +4,12 @@ A `Settled` model is the model after the masks have settled, with its trained pa
 process holds the complete base model, it is cut, so that a step costs as much as one of the smaller
 model; if it is sharded or packed, gates and gains multiply features of the base model.
 
-Legend: F = features on one side of a projection, W = windows, T = tokens.
+Legend: F = features on one side of a projection, N = all gates, W = windows, T = tokens.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -29,7 +30,7 @@ from secateur.pruning.lora import LoRA, merged
 from secateur.pruning.losses import LossWeights
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.plan import Plan, full_plan
-from secateur.pruning.sites import gain_sizes
+from secateur.pruning.sites import gain_sizes, split
 from secateur.pruning.widths.gained_linear import gained_linear
 from secateur.pruning.widths.gate_hooks import GateHooks
 
@@ -270,6 +271,13 @@ class MaskedGains(Settled):
         gates: list[Any] = [gate_I.to(self.gains) for gate_I in self.gates]
         return self.hooks.applied(gates, named_gains(self.gains, self.sizes))
 
+    def moved(self) -> dict[str, Tensor] | None:
+        """The gains by name, on the CPU; None if all are still 1."""
+        if not bool((self.gains != 1).any()):
+            return None
+        named = named_gains(self.gains.detach().float().cpu(), self.sizes)
+        return {name: gain_F.clone() for name, gain_F in named.items()}
+
 
 @dataclass(frozen=True)
 class Settle:
@@ -341,3 +349,44 @@ def cut_and_refitted(
         if found < best:
             narrow, best = refitted, found
     return narrow, notes | {"perplexity_settled": best}
+
+
+def perplexity_of_masks(
+    model: PreTrainedModel,
+    hooks: GateHooks,
+    masks: Sequence[Float[Tensor, " N"]],
+    windows_WT: Int[Tensor, "W T"],
+) -> float:
+    """Measure a model with masks applied; with several masks, the exponential of the mean loss.
+
+    Args:
+        model: The model.
+        hooks: Its gates.
+        masks: 1 for kept entries, else 0; one or more, such as those of several budgets.
+        windows_WT: Token ids.
+    """
+    nll = 0.0
+    for mask_N in masks:
+        with hooks.applied(split(mask_N.to(model.device), hooks.sites)):
+            nll += perplexity(model, windows_WT).mean_nll / len(masks)
+    return math.exp(nll)
+
+
+def undo_if_worse(
+    settled: Settled, before: float, windows_WT: Int[Tensor, "W T"]
+) -> dict[str, Any]:
+    """Undo the training of a settled model if it has raised the perplexity of held-back windows.
+
+    Args:
+        settled: The trained model.
+        before: Perplexity of the windows before it was trained.
+        windows_WT: Token ids of the windows held back.
+
+    Returns:
+        For the report: the perplexity with the training, and whether it is kept.
+    """
+    with settled.plain() as model:
+        found = perplexity(model, windows_WT).value
+    if found > before:
+        settled.reset()
+    return {"perplexity_trained": found, "training": "kept" if found <= before else "left out"}

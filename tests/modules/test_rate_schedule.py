@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from secateur.modules.rate_schedule import RateSchedule
+from secateur.modules.rate_schedule import RateSchedule, rate_of_masks, rate_of_settled
 from secateur.pruning.schedules import Linear
 
 
@@ -57,3 +57,12 @@ def test_a_constant_rate_and_warm_up_stable_decay() -> None:
 def test_a_setting_outside_its_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` must be in \[0, 1\], got {value}"):
         RateSchedule(**{name: value})
+
+
+def test_rates_of_gates_and_settled_model_worked_by_hand() -> None:
+    """Four steps of masks; of the twenty after them, the rate rises in the first two."""
+    assert [rate_of_masks(step, 4) for step in (0, 2, 4)] == pytest.approx([1, 0.5, 0])
+    settled = [rate_of_settled(step, 4, 24) for step in (3, 4, 14, 24)]
+    assert settled == pytest.approx([0, 0.5, 0.5, 0])
+    assert rate_of_masks(0, 0) == 0  # no step learns masks
+    assert rate_of_settled(0, 0, 1) == 1
