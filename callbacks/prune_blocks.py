@@ -142,10 +142,8 @@ class PruneBlocks(Prune):
         if self.compensation is not None:
             trained, data = self.pruned(module), trainer.datamodule  # type: ignore[attr-defined]
             trained.check_compensation()
-            model, tokens = (
-                trained.base_model.skeleton(),
-                self.calibration_windows * data.window_tokens,
-            )
+            model = trained.base_model.skeleton()
+            tokens = self.calibration_windows * data.window_tokens
             self.compensation.check(model, self.search.units.of(model), tokens)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -119,12 +119,20 @@ class PruneWidths(Prune):
             "calibration_seed": self.calibration_seed,
         }
 
+    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
+        super().check_first(trainer, module)
+        if self.compensation is not None:
+            trained, data = self.pruned(module), trainer.datamodule  # type: ignore[attr-defined]
+            tokens = self.calibration_windows * data.window_tokens
+            self.compensation.check(trained.base_model.skeleton(), (), tokens)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the budget can be met in time; prune what is due at once.
 
         Raises:
             ValueError: It cannot be met, or not before training ends.
         """
+        self.check_first(trainer, pl_module)
         module = self.pruned(pl_module)
         model = skeleton(module.model.config)
         family = self.budget.family(model.config)

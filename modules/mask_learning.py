@@ -148,6 +148,7 @@ class MaskLearning(SettlingModel):
         """Rank the gates to start from, unless a checkpoint has the ranking: that of a run without
         steps is written before this.
         """
+        super().on_fit_start()
         later = self.trainer.ckpt_path and self.trainer.strategy.restore_checkpoint_after_setup
         if self.learning.start is not None and not later and not bool(self.start_N.any()):
             self._rank(self.learning.start)

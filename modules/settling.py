@@ -4,7 +4,8 @@ A `Settled` model is the model after the masks have settled, with its trained pa
 process holds the complete base model, it is cut, so that a step costs as much as one of the smaller
 model; if it is sharded or packed, gates and gains multiply features of the base model.
 
-Legend: F = features on one side of a projection, N = all gates, W = windows, T = tokens.
+Legend: F = features on one side of a projection, H = windows held back, N = all gates, W = windows,
+T = tokens.
 """
 
 from __future__ import annotations
@@ -316,9 +317,33 @@ class Settle:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
 
+    def check_text(self, config: PretrainedConfig, windows: int, window_tokens: int) -> None:
+        """Refuse text that is too short to refit on, before masks are learned.
+
+        Args:
+            config: Configuration of the dense model.
+            windows: Windows of the training text.
+            window_tokens: Tokens of a window.
+
+        Raises:
+            ValueError: It is too short.
+        """
+        held = self.held_back_windows
+        if (rest := min(windows - held, self.refit_windows)) < 1:
+            raise ValueError(
+                f"`settle.held_back_windows` is {held}, and `--data.train` has {windows} windows; "
+                "lower it, or give more text."
+            )
+        if self.refit is not None:
+            self.refit.check(skeleton(config), (), rest * window_tokens)
+
 
 def cut_and_refitted(
-    dense: PreTrainedModel, plan: Plan, settle: Settle, windows_WT: Int[Tensor, "W T"]
+    dense: PreTrainedModel,
+    plan: Plan,
+    settle: Settle,
+    held_WT: Int[Tensor, "H T"],
+    refit_WT: Int[Tensor, "W T"],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Cut a model by a plan, and refit it if that lowers the perplexity of held-back windows.
 
@@ -326,7 +351,8 @@ def cut_and_refitted(
         dense: The model, with all gates open.
         plan: Its kept indices.
         settle: Settings of cut and refit.
-        windows_WT: Token ids: first the windows held back, then those to refit on.
+        held_WT: Token ids of the windows held back.
+        refit_WT: Token ids of the windows to refit on.
 
     Returns:
         The cut model, and for the report: perplexity of the held-back windows of the cut model, of
@@ -336,7 +362,6 @@ def cut_and_refitted(
         ExportError: The cut model and the masked model disagree.
         ValueError: There is too little text to refit on.
     """
-    held_WT, refit_WT = windows_WT.split([settle.held_back_windows, settle.refit_windows])
     narrow = cut(dense, plan)
     verify_cut(dense, plan, narrow, held_WT[:2])
     best = perplexity(narrow, held_WT).value

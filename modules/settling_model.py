@@ -118,6 +118,17 @@ class SettlingModel(GatedModel):
             )
         self.settle.train.check(self.base_model.config)
 
+    def on_fit_start(self) -> None:
+        """Check that there is text to refit on.
+
+        Raises:
+            ValueError: It is too short.
+        """
+        if self.settle is not None and self._cuts:
+            data = self._data
+            windows = len(data.train_windows)
+            self.settle.check_text(self.base_model.config, windows, data.window_tokens)
+
     @property
     def mask_steps(self) -> int:
         """Optimiser steps in which masks are learned; in the steps after, they have settled.
@@ -179,8 +190,8 @@ class SettlingModel(GatedModel):
         plan, narrow = self.plan(), None
         news: Any = None
         if self.trainer.is_global_zero:
-            text_WT = self._settling_text(self.settle)
-            narrow, notes = cut_and_refitted(self.model, plan, self.settle, text_WT)
+            text = self._settling_text(self.settle)
+            narrow, notes = cut_and_refitted(self.model, plan, self.settle, *text)
             news = notes, narrow.state_dict() if self.trainer.world_size > 1 else None
         notes, weights = self.trainer.strategy.broadcast(news)
         self._notes = which | notes
@@ -202,7 +213,7 @@ class SettlingModel(GatedModel):
             return cuts["learned"][self.budget.keep], {}
         found: dict[str, float] = {}
         if self.trainer.is_global_zero:
-            held_WT = self._settling_text(self.settle)[: self.settle.held_back_windows]
+            held_WT, _ = self._settling_text(self.settle)
             for name, masks in cuts.items():
                 each = list(masks.values())
                 found[name] = perplexity_of_masks(self.model, self.hooks, each, held_WT)
@@ -211,9 +222,12 @@ class SettlingModel(GatedModel):
         notes = {f"perplexity_masks_{name}": value for name, value in found.items()}
         return cuts[best][self.budget.keep], notes | {"masks": best}
 
-    def _settling_text(self, settle: Settle) -> Tensor:
-        """The windows held back, always the same, and then those to refit on (int64, (W, T))."""
-        return self._text(settle.held_back_windows + settle.refit_windows, self.sampler.seed)
+    def _settling_text(self, settle: Settle) -> tuple[Tensor, Tensor]:
+        """The windows held back and those to refit on, always the same, int64 of shape (W, T)."""
+        held = settle.held_back_windows
+        text_WT = self._text(held + settle.refit_windows, self.sampler.seed)
+        text_WT = text_WT[: len(self._data.train_windows)]  # none twice
+        return text_WT[:held], text_WT[held:]
 
     def _take(self, narrow: PreTrainedModel, settle: Settle) -> Settled:
         """Make the cut model the trained one."""
@@ -324,7 +338,7 @@ class SettlingModel(GatedModel):
     def _judge_training(self, settle: Settle) -> None:
         """Undo the training of the settled model if it raised the held-back perplexity."""
         assert self.settled is not None
-        held_WT = self._settling_text(settle)[: settle.held_back_windows]
+        held_WT, _ = self._settling_text(settle)
         before = self._notes["perplexity_settled"]
         found = undo_if_worse(self.settled, before, held_WT)
         self._notes |= found

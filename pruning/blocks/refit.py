@@ -174,7 +174,8 @@ def refuse_short_text(blocks: nn.Module, tokens: int) -> None:
     if tokens < (least := TOKENS_PER_INPUT * width):
         raise ValueError(
             f"The calibration windows have {tokens} tokens, and the refit of {name}, "
-            f"which has {width} inputs, needs at least {least}; give more windows."
+            f"which has {width} inputs, needs at least {least}. Raise `calibration_windows` (of "
+            "MaskLearning: `settle.refit_windows`) or `data.window_tokens`."
         )
 
 

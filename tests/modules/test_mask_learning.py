@@ -456,6 +456,34 @@ def test_training_is_judged_on_the_windows_that_it_started_from(
     assert notes["perplexity_masks_learned"] > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refit_windows": 3}, r"windows have 48 tokens, .* needs at least \d+\. .*refit_windows"),
+        ({"held_back_windows": 999}, r"`settle.held_back_windows` is 999, .* has \d+ windows"),
+    ],
+)
+def test_too_short_a_text_is_refused_before_the_gates_are_ranked(
+    inputs: Path, data: TextData, tmp_path: Path, settings: dict[str, int], message: str
+) -> None:
+    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(**settings))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data)
+    assert not bool(module.start_N.any())
+
+
+def test_no_window_is_held_back_and_read_by_the_refit(
+    inputs: Path, data: TextData, tmp_path: Path
+) -> None:
+    """All windows are asked for, and more."""
+    module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=Settle(refit_windows=999))
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data)
+    assert module.settle is not None
+    held_WT, refit_WT = module._settling_text(module.settle)
+    assert len(held_WT) + len(refit_WT) == len(data.train_windows)
+    assert len(held_WT) == module.settle.held_back_windows
+
+
 def test_an_absurd_rank_is_refused_at_the_start(
     inputs: Path, data: TextData, tmp_path: Path
 ) -> None:

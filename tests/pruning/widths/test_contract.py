@@ -175,6 +175,15 @@ def at_once(method: type) -> PruneWidths:
     return PruneWidths(once.budget, once.score, once.search, None, None, 48, 6)
 
 
+def test_text_too_short_for_the_refit_is_refused_before_widths_are_ranked(
+    inputs: Path, tmp_path: Path
+) -> None:
+    short = PruneWidths(Budget(KEEP), WidthMagnitude(), calibration_windows=2)
+    with pytest.raises(ValueError, match=r"windows have \d+ tokens, .* `calibration_windows`"):
+        fit(WidthMagnitude, inputs, tmp_path, [short], max_steps=1)
+    assert not short.history
+
+
 def present(module: CausalLM) -> Plan:
     plan = module._plan()
     assert plan is not None
