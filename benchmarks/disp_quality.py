@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import WINDOW_TOKENS, data_folder, evaluation_windows, write_figures
-from benchmarks.plain_steps import BATCH_SIZE, PlainSteps, timed_refits
+from benchmarks.plain_steps import BATCH_SIZE, PlainSteps, clock_of, timed_refits
 from secateur.program import train
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.measure.sizes import count
@@ -62,13 +62,13 @@ class Recipe:
     def arguments(self, model: str, keep: float, seed: int, steps: int | None) -> list[str]:
         """Arguments of train.py; `steps` replaces the recipe's total, in the same proportion."""
         total = self.mask_steps + self.settled_steps
-        clock = _object(f"{PlainSteps.__module__}.{PlainSteps.__name__}", model=model)
+        clock = callback(f"{PlainSteps.__module__}.{PlainSteps.__name__}", model=model)
         if not total:
-            first = _object("PruneWidths", budget={"keep": keep}, calibration_seed=seed)
+            first = callback("PruneWidths", budget={"keep": keep}, calibration_seed=seed)
             own = ["--config=configs/widths/importance.yaml"]
         else:
             # The initial ranking of the gates meets the budget.
-            first = _object("AnnealSparsity", over=0.0)
+            first = callback("AnnealSparsity", over=0.0)
             own = [
                 "--config=configs/disp.yaml",
                 f"--model.budget.keep={keep}",
@@ -78,7 +78,7 @@ class Recipe:
             ]
             if self.settled_steps:
                 own.append(f"--model.settle.fraction={self.settled_steps / total}")
-        callbacks = json.dumps([first, clock, _object("ExportModel")])
+        callbacks = json.dumps([first, clock, callback("ExportModel")])
         return [
             *own,
             f"--trainer.callbacks={callbacks}",
@@ -96,7 +96,8 @@ RECIPES = {
 }
 
 
-def _object(class_path: str, **init_args: Any) -> dict[str, Any]:
+def callback(class_path: str, **init_args: Any) -> dict[str, Any]:
+    """An entry of `trainer.callbacks`."""
     return {"class_path": class_path, "init_args": init_args}
 
 
@@ -135,12 +136,10 @@ def run(arguments: list[str], model: str, seed: int, root: Path) -> dict[str, fl
     """Run the command line once; return its cost."""
     with timed_refits() as refits:
         program = train(["fit", *arguments[:1], *common(model, seed, root), *arguments[1:]])
-    callbacks: list[Any] = program.trainer.callbacks  # type: ignore[attr-defined]
-    clock = next(callback for callback in callbacks if isinstance(callback, PlainSteps))
-    steps = clock.total / clock.step_seconds
+    clock = clock_of(program.trainer)
     figures = {
-        "cost_over_reference": steps / REFERENCE_PLAIN_STEPS,
-        "plain_steps": steps,
+        "cost_over_reference": clock.steps / REFERENCE_PLAIN_STEPS,
+        "plain_steps": clock.steps,
         "plain_step_seconds": clock.step_seconds,
     }
     if refits:

@@ -35,9 +35,9 @@ from secateur.pruning.widths.learning import GateLearning, Importance
 from secateur.pruning.widths.width_magnitude import WidthMagnitude
 
 
-def plain_step(folder: str) -> Callable[[Tensor], None]:
+def plain_step(folder: str, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], None]:
     """Forward with labels and backward to the embeddings of the frozen stock model."""
-    model = BaseModel(Path(folder)).load(torch.float32)
+    model = BaseModel(Path(folder)).load(dtype)
     model.requires_grad_(False)
 
     def step(input_BT: Tensor) -> None:

@@ -1,23 +1,27 @@
 """Quality and speed on a real pretrained model, beside the reference implementation of DISP-LLM.
 
 The model is SmolLM2-135M-Instruct in bfloat16 (`benchmarks/smollm2.py`) unless `--model` names
-another folder. Text is cut into windows of 512 tokens, a step has four. Rows of the figures:
+another folder. Text is cut into windows of 512 tokens, a step has four unless its row says
+otherwise. Rows of the figures:
 
 - masks: 200 steps of mask learning only (`--model.settle null`);
 - frozen: masks, refit and gains, in at most the time of the reference's 200 steps;
-- recovered: masks by importance, refit, and all weights of the cut model, in that time;
+- recovered: masks by importance, refit, and all weights of the cut model, in steps of one window,
+  in that time;
 - depth: whole blocks removed, the least influential first, and refitted, without training;
 - widths: masks by importance, refitted, without training. The opponent of depth.
 
 Perplexity is that of the first 100 windows of c4 and wikitext2, accuracy that of the first 200
 questions of PIQA, ARC-easy and HellaSwag. Excess is ln(perplexity) - ln(dense perplexity) in nats,
-the mean of both texts. Times are those of this process on the CPU, in turns; a reference step takes
-1.13 plain steps, a forward and backward pass through the frozen model.
+the mean of both texts. Times are those of this process on the CPU, in turns. The cost of a run is
+its time without the export over that of the reference's, a step of which takes 1.13 plain steps of
+four windows (`plain_steps.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -36,7 +40,8 @@ from benchmarks.data import (
     mask_training_windows,
     write_figures,
 )
-from benchmarks.disp_quality import excess
+from benchmarks.disp_quality import callback, excess
+from benchmarks.plain_steps import PlainSteps, clock_of
 from benchmarks.smollm2 import smollm2_folder
 from secateur.program import train
 from secateur.pruning.blocks.refit import refit
@@ -78,13 +83,18 @@ class Recipe:
     settings: tuple[str, ...] = ()
 
 
-REFIT = f"--model.settle.refit_windows={REFIT_WINDOWS}"
 # As many steps as fit, with ranking and refit, into the time of the reference's 200.
 RECIPES = {
     "masks": Recipe(200, ("--model.settle=null",)),
-    "frozen": Recipe(120, (REFIT,)),
+    "frozen": Recipe(120, (f"--model.settle.refit_windows={REFIT_WINDOWS}",)),
     "recovered": Recipe(
-        115, (REFIT, "--model.settle.fraction=1", "--model.settle.train=AllWeights")
+        400,
+        (
+            "--data.batch_size=1",
+            "--model.settle.refit_windows=48",
+            "--model.settle.fraction=1",
+            "--model.settle.train=AllWeights",
+        ),
     ),
 }
 
@@ -136,16 +146,6 @@ class Bench:
             kept = [count(m).block_projection_parameters for m in (model, self.dense)]
             self.figures[f"kept_counted_{name}"] = kept[0] / kept[1]
 
-    def plain_step_seconds(self) -> float:
-        """Median of three forward and backward passes through the frozen model."""
-        model, input_BT, seconds = self.dense, self.windows_WT[:BATCH_SIZE], []
-        for _ in range(4):
-            start = time.process_time()
-            embedded = model.get_input_embeddings()(input_BT).detach().requires_grad_()
-            model(inputs_embeds=embedded, labels=input_BT, use_cache=False).loss.backward()
-            seconds.append(time.process_time() - start)
-        return statistics.median(seconds[1:])  # the first step after other work is slower
-
     def speeds(self, models: dict[str, PreTrainedModel], repeats: int) -> None:
         """Prefill of 4 x 256 tokens and decoding at batch 1, over the dense model."""
         models = {"dense": self.dense, **models}
@@ -192,12 +192,21 @@ class Bench:
         return narrow.eval()
 
 
-def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[str]) -> None:
-    """One run of the command line."""
-    train(
+def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[str]) -> float:
+    """Run the command line once; return its cost in plain steps."""
+    clock = callback(
+        f"{PlainSteps.__module__}.{PlainSteps.__name__}",
+        model=folder,
+        every_n_steps=100,
+        batch_size=BATCH_SIZE,
+        dtype="bfloat16",
+    )
+    callbacks = json.dumps([callback("AnnealSparsity"), clock, callback("ExportModel")])
+    program = train(
         [
             "fit",
             "--config=configs/disp.yaml",
+            f"--trainer.callbacks={callbacks}",
             f"--trainer.default_root_dir={root}",
             f"--trainer.max_steps={recipe.steps}",
             "--trainer.accelerator=cpu",
@@ -216,19 +225,16 @@ def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[
             *extra,
         ]
     )
+    return clock_of(program.trainer).steps
 
 
 def trained(bench: Bench, what: str, keep: float, root: Path, extra: Sequence[str]) -> None:
     """Run a recipe and measure its export, against the reference if there is one."""
-    before = bench.plain_step_seconds()
-    start = time.process_time()
-    learn(bench.folder, keep, RECIPES[what], root, extra)
-    seconds = time.process_time() - start
-    step = (before + bench.plain_step_seconds()) / 2
+    steps = learn(bench.folder, keep, RECIPES[what], root, extra)
     name = f"{what}_{keep}"
     bench.note(name, bench.load(root / "model"))
-    cost = seconds / step / (REFERENCE_STEPS * REFERENCE_STEP)
-    bench.figures |= {f"seconds_{name}": seconds, f"cost_over_reference_{name}": cost}
+    cost = steps / (REFERENCE_STEPS * REFERENCE_STEP)
+    bench.figures |= {f"plain_steps_{name}": steps, f"cost_over_reference_{name}": cost}
     if keep == REFERENCE_KEPT:
         reference = statistics.mean(excess(REFERENCE, bench.dense_perplexity).values())
         bench.figures["reference_excess"] = reference

@@ -68,7 +68,7 @@ def refuse_incomplete(optimizer: Any) -> None:
         if lost := sorted(optimizer.defaults.keys() - group.keys()):
             raise ValueError(f"The checkpoint lacks {lost[0]} of {name}. {_CURE}")
         for setting, default in optimizer.defaults.items():
-            if isinstance(default, float) and not isinstance(group[setting], float | int):
+            if not _may_be(group[setting], setting, default):
                 raise ValueError(
                     f"The checkpoint has {group[setting]!r} for {setting} of {name}. {_CURE}"
                 )
@@ -89,6 +89,17 @@ def refuse_incomplete(optimizer: Any) -> None:
                         f"The checkpoint has no {key} of {name} for a parameter of shape "
                         f"{tuple(parameter.shape)}. {_CURE}"
                     )
+
+
+def _may_be(value: Any, setting: str, default: Any) -> bool:
+    """Whether a group of an optimiser may have a value: rates and decays differ from the default,
+    switches may be undecided, and all else is as it was made.
+    """
+    if default is None or isinstance(default, bool):
+        return value is None or isinstance(value, bool)
+    if setting in ("lr", "weight_decay"):
+        return isinstance(value, float | int | torch.Tensor) and not isinstance(value, bool)
+    return bool(value == default)
 
 
 def _averages(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -26,6 +26,22 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda state: state["param_groups"][0].update(weight_decay="abc"),
         "has 'abc' for weight_decay of AdamW",
     ),
+    "betas as a mapping": (
+        lambda state: state["param_groups"][0].update(betas={"a": 1}),
+        "has {'a': 1} for betas of AdamW",
+    ),
+    "other betas": (
+        lambda state: state["param_groups"][0].update(betas=[1, 2]),
+        r"has \[1, 2\] for betas of AdamW",
+    ),
+    "a rate as a switch": (
+        lambda state: state["param_groups"][0].update(lr=True),
+        "has True for lr of AdamW",
+    ),
+    "a switch as text": (
+        lambda state: state["param_groups"][0].update(amsgrad="abc"),
+        "has 'abc' for amsgrad of AdamW",
+    ),
     "no average": (lambda state: state["state"][1].pop("exp_avg"), r"no exp_avg .* shape \(4,\)"),
     "a list": (lambda state: state["state"][0].update(exp_avg_sq=[1, 2]), "no exp_avg_sq"),
     "no state": (lambda state: state["state"].update({0: []}), r"has \[\] as the state of AdamW"),
