@@ -8,7 +8,7 @@ model, texts and windows. The budget is counted on the exported model. Cost is t
 over that of the reference's 1000 steps, which is that of 1130 plain steps; plain steps are timed in
 the same process (`plain_steps.py`).
 
-Recipes: `masks` only learns masks; `frozen` trains no weights (masks, refit, gains);
+Recipes: `masks` only learns masks; `frozen` trains no weights (masks by importance, refit, gains);
 `recovered` trains weights of the cut model; `quick` does so in a quarter of the reference's time;
 `untrained` makes no training steps: importance (`PruneWidths`, `Fisher`) and refit.
 """
@@ -89,7 +89,7 @@ class Recipe:
 
 RECIPES = {
     "masks": Recipe("masks", 1000, 0, ("--model.settle=null",)),
-    "frozen": Recipe("excess", 100, 600),
+    "frozen": Recipe("excess", 0, 640, ("--model.settle.refit_windows=512",)),
     "recovered": Recipe("recovered", 0, 690, ("--model.settle.train=AllWeights",)),
     "quick": Recipe("quick", 0, 120, ("--model.settle.train=AllWeights",)),
     "untrained": Recipe("untrained"),

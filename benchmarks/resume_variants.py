@@ -141,6 +141,16 @@ VARIANTS: Mapping[str, Variant] = {
     "low rank of a narrow base": _weights(*_LORA, base="narrow"),
     "blocks at once": _weights(*_callback("PruneBlocks", *_BLOCKS)),
     "blocks one by one": _weights(*_callback("PruneBlocks", *_BLOCKS, *_ONE_BY_ONE)),
+    "blocks one by one, refitted": _weights(
+        *_callback(
+            "PruneBlocks",
+            *_BLOCKS,
+            *_ONE_BY_ONE,
+            "compensation=Refit",
+            "calibration_windows=40",
+            "held_back_windows=8",
+        )
+    ),
     "blocks one by one, low rank": _weights(
         *_LORA, *_callback("PruneBlocks", *_BLOCKS, *_ONE_BY_ONE), late=True
     ),

@@ -94,6 +94,11 @@ class Prune(Callback, ABC):
         """
         return trains_weights(module, self.name)
 
+    def calibration_tokens(self, trainer: Trainer) -> int:
+        """Number of tokens of the calibration windows."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return self.calibration_windows * int(data.window_tokens)
+
     def windows(self, trainer: Trainer, count: int | None = None) -> Tensor:
         """Draw calibration windows: int64 of shape (N, T).
 

@@ -140,20 +140,21 @@ class PruneBlocks(Prune):
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
         super().check_first(trainer, module)
         if self.compensation is not None:
-            trained, data = self.pruned(module), trainer.datamodule  # type: ignore[attr-defined]
-            trained.check_compensation()
-            model = trained.base_model.skeleton()
-            tokens = self.calibration_windows * data.window_tokens
-            self.compensation.check(model, self.search.units.of(model), tokens)
+            self.pruned(module).check_compensation()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the target can be reached in time; remove what is due at once.
 
         Raises:
-            ValueError: The target cannot be reached in time.
+            ValueError: The target cannot be reached in time, or `compensation` does not suit the
+                units or the text.
         """
         self.check_first(trainer, pl_module)
         module = self.pruned(pl_module)
+        if self.compensation is not None:
+            dense = module.base_model.skeleton()
+            tokens = self.calibration_tokens(trainer)
+            self.compensation.check(dense, self.search.units.of(dense), tokens)
         self._total = units_to_remove(module.base_model.skeleton(), self.search, self.target)
         last, steps = self.removals.last_step(self._total), trainer.estimated_stepping_batches
         if last >= steps:

@@ -39,6 +39,8 @@ from secateur.pruning.widths.training_score import TrainingScore
 
 import_all(secateur.pruning.widths)
 
+_ROUNDING = 1e-6  # what is left is a product of fractions in float32, one per cut
+
 
 class PruneWidths(Prune):
     """Cut the widths of the blocks of a model down to a budget, and train on.
@@ -119,21 +121,16 @@ class PruneWidths(Prune):
             "calibration_seed": self.calibration_seed,
         }
 
-    def check_first(self, trainer: Trainer, module: LightningModule) -> None:
-        super().check_first(trainer, module)
-        if self.compensation is not None:
-            trained, data = self.pruned(module), trainer.datamodule  # type: ignore[attr-defined]
-            tokens = self.calibration_windows * data.window_tokens
-            self.compensation.check(trained.base_model.skeleton(), (), tokens)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the budget can be met in time; prune what is due at once.
 
         Raises:
-            ValueError: It cannot be met, or not before training ends.
+            ValueError: It cannot be met, or not before training ends, or the text is too short.
         """
-        self.check_first(trainer, pl_module)
         module = self.pruned(pl_module)
+        if self.compensation is not None:
+            dense = module.base_model.skeleton()
+            self.compensation.check(dense, (), self.calibration_tokens(trainer))
         model = skeleton(module.model.config)
         family = self.budget.family(model.config)
         if not self.history:
@@ -207,7 +204,7 @@ class PruneWidths(Prune):
         Raises:
             ValueError: Training ended before the last cut.
         """
-        if (done := self._kept()) > self.budget.keep:
+        if (done := self._kept()) > self.budget.keep + _ROUNDING:
             raise ValueError(
                 f"`budget.keep` of PruneWidths is {self.budget.keep}, and {done:.4f} are left when "
                 f"training ends at step {trainer.global_step}. Go on with `--ckpt_path last`, or "

@@ -198,12 +198,12 @@ class Gains(Trained):
     """Gains: factors on the features on both sides of every projection; weights are frozen.
 
     Args:
-        lr: Highest learning rate, above 0; 0.01 if not given. It rises over the first tenth of
+        lr: Highest learning rate, above 0; 0.02 if not given. It rises over the first tenth of
             the settled steps and falls to 0 along a cosine.
     """
 
     lr: float | None = None
-    usual_lr: ClassVar[float] = 0.01
+    usual_lr: ClassVar[float] = 0.02
 
     def of(self, model: PreTrainedModel) -> Settled:
         return _Gains(model)

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 WEIGHTS, CONFIG = Path("model", "model.safetensors"), Path("model", "config.json")
 VARIANTS = {
     "all weights": ["--model.loss.cross_entropy=0", "--model.loss.distillation=1"],
+    "refitted": [],
     "low rank": ["--model.lora.rank=2", "--model.lora.dropout=0.5"],
 }
 
@@ -48,7 +49,8 @@ def prune(
         "--trainer.callbacks.removals=OneByOne",
         "--trainer.callbacks.removals.every_n_steps=3",
         "--trainer.callbacks.removals.first_step=1",
-        "--trainer.callbacks.calibration_windows=8",
+        "--trainer.callbacks.calibration_windows=24",
+        *(["--trainer.callbacks.compensation=Refit"] if variant == "refitted" else []),
     ]
     return prune_weights(folder, root, callback, subcommand)
 
