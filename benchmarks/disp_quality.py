@@ -41,6 +41,7 @@ REFERENCE = {
     0.8: (108.0, 251.2, 43.0),
 }
 REFERENCE_PLAIN_STEPS = 1130  # the time of its 1000 steps
+REFIT_WINDOWS = 512  # of the recipes that train no weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ class Recipe:
         total = self.mask_steps + self.settled_steps
         clock = callback(f"{PlainSteps.__module__}.{PlainSteps.__name__}", model=model)
         if not total:
-            first = callback("PruneWidths", budget={"keep": keep}, calibration_seed=seed)
+            first = callback(
+                "PruneWidths",
+                budget={"keep": keep},
+                calibration_windows=REFIT_WINDOWS,
+                calibration_seed=seed,
+            )
             own = ["--config=configs/widths/importance.yaml"]
         else:
             # The initial ranking of the gates meets the budget.
@@ -89,7 +95,7 @@ class Recipe:
 
 RECIPES = {
     "masks": Recipe("masks", 1000, 0, ("--model.settle=null",)),
-    "frozen": Recipe("excess", 0, 640, ("--model.settle.refit_windows=512",)),
+    "frozen": Recipe("excess", 0, 640, (f"--model.settle.refit_windows={REFIT_WINDOWS}",)),
     "recovered": Recipe("recovered", 0, 690, ("--model.settle.train=AllWeights",)),
     "quick": Recipe("quick", 0, 120, ("--model.settle.train=AllWeights",)),
     "untrained": Recipe("untrained"),
