@@ -251,30 +251,6 @@ class CausalLM(LanguageModelling):
             "optimizer": f"{describe_optimizer(self._optimizer())}, vectors without decay",
         }
 
-    @property
-    def base_model(self) -> BaseModel:
-        """The base model.
-
-        Raises:
-            ValueError: There is none: training starts from an `architecture`.
-        """
-        if self._base is None:
-            raise ValueError(
-                "A model that starts from `architecture` has no base to prune; train it first, and "
-                "give the exported folder as `base`."
-            )
-        return self._base
-
-    @property
-    def base_folder(self) -> Path:
-        """Local folder of the base model; ValueError if there is none."""
-        return self.base_model.folder
-
-    @property
-    def base_fingerprint(self) -> str:
-        """Content hash of the base model; ValueError if there is none."""
-        return self.base_model.fingerprint
-
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
         """The model as it would be exported now: in evaluation mode, low-rank updates merged.

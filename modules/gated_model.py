@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class GatedModel(LanguageModelling):
     ) -> None:
         super().__init__()
         base.check()
-        self.base_model, self.base = base, str(base.name)
+        self._base, self.base = base, str(base.name)
         self.budget, self.learning, self.frozen = budget, learning, frozen
         self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
         self.annealed = 1.0
@@ -80,21 +79,6 @@ class GatedModel(LanguageModelling):
         self.sites: list[Site]
         self.start_N: Tensor
         self._ranked_N: Tensor | None = None  # the initial ranking
-
-    @property
-    def bases(self) -> list[BaseModel]:
-        """The base model."""
-        return [self.base_model]
-
-    @property
-    def base_folder(self) -> Path:
-        """Local folder of the base model."""
-        return self.base_model.folder
-
-    @property
-    def base_fingerprint(self) -> str:
-        """Content hash of the base model."""
-        return self.base_model.fingerprint
 
     def setup(self, stage: str) -> None:
         """Check base model and strategy before the model is read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -55,6 +56,7 @@ class LanguageModelling(LightningModule, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.model: Any = None
+        self._base: BaseModel | None = None
         self.perplexity = Perplexity()
         self.shortened: list[Record] = []
         """The steps at which the run was told to end sooner, and what was planned before."""
@@ -68,7 +70,31 @@ class LanguageModelling(LightningModule, ABC):
     @property
     def bases(self) -> list[BaseModel]:
         """The models that are read."""
-        return []
+        return [] if self._base is None else [self._base]
+
+    @property
+    def base_model(self) -> BaseModel:
+        """The base model.
+
+        Raises:
+            ValueError: There is none: training starts from an `architecture`.
+        """
+        if self._base is None:
+            raise ValueError(
+                "A model that starts from `architecture` has no base to prune; train it first, and "
+                "give the exported folder as `base`."
+            )
+        return self._base
+
+    @property
+    def base_folder(self) -> Path:
+        """Local folder of the base model; ValueError if there is none."""
+        return self.base_model.folder
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Content hash of the base model; ValueError if there is none."""
+        return self.base_model.fingerprint
 
     def check_bases(self) -> None:
         """Judge the models that are read, by configurations and headers, before anything is spent.
