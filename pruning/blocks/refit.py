@@ -64,6 +64,9 @@ from secateur.pruning.progress import tracked
 TOKENS_PER_INPUT = 3
 """Fewest tokens of calibration text per input of the widest layer."""
 
+DAMPING = 0.1
+"""Usual pull towards the weights before, as a fraction of the mean diagonal of G."""
+
 
 @dataclass(frozen=True)
 class LayerRefit:
@@ -94,7 +97,7 @@ class Refit(ModelCompensation):
         batch_size: Windows that a block sees at once, 1 or more.
     """
 
-    damping: float = 0.01
+    damping: float = DAMPING
     batch_size: int = 8
 
     def check(self, model: PreTrainedModel, units: Sequence[Any], tokens: int) -> None:
@@ -117,7 +120,7 @@ def refit(
     narrow: PreTrainedModel,
     plan: Plan,
     windows_WT: Int[Tensor, "W T"],
-    damping: float = 0.01,
+    damping: float = DAMPING,
     batch_size: int = 8,
 ) -> list[LayerRefit]:
     """Refit all layers of a narrow model, in place.
@@ -135,7 +138,9 @@ def refit(
             numbers that are not finite.
     """
     if not 0 < damping < float("inf"):
-        raise ValueError(f"`damping` must be finite and above 0, got {damping}; 0.01 is usual.")
+        raise ValueError(
+            f"`damping` must be finite and above 0, got {damping}; {DAMPING} is usual."
+        )
     narrow_blocks: Any = narrow.get_submodule(plan.family.blocks)
     refuse_short_text(narrow_blocks, windows_WT.numel())
     places = {block: place for place, block in enumerate(plan.kept_blocks())}
@@ -236,7 +241,7 @@ def outputs(block: BlockPair, batch: Batch) -> tuple[Tensor, Tensor]:
 def refit_block(
     block: BlockPair,
     batches: Sequence[Batch],
-    damping: float = 0.01,
+    damping: float = DAMPING,
     masks: Mapping[str, Bool[Tensor, "O K"]] | None = None,
 ) -> list[LayerRefit]:
     """Refit the layers of one narrow block, in place.

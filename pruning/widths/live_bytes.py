@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from secateur.pruning.losses import LossWeights, token_losses
 from secateur.pruning.modelling import is_narrow
 from secateur.pruning.widths.gate_hooks import GateHooks
 
@@ -191,11 +192,12 @@ def loss_peak(
         piece_CD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
         live = LiveBytes([head_VD, piece_CD])
         with live:
-            log_p_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
-            value = F.nll_loss(log_p_CV, torch.zeros(tokens, dtype=torch.long))
-            if distillation:
-                with torch.no_grad():
-                    target_CV = F.linear(piece_CD, head_VD).float().log_softmax(-1)
-                value = value + F.kl_div(log_p_CV, target_CV, reduction="sum", log_target=True)
-            value.backward()
+            token_losses(
+                piece_CD,
+                torch.zeros(tokens, dtype=torch.long),
+                lambda hidden: F.linear(hidden, head_VD),
+                teacher_ND=piece_CD.detach() if distillation else None,
+                weights=LossWeights(1.0, float(distillation)),
+                chunk_tokens=tokens,
+            )
         return live.peak
