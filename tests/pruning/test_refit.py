@@ -150,6 +150,17 @@ def test_a_model_that_lost_nothing_stays_what_it_is() -> None:
     assert all(abs(record.error_after or 0) < 1e-6 for record in records)
 
 
+def test_damping_counts_in_tokens_per_input() -> None:
+    # The same text twice says twice as much, and the weights before as much as the damping says.
+    model = tiny_llama()
+    plan = random_plan(model)
+    once, twice = cut(model, plan), cut(model, plan)
+    refit(model, once, plan, WINDOWS_WT, damping=3.0)
+    refit(model, twice, plan, torch.cat([WINDOWS_WT, WINDOWS_WT]), damping=6.0)
+    for name, weight in once.state_dict().items():
+        torch.testing.assert_close(twice.state_dict()[name], weight, atol=1e-4, rtol=1e-3)
+
+
 @torch.no_grad()
 def test_the_last_writer_minimises_what_the_stream_lacks() -> None:
     model = tiny_llama()
@@ -261,7 +272,7 @@ def test_zeros_stay_and_the_model_comes_closer(family: str, variant: str) -> Non
             Batch(call, replace(call, hidden_BTD=hidden_BTD))
             for call, hidden_BTD in zip(states.calls(index), hidden, strict=True)
         ]
-        refit_block(pair, batches, masks=own)
+        refit_block(pair, batches, 0.01, own)
         for number, batch in enumerate(batches):
             states.hidden[number], hidden[number] = outputs(pair, batch)
         for path, mask_OI in own.items():
