@@ -220,7 +220,8 @@ class CausalLM(PrunableModel):
         if teacher is None:
             return super()._dense()
         teacher.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
-        return teacher.eval()
+        teacher.eval()
+        return teacher
 
     def _fingerprint_of(self, teacher: Teacher) -> str:
         return self.base_fingerprint if teacher.name == self.base else teacher.base.fingerprint

@@ -61,7 +61,7 @@ class PrunableModel(LanguageModelling):
         super().__init__()
         if base is not None:
             base.check()
-        self._base, self.base = base, base and str(base.name)
+        self._base, self.base = base, None if base is None else str(base.name)
         self.lora, self.dtype_name, self.export_dtype = lora, dtype, export_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.divisible = base is not None  # only a model read from files can be sharded
@@ -323,7 +323,8 @@ class PrunableModel(LanguageModelling):
         """The original base model, on the device of this rank."""
         dense = self.base_model.load(self.dtype_name)
         dense.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
-        return dense.eval()
+        dense.eval()
+        return dense
 
     @contextmanager
     def _seeded(self, batch_idx: int) -> Iterator[None]:
