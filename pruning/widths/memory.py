@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from secateur.pruning.blocks.refit_memory import refit_bytes
 from secateur.pruning.commands import CommandParser
 from secateur.pruning.families import blocks_of, family_of, skeleton
 from secateur.pruning.files.base_model import read_config
@@ -35,6 +36,7 @@ from secateur.pruning.widths.live_bytes import loss_peak, model_step
 GB = 1e9
 # Vectors over all gates in float32 that a step has at once: logits, noise, samples, gradients.
 _GATE_VECTORS = 12
+_REFIT_WINDOWS = 256  # by default, after masks
 LIVE_PARAMETERS = 200_000_000
 """Parameters that ZeRO-3 prefetches: two of the largest matrices of a 13B model."""
 
@@ -339,11 +341,20 @@ def llama2(size: str) -> PreTrainedConfig:
 
 
 def memory_table(configs: Mapping[str, PreTrainedConfig], run: Run) -> list[list[str]]:
-    """Rows of text: settings down, models across, gigabytes (1e9 bytes) per rank."""
+    """Rows of text: settings down, models across, gigabytes (1e9 bytes) per rank.
+
+    The last row is the refit after the masks, with the dense and the cut model in memory.
+    """
     rows = [["GB per GPU", *configs]]
     for label, setting in settings(run).items():
         needs = [footprint(config, setting) for config in configs.values()]
         rows.append([label, *(f"{need.total / GB:.1f}" for need in needs)])
+    refits = [
+        2 * footprint(config, replace(run, storage=ORIGINAL)).weights
+        + refit_bytes(config, _REFIT_WINDOWS, run.window_tokens, run.dtype)
+        for config in configs.values()
+    ]
+    rows.append([f"refit on {_REFIT_WINDOWS} windows", *(f"{own / GB:.1f}" for own in refits)])
     return rows
 
 

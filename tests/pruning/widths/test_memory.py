@@ -192,6 +192,9 @@ def test_the_table_has_a_row_for_every_setting_and_falls() -> None:
     config = llama2("7B")
     (_, name), *rows = memory_table({"7B": config}, Run())
     assert name == "7B"
+    *rows, (label, refit) = rows
+    both = 2 * footprint(config, Run()).weights / 1e9
+    assert (label, float(refit) > both) == ("refit on 256 windows", True)
     assert [label for label, _ in rows] == list(settings(Run()))
     figures = [float(value) for _, value in rows]
     assert figures[:4] == sorted(figures[:4], reverse=True)
