@@ -161,8 +161,8 @@ def refit(
             narrow_block = narrow_blocks[places[index]] if index in places else None
             block = BlockPair(index, dense_block, narrow_block, plan)
             records += refit_block(block, batches, share)
-            for number, batch in enumerate(batches):
-                states.hidden[number], narrow_hidden[number] = outputs(block, batch)
+            for number in range(len(batches)):  # each is freed once it has been through the block
+                states.hidden[number], narrow_hidden[number] = outputs(block, batches.pop(0))
     return records
 
 

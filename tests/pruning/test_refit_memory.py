@@ -44,4 +44,4 @@ def test_a_refit_takes_what_the_formula_says(
     with LiveBytes([*weights, windows_WT]) as live:
         refit(model, narrow, plan, windows_WT, batch_size=batch_size)
     predicted = refit_bytes(config, windows, 64, dtype, batch_size)
-    assert live.peak <= predicted <= 1.15 * live.peak
+    assert live.peak <= predicted <= 1.25 * live.peak
