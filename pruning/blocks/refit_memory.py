@@ -38,7 +38,8 @@ def refit_bytes(
     model = skeleton(config)
     block = blocks_of(model, family_of(config))[0]
     layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
-    stream, widest = config.hidden_size, max(layer.in_features for layer in layers)
+    stream: int = config.hidden_size
+    widest = max(layer.in_features for layer in layers)
     all_windows = windows * window_tokens * stream * dtype.itemsize
     solution = max(
         round(8 * layer.in_features * (3.5 * layer.in_features + 5 * layer.out_features))
