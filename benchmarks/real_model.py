@@ -88,7 +88,7 @@ RECIPES = {
     "masks": Recipe(200, ("--model.settle=null",)),
     "frozen": Recipe(120, (f"--model.settle.refit_windows={REFIT_WINDOWS}",)),
     "recovered": Recipe(
-        410,
+        350,
         (
             "--data.batch_size=1",
             "--model.settle.refit_windows=48",
