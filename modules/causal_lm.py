@@ -106,17 +106,16 @@ class CausalLM(PrunableModel):
         if self.model is not None:
             return
         if self.base is not None:
-            self.begin(self.read_model(self.base_model, self.dtype_name))
+            self._begin(self.read_model(self.base_model, self.dtype_name))
         else:
-            self.begin(AutoModelForCausalLM.from_config(self._config))
+            self._begin(AutoModelForCausalLM.from_config(self._config))
         if self._teacher is not None and self._teacher.model is None:
             self._teacher.load(self)
 
     @property
     def bases(self) -> list[BaseModel]:
         """The base model and the teacher, those that there are."""
-        teacher = self._teacher.base if self._teacher else None
-        return [base for base in (self._base, teacher) if base is not None]
+        return super().bases + ([self._teacher.base] if self._teacher else [])
 
     def check_bases(self) -> None:
         """See `LanguageModelling.check_bases`; a base has to hold weights that can be trained."""
@@ -207,21 +206,17 @@ class CausalLM(PrunableModel):
             "optimizer": f"{describe_optimizer(self._optimizer())}, vectors without decay",
         }
 
-    def trained(self) -> dict[str, Any]:
+    def training_facts(self) -> dict[str, Any]:
         """Loss, teacher, low-rank updates, warm-up, schedule and optimiser."""
         given = ("loss", "lora", "warmup_steps", "schedule", "optimizer")
         recipe = self.recipe()
         facts = {name: recipe[name] for name in given}
         return facts | {"teacher": self._teacher and str(self._teacher.name)}
 
-    def _dense(self) -> PreTrainedModel:
-        """The teacher, if it is the base model, and that as it was read otherwise."""
+    def _read_base(self) -> PreTrainedModel:
+        """The original base model: the teacher in memory, if that is it."""
         teacher = self._teacher.model if self._teacher and self._teacher.name == self.base else None
-        if teacher is None:
-            return super()._dense()
-        teacher.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
-        teacher.eval()
-        return teacher
+        return teacher or super()._read_base()
 
     def _fingerprint_of(self, teacher: Teacher) -> str:
         return self.base_fingerprint if teacher.name == self.base else teacher.base.fingerprint

@@ -63,9 +63,7 @@ class GatedModel(LanguageModelling):
         learning: GateLearning,
         frozen: FrozenBase,
     ) -> None:
-        super().__init__()
-        base.check()
-        self._base, self.base = base, str(base.name)
+        super().__init__(base)
         self.budget, self.learning, self.frozen = budget, learning, frozen
         self.sampler = sampler or GateSampler(offset=3.0 if learning.start is None else 0.0)
         self.annealed = 1.0

@@ -46,6 +46,12 @@ class LanguageModelling(LightningModule, ABC):
     """A causal language model, measured by the tokens that it predicts inside each window.
 
     A subclass makes `model`, trains it, and may override `measured` to change how it is measured.
+
+    Args:
+        base: The model that training starts from; None if it starts from random weights.
+
+    Raises:
+        ValueError: The base is not there, or it is none that can be read.
     """
 
     divisible = False
@@ -53,10 +59,12 @@ class LanguageModelling(LightningModule, ABC):
     frozen_weights = False
     """Whether the model itself is frozen."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: BaseModel | None) -> None:
         super().__init__()
+        if base is not None:
+            base.check()
         self.model: Any = None
-        self._base: BaseModel | None = None
+        self._base, self.base = base, None if base is None else str(base.name)
         self.perplexity = Perplexity()
         self.shortened: list[Record] = []
         """The steps at which the run was told to end sooner, and what was planned before."""

@@ -58,10 +58,7 @@ class PrunableModel(LanguageModelling):
         export_dtype: str,
         gradient_checkpointing: bool,
     ) -> None:
-        super().__init__()
-        if base is not None:
-            base.check()
-        self._base, self.base = base, None if base is None else str(base.name)
+        super().__init__(base)
         self.lora, self.dtype_name, self.export_dtype = lora, dtype, export_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.divisible = base is not None  # only a model read from files can be sharded
@@ -71,10 +68,10 @@ class PrunableModel(LanguageModelling):
         self.provenance: dict[str, Any] = {}
 
     @abstractmethod
-    def trained(self) -> dict[str, Any]:
+    def training_facts(self) -> dict[str, Any]:
         """How weights were trained, for the model card: JSON values only."""
 
-    def begin(self, model: PreTrainedModel) -> None:
+    def _begin(self, model: PreTrainedModel) -> None:
         """Train a model of which nothing is removed yet."""
         self.model = model
         self._depth = Depth(model.config.num_hidden_layers, lacking_parts(model))
@@ -311,7 +308,7 @@ class PrunableModel(LanguageModelling):
             provenance = {"depth": depth} | provenance
         training: dict[str, Any] = {}
         if self.global_step:
-            training = self.trained() | {"tokens": self.tokens_seen}
+            training = self.training_facts() | {"tokens": self.tokens_seen}
         if self.shortened:
             training["shortened"] = self.shortened
         steps = self.global_step
@@ -321,10 +318,14 @@ class PrunableModel(LanguageModelling):
 
     def _dense(self) -> PreTrainedModel:
         """The original base model, on the device of this rank."""
-        dense = self.base_model.load(self.dtype_name)
+        dense = self._read_base()
         dense.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
         dense.eval()
         return dense
+
+    def _read_base(self) -> PreTrainedModel:
+        """The original base model, read from its files."""
+        return self.base_model.load(self.dtype_name)
 
     @contextmanager
     def _seeded(self, batch_idx: int) -> Iterator[None]:

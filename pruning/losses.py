@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,32 +122,32 @@ class _LossesOfLogits(torch.autograd.Function):
     """Weighted sum of both losses over rows of logits, and both sums without weights.
 
     The gradient is written down, a (p - y) + b (p - q) with p and q the distributions of student
-    and teacher, y the label, a and b the weights: with a large vocabulary the time is that of
-    passes over the logits, and automatic differentiation makes about twice as many.
+    and teacher, y the label, a and b the weights (`LossWeights`): with a large vocabulary the time
+    is that of passes over the logits, and automatic differentiation makes about twice as many. Sums
+    are in nats and float32; the gradient has the type of the logits, and can be used once.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits_CV: Tensor,
-        target_CV: Tensor | None,
-        labels_C: Tensor,
+        logits_CV: Float[Tensor, "C V"],
+        target_CV: Float[Tensor, "C V"] | None,
+        labels_C: Int[Tensor, " C"],
         weights: LossWeights,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " 2"]]:
         log_p_CV = logits_CV.log_softmax(-1, dtype=torch.float32)
         nll = -log_p_CV.gather(1, labels_C[:, None]).sum()
         kl, q_CV = torch.zeros_like(nll), None
         if target_CV is not None:
             kl, q_CV = _divergence(target_CV, log_p_CV)
         if ctx.needs_input_grad[0]:
-            slope_CV = log_p_CV.exp_()
-            if (both := weights.cross_entropy + weights.distillation * (q_CV is not None)) != 1:
-                slope_CV.mul_(both)
+            # Without a teacher the weight of distillation is 0.
+            slope_CV = log_p_CV.exp_().mul_(weights.cross_entropy + weights.distillation)
             if q_CV is not None:
                 slope_CV.sub_(q_CV, alpha=weights.distillation)
-            if weights.cross_entropy:
-                own = slope_CV.new_full((len(labels_C), 1), -weights.cross_entropy)
-                slope_CV.scatter_add_(1, labels_C[:, None], own)
+            label_C1 = labels_C[:, None]
+            own_C1 = torch.full_like(label_C1, -weights.cross_entropy, dtype=torch.float32)
+            slope_CV.scatter_add_(1, label_C1, own_C1)
             ctx.save_for_backward(slope_CV.to(logits_CV.dtype))
         parts = torch.stack([nll, kl])
         ctx.mark_non_differentiable(parts)

@@ -28,8 +28,7 @@ forward and backward passes of 8 windows. On too little text the refit does harm
 tokens per input of the widest layer, at 0.3, 0.5 and 0.7 of the FLOPs; less than 3 tokens per input
 is refused. 30 give most of the gain; 256 windows are 190. Expected on SmolLM2-135M with 17 tokens
 per input, where the damping matters more: 1.67, 1.60, 1.48 and 1.47 nats with m of 0.001, 0.01, 0.1
-and 0.5 of the mean diagonal. Memory: two streams and two outputs of attention over all windows, and
-the sums of one layer.
+and 0.5 of the mean diagonal. Memory: `refit_bytes`.
 
 Legend: N = tokens of a batch, B = windows of a batch, T = tokens of a window, D = width of the
 residual stream, K = inputs of a narrow layer, O = its outputs, Y = entries of a target.
@@ -67,9 +66,6 @@ from secateur.pruning.progress import tracked
 TOKENS_PER_INPUT = 3
 """Fewest tokens of calibration text per input of the widest layer."""
 
-DAMPING = 2.0
-"""Usual pull towards the weights before, in tokens per input of the widest layer."""
-
 
 @dataclass(frozen=True)
 class LayerRefit:
@@ -98,10 +94,21 @@ class Refit(ModelCompensation):
         damping: Pull towards the weights before, which count as much as this many tokens of text
             per input of the widest layer; finite and above 0.
         batch_size: Windows that a block sees at once, 1 or more.
+
+    Raises:
+        ValueError: A setting is outside its range.
     """
 
-    damping: float = DAMPING
+    damping: float = 2.0
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(
+                f"`damping` must be finite and above 0, got {self.damping}; 2 is usual."
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {self.batch_size}.")
 
     def check(self, model: PreTrainedModel, units: Sequence[Any], tokens: int) -> None:
         refuse_short_text(model.get_submodule(family_of(model.config).blocks), tokens)
@@ -113,7 +120,7 @@ class Refit(ModelCompensation):
         plan: Plan,
         windows_NT: Int[Tensor, "N T"],
     ) -> dict[str, Any]:
-        layers = refit(dense, smaller, plan, windows_NT, self.damping, self.batch_size)
+        layers = refit(dense, smaller, plan, windows_NT, self)
         return {"refitted_layers": len(layers), "refit_windows": len(windows_NT)}
 
 
@@ -123,8 +130,7 @@ def refit(
     narrow: PreTrainedModel,
     plan: Plan,
     windows_WT: Int[Tensor, "W T"],
-    damping: float = DAMPING,
-    batch_size: int = 8,
+    settings: Refit = Refit(),
 ) -> list[LayerRefit]:
     """Refit all layers of a narrow model, in place.
 
@@ -133,25 +139,19 @@ def refit(
         narrow: The narrow model, result of `cut`.
         plan: The kept indices of the dense model.
         windows_WT: Token ids of calibration text.
-        damping: Pull towards the weights before, see `Refit`.
-        batch_size: Windows that a block sees at once, 1 or more.
+        settings: Damping and batch size.
 
     Raises:
-        ValueError: A setting is outside its range, there is too little text, or a layer reads
-            numbers that are not finite.
+        ValueError: There is too little text, or a layer reads numbers that are not finite.
     """
-    if not 0 < damping < float("inf"):
-        raise ValueError(
-            f"`damping` must be finite and above 0, got {damping}; {DAMPING} is usual."
-        )
     narrow_blocks: Any = narrow.get_submodule(plan.family.blocks)
     tokens = windows_WT.numel()
     refuse_short_text(narrow_blocks, tokens)
-    share = damping * _widest(narrow_blocks)[0] / tokens
+    share = settings.damping * _widest(narrow_blocks)[0] / tokens
     places = {block: place for place, block in enumerate(plan.kept_blocks())}
     records = []
     with evaluation(dense), evaluation(narrow):
-        states = CalibrationStates(LiveBlocks(dense), windows_WT, batch_size)
+        states = CalibrationStates(LiveBlocks(dense), windows_WT, settings.batch_size)
         narrow_hidden = list(states.hidden)
         for index, dense_block in enumerate(tracked(states.source.blocks, "Refitting blocks")):
             batches = [
@@ -187,10 +187,11 @@ def refuse_short_text(blocks: nn.Module, tokens: int) -> None:
 
 def _widest(blocks: nn.Module) -> tuple[int, str]:
     """Inputs and name of the layer with most inputs."""
-    layers = [
-        (name, layer) for name, layer in blocks.named_modules() if isinstance(layer, nn.Linear)
-    ]
-    return max((layer.in_features, name) for name, layer in layers)
+    return max(
+        (layer.in_features, name)
+        for name, layer in blocks.named_modules()
+        if isinstance(layer, nn.Linear)
+    )
 
 
 @dataclass(frozen=True)

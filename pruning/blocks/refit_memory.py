@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from secateur.pruning.blocks.refit import Refit
 from secateur.pruning.families import blocks_of, family_of, skeleton
 
 
@@ -22,7 +23,7 @@ def refit_bytes(
     windows: int,
     window_tokens: int,
     dtype: torch.dtype,
-    batch_size: int = 8,
+    batch_size: int = Refit().batch_size,
 ) -> int:
     """Predict the peak memory of a refit beside the weights of both models, bytes.
 

@@ -15,6 +15,7 @@ from secateur.pruning.blocks.refit import (
     Batch,
     BlockPair,
     LayerRefit,
+    Refit,
     outputs,
     refit,
     refit_block,
@@ -155,8 +156,8 @@ def test_damping_counts_in_tokens_per_input() -> None:
     model = tiny_llama()
     plan = random_plan(model)
     once, twice = cut(model, plan), cut(model, plan)
-    refit(model, once, plan, WINDOWS_WT, damping=3.0)
-    refit(model, twice, plan, torch.cat([WINDOWS_WT, WINDOWS_WT]), damping=6.0)
+    refit(model, once, plan, WINDOWS_WT, Refit(damping=3.0))
+    refit(model, twice, plan, torch.cat([WINDOWS_WT, WINDOWS_WT]), Refit(damping=6.0))
     for name, weight in once.state_dict().items():
         torch.testing.assert_close(twice.state_dict()[name], weight, atol=1e-4, rtol=1e-3)
 
@@ -166,7 +167,7 @@ def test_the_last_writer_minimises_what_the_stream_lacks() -> None:
     model = tiny_llama()
     plan = random_plan(model)
     narrow = cut(model, plan)
-    refit(model, narrow, plan, WINDOWS_WT, damping=1e-6)
+    refit(model, narrow, plan, WINDOWS_WT, Refit(damping=1e-6))
 
     def stream(of: PreTrainedModel) -> Tensor:
         found: list[Tensor] = []
@@ -208,7 +209,7 @@ def test_the_batch_size_does_not_matter_and_mode_and_gradients_stay() -> None:
     results = []
     for batch_size in (1, 7, 24):
         narrow = cut(model, plan)
-        refit(model, narrow, plan, WINDOWS_WT, batch_size=batch_size)
+        refit(model, narrow, plan, WINDOWS_WT, Refit(batch_size=batch_size))
         assert narrow.training
         assert model.training
         assert all(parameter.requires_grad for parameter in narrow.parameters())
@@ -236,9 +237,9 @@ def test_text_and_settings_that_do_harm_are_refused() -> None:
         with pytest.raises(
             ValueError, match=f"`damping` must be finite and above 0, got {damping}"
         ):
-            refit(model, narrow, plan, WINDOWS_WT, damping=damping)
+            Refit(damping=damping)
     with pytest.raises(ValueError, match="`batch_size` must be 1 or more, got 0"):
-        refit(model, narrow, plan, WINDOWS_WT, batch_size=0)
+        Refit(batch_size=0)
     with pytest.raises(ValueError, match=r"have 40 tokens, .* needs at least \d+"):
         refit(model, narrow, plan, WINDOWS_WT[:2])
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateur.pruning.blocks.refit import refit
+from secateur.pruning.blocks.refit import Refit, refit
 from secateur.pruning.blocks.refit_memory import refit_bytes
 from secateur.pruning.export.cut import cut
 from secateur.pruning.plan import full_plan
@@ -42,6 +42,6 @@ def test_a_refit_takes_what_the_formula_says(
     windows_WT = torch.randint(50, (windows, 64))
     weights = [*model.parameters(), *model.buffers(), *narrow.parameters(), *narrow.buffers()]
     with LiveBytes([*weights, windows_WT]) as live:
-        refit(model, narrow, plan, windows_WT, batch_size=batch_size)
+        refit(model, narrow, plan, windows_WT, Refit(batch_size=batch_size))
     predicted = refit_bytes(config, windows, 64, dtype, batch_size)
     assert live.peak <= predicted <= 1.25 * live.peak
