@@ -301,7 +301,6 @@ class PrunableModel(LanguageModelling):
         return bool(self._depth.removals) and not trained
 
     def _origin(self, command: str) -> Origin:
-        assert self.base is not None
         provenance = dict(self.provenance)
         if removals := self._depth.removals:
             depth = {"kept_blocks": self.kept_blocks, "removals": removals}
@@ -311,9 +310,14 @@ class PrunableModel(LanguageModelling):
             training = self.training_facts() | {"tokens": self.tokens_seen}
         if self.shortened:
             training["shortened"] = self.shortened
-        steps = self.global_step
         return Origin(
-            self.base, self.base_folder, self.base_fingerprint, command, steps, provenance, training
+            str(self.base_model.name),
+            self.base_folder,
+            self.base_fingerprint,
+            command,
+            self.global_step,
+            provenance,
+            training,
         )
 
     def _dense(self) -> PreTrainedModel:

@@ -314,7 +314,9 @@ class SettlingModel(GatedModel):
             self._judge_training(self.settle)
         plan = self.plan()
         masks = {"masks": dict(plan.provenance)}
-        origin = Origin(self.base, base, plan.base, command, self.global_step, masks)
+        origin = Origin(
+            str(self.base_model.name), base, plan.base, command, self.global_step, masks
+        )
         if self.divided:  # every rank exports a part
             deliver(FromFiles(plan), origin, folder, windows_NT, AllRanks(device), measured=True)
             return
