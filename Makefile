@@ -40,7 +40,10 @@ demo: setup
 	$(RUN) -m benchmarks.demo_text runs/demo
 	$(RUN) train.py fit --config configs/demo/pretrain.yaml
 	$(RUN) train.py fit --config configs/demo/disp.yaml
-	$(RUN) -m benchmarks.demo_compare runs/demo/disp runs/demo/dense/model runs/demo/text
+	$(RUN) train.py fit --config configs/demo/recovered.yaml
+	$(RUN) train.py fit --config configs/demo/recovered.yaml --trainer.max_steps 0 \
+		--trainer.default_root_dir runs/demo/importance
+	$(RUN) -m benchmarks.demo_compare runs/demo
 
 # The model comes as a wheel of the package index and is kept in ~/.cache/secateur/models.
 REAL := from benchmarks.smollm2 import smollm2_folder; print(smollm2_folder())

@@ -1,7 +1,16 @@
-"""Dense, learned, magnitude and random masks side by side, all at the same fraction of block FLOPs.
+"""Ways to half of the block FLOPs side by side, on the models of the demo.
 
-Reads the run of `configs/demo/disp.yaml`, makes magnitude and random plans and the learned plan
-without refit and gains, exports them, and measures all models on the validation text of the run.
+Reads the runs that `make demo` leaves in its folder, and makes what they pass through or compete
+with, from the same dense model:
+
+- masks alone: the learned masks, without refit and gains;
+- refitted: the same, refitted in closed form;
+- settled: the same, and gains trained (run `disp`);
+- recovered: masks by importance, refitted, all weights trained (run `recovered`);
+- importance: masks by importance, refitted, nothing trained (run `importance`);
+- magnitude, random: masks by the norms of the weights, and by chance, not refitted.
+
+All are measured on the validation text of the runs.
 """
 
 from __future__ import annotations
@@ -13,63 +22,84 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.data import write_figures
 from secateur.modules import TextData
+from secateur.pruning.blocks.refit import refit
+from secateur.pruning.export.cut import cut
 from secateur.pruning.export.deliver import export
 from secateur.pruning.measure.plots import plot_widths
 from secateur.pruning.measure.report import measure
 from secateur.pruning.plan import Plan, plan_from_indices
+from secateur.pruning.protocols import calibration_windows
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gradual_ranking import GradualRanking
 from secateur.pruning.widths.scores import WidthScore
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 
+RUNS = {"settled": "disp", "recovered": "recovered", "importance": "importance"}
+SCORES: dict[str, WidthScore] = {"magnitude": WidthMagnitude(), "random": RandomOrder()}
+REFIT_WINDOWS = 256
+
+
+def ranked(dense: Any, learned: Plan, name: str) -> Plan:
+    """The plan of one of `SCORES`, on the budget of the learned one."""
+    budget = Budget(keep=float(learned.provenance["keep"]))
+    ranking = GradualRanking(rounds=1).choose(dense, budget, SCORES[name])
+    kept = ranking.kept(learned.sites)
+    widths_S = torch.tensor([float(len(index)) for index in kept])
+    origin = {"method": name, "kept": float(budget.cost.table(dense).fraction(widths_S))}
+    return plan_from_indices(dense, learned.base, kept, origin)
+
+
+def refitted(dense: Any, plan: Plan, text_WT: Tensor) -> Any:
+    """The model that a plan leaves, refitted."""
+    narrow = cut(dense, plan)
+    refit(dense, narrow, plan, text_WT)
+    return narrow.eval()
+
 
 def main() -> None:
     """Export the baselines, measure, and write report.md, report.json and pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="output folder of the mask-learning run")
-    parser.add_argument("dense", type=Path, help="folder of the dense model")
-    parser.add_argument("text", help="text of the run, its data.train")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("demo", type=Path, help="folder of the demo: runs/demo")
     parser.add_argument("--windows", type=int, default=128, help="validation windows")
     parser.add_argument("--window-tokens", type=int, default=128, help="tokens of a window")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
 
-    learned = Plan.load(args.run / "plan")
-    models: dict[str, Any] = {"dense": AutoModelForCausalLM.from_pretrained(args.dense)}
-    folders = {"dense": args.dense, "learned": args.run / "model"}
-    budget = Budget(keep=float(learned.provenance["keep"]))
-    table = budget.cost.table(models["dense"])
-    scores: dict[str, WidthScore] = {"magnitude": WidthMagnitude(), "random": RandomOrder()}
-    plans = {"masks alone": replace(learned, gains=None)}
-    for name, score in scores.items():
-        ranking = GradualRanking(rounds=1).choose(models["dense"], budget, score)
-        kept = ranking.kept(learned.sites)
-        widths_S = torch.tensor([float(len(index)) for index in kept])
-        origin = {"method": name, "kept": float(table.fraction(widths_S))}
-        plans[name] = plan_from_indices(models["dense"], learned.base, kept, origin)
-    for name, plan in plans.items():
-        folders[name] = args.run / "compare" / name.replace(" ", "_")
-        export(args.dense, plan, folders[name], models["dense"])
-        plot_widths(plan, args.run / "plots" / f"widths_{folders[name].name}.png")
-    for name in ("learned", *plans):
-        models[name] = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True)
-
+    run, base = args.demo / "disp", args.demo / "dense" / "model"
     data = TextData(
-        train=args.text,
-        tokenizer=str(args.dense),
+        train=str(args.demo / "text"),
+        tokenizer=str(base),
         window_tokens=args.window_tokens,
         validation_windows=args.windows,
     )
     data.setup()
-    windows_NT = torch.stack([data.validation_set[i] for i in range(len(data.validation_set))])
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    learned = Plan.load(run / "plan")
+    masks = replace(learned, gains=None)
+    plans = {"masks alone": masks} | {name: ranked(dense, learned, name) for name in SCORES}
+    folders = {"dense": base} | {name: args.demo / own / "model" for name, own in RUNS.items()}
+    for name, plan in plans.items():
+        folders[name] = run / "compare" / name.replace(" ", "_")
+        export(base, plan, folders[name], dense)
+        plot_widths(plan, run / "plots" / f"widths_{folders[name].name}.png")
+
+    text_WT = calibration_windows(data, REFIT_WINDOWS, 0, "demo_compare")
+    models: dict[str, Any] = {"dense": dense, "masks alone": None}
+    models |= {"refitted": refitted(dense, masks, text_WT)} | dict.fromkeys([*RUNS, *SCORES])
+    for name in models.keys() & (folders.keys() - {"dense"}):
+        models[name] = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True)
     prompt = args.window_tokens // 2
+    windows = data.validation_set
     report = measure(
         models,
-        {"validation": windows_NT},
+        {"validation": torch.stack([windows[place] for place in range(len(windows))])},
         folders=folders,
         speed={
             "batch_size": 16,
@@ -78,13 +108,13 @@ def main() -> None:
             "repeats": 5,
         },
     )
-    (args.run / "compare" / "report.md").write_text(report.markdown(), encoding="utf-8")
-    (args.run / "compare" / "report.json").write_text(report.json(), encoding="utf-8")
+    (run / "compare" / "report.md").write_text(report.markdown(), encoding="utf-8")
+    (run / "compare" / "report.json").write_text(report.json(), encoding="utf-8")
     Console().print(report.table())
     figures = {f"perplexity_{row.name}": row.perplexity["validation"].value for row in report.rows}
     write_figures(figures, args.json)
-    print(f"Widths per block: {args.run / 'plots' / 'widths.png'}")
-    print(f"The smaller model: {folders['learned']}")
+    print(f"Widths per block: {run / 'plots' / 'widths.png'}")
+    print(f"The smaller models: {', '.join(str(folders[name]) for name in RUNS)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from secateur.pruning.measure.speed import Speed, measure_speed
 from secateur.pruning.measure.verdict import Grade, Verdict, judge
 from secateur.pruning.measure.zero_shot import Question, zero_shot
 
+_SIDE_BY_SIDE = 4  # columns of models that fit a terminal
+_IN_BRIEF = ("model", "perplexity", "excess", "kept in blocks", "prefill", "decode")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -49,8 +52,14 @@ class Report:
         return replace(self, rows=rows)
 
     def table(self) -> Table:
-        """The report as a table for a terminal."""
-        heading, *rows = self.cells()
+        """The report as a table for a terminal, a column per model; more than four models have a
+        line each, with the figures of `_IN_BRIEF` only.
+        """
+        lines = self.cells()
+        if len(self.rows) > _SIDE_BY_SIDE:
+            brief = [line for line in lines if line[0].startswith(_IN_BRIEF)]
+            lines = [list(line) for line in zip(*brief, strict=True)]
+        heading, *rows = lines
         table = Table(caption=self.caption())
         for number, name in enumerate(heading):
             table.add_column(name, justify="right" if number else "left", overflow="fold")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,18 @@ def test_the_table_is_one_that_people_read() -> None:
     text = out.getvalue()
     for cell in ("perplexity stories", "12.50", "0.5789", "context_tokens 10, device cpu"):
         assert cell in text
+
+
+def test_more_than_four_models_have_a_line_each() -> None:
+    own, out = report(), io.StringIO()
+    dense, learned = own.rows
+    many = [dense, *(replace(learned, name=f"narrow {number}") for number in range(4))]
+    Console(file=out, width=120).print(replace(own, rows=many).table())
+    lines = out.getvalue().splitlines()
+    assert [line for line in lines if "perplexity" in line and "model" in line]
+    for number in range(4):
+        assert [line for line in lines if f"narrow {number}" in line and "12.50" in line]
+    assert not [line for line in lines if "zeros" in line]
 
 
 def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
