@@ -2,11 +2,11 @@
 
 The 7 M LLaMA in its multi-head form, fp32. Every method ranks the gates on windows of the
 mask-training text (8 x 256 tokens at a time), the model is cut to the budget, and measured on the
-first 200 windows of three texts, before and after the closed-form refit on 256 other windows of the
-same text. Excess is ln(perplexity) - ln(dense perplexity) in nats, the mean of the texts. Times are
-CPU seconds of this process over that of a plain step, a forward and backward pass of 8 x 256 tokens
-through the frozen model, timed in turns. Nothing is trained. Methods that draw at random are run
-once per seed.
+first 200 windows of three texts: at once, after the closed-form refit on 256 other windows of the
+same text, and after steps of distillation that then train all weights on further ones. Excess is
+ln(perplexity) - ln(dense perplexity) in nats, the mean of the texts. Times are CPU seconds of this
+process over that of a plain step, a forward and backward pass of 8 x 256 tokens through the frozen
+model, timed in turns. Methods that draw at random are run once per seed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.data import (
     data_folder,
@@ -28,6 +31,8 @@ from benchmarks.data import (
 )
 from benchmarks.disp_quality import FIRST_WINDOWS, excess
 from benchmarks.disp_step import plain_step
+from secateur.modules.rate_schedule import rate_of_settled
+from secateur.modules.settling import AllWeights
 from secateur.pruning.blocks.refit import refit
 from secateur.pruning.export.cut import cut
 from secateur.pruning.files.base_model import BaseModel
@@ -82,7 +87,9 @@ class Bench:
         """Mean excess over the texts, nats."""
         return statistics.mean(excess(self.perplexities(model), self.perplexity).values())
 
-    def measure(self, score: WidthScore, search: WidthSearch, keep: float) -> dict[str, float]:
+    def measure(
+        self, score: WidthScore, search: WidthSearch, keep: float, distil_steps: int
+    ) -> dict[str, float]:
         """Figures of one method at one budget."""
         # As in the comparison with the reference, whose budgets are exact.
         budget = Budget(keep, width_multiple=1)
@@ -99,13 +106,34 @@ class Bench:
         refit(self.dense, narrow, plan, self.windows_WT[read:][:REFIT_WINDOWS])
         refitted = time.process_time() - start
         self.steps += [self.plain() for _ in range(2)]
+        figures = {"excess": alone, "refit_excess": self.excess(narrow)}
+        start = time.process_time()
+        self.distil(
+            narrow, self.windows_WT[read + REFIT_WINDOWS :][: 8 * distil_steps], distil_steps
+        )
+        trained = time.process_time() - start
+        figures["distilled_excess"] = self.excess(narrow)
         step = statistics.median(self.steps)
-        return {
-            "excess": alone,
-            "refit_excess": self.excess(narrow),
+        return figures | {
             "steps": ranked / step,
             "refit_steps": refitted / step,
+            "distilled_steps": trained / step,
         }
+
+    def distil(self, narrow: Any, text_WT: Tensor, steps: int) -> None:
+        """Train all weights of a narrow model to predict what the dense one does."""
+        train = AllWeights()
+        trained = train.of(narrow).trained()
+        optimizer = torch.optim.AdamW(trained, lr=train.highest_lr, weight_decay=0.0, fused=True)
+        schedule = LambdaLR(optimizer, lambda step: rate_of_settled(step, 0, steps))
+        for own_BT in text_WT.chunk(steps):
+            with torch.no_grad():
+                target_NV = self.dense(own_BT).logits.flatten(0, 1).log_softmax(-1)
+            found_NV = narrow(own_BT).logits.flatten(0, 1).log_softmax(-1)
+            F.kl_div(found_NV, target_NV, reduction="batchmean", log_target=True).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
 
 def main() -> None:
@@ -114,6 +142,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.7, 0.5, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of random methods")
+    parser.add_argument("--distil", type=int, default=100, help="steps of distillation")
     parser.add_argument("--model", help="model folder (default: llama7m_mha of the data)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -129,7 +158,7 @@ def main() -> None:
                 variants = [(RandomOrder(seed), search) for seed in args.seeds]
             elif isinstance(search, Evolution):
                 variants = [(score, replace(search, seed=seed)) for seed in args.seeds]
-            found = [bench.measure(*variant, keep) for variant in variants]
+            found = [bench.measure(*variant, keep, args.distil) for variant in variants]
             for key in found[0]:
                 values = [one[key] for one in found]
                 figures[f"{name}_{keep}_{key}"] = statistics.mean(values)
