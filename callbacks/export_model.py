@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from secateur.callbacks._output import check_folder
 from secateur.callbacks._trial import is_trial
-from secateur.pruning.commands import without_secrets
+from secateur.pruning.commands import typed_command
 from secateur.pruning.protocols import exports
 
 
@@ -55,7 +54,7 @@ class ExportModel(Callback):
                 "model differs from that of the complete run."
             )
         try:
-            module.export(self._path(trainer), shlex.join(["python", *without_secrets(sys.argv)]))
+            module.export(self._path(trainer), typed_command(sys.argv))
         except Exception as error:
             error.add_note(
                 "Training is complete. With a SaveCheckpoint callback, the same command and "

@@ -213,7 +213,8 @@ class PruneBlocks(Prune):
         self.history.append({"units": [unit.key for unit in units]} | removal)
         self.publish(trainer, removal | {"kept_blocks": float(len(module.kept_blocks))})
         rank_zero_info(
-            f"Step {trainer.global_step}: removed block {names(units)} of the base model, "
+            f"Step {trainer.global_step}: removed block{'s' if len(units) > 1 else ''} "
+            f"{names(units)} of the base model, "
             f"{len(module.kept_blocks)} are left; perplexity of the calibration windows "
             f"{removal['perplexity_before']:.2f} -> {after.value:.2f}."
         )

@@ -6,7 +6,8 @@ import argparse
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,6 +42,17 @@ def without_secrets(arguments: Iterable[str]) -> list[str]:
         hidden = _IN_URL.sub(rf"\1{_HIDDEN}@", hidden)
         shown.append(_KNOWN.sub(_HIDDEN, hidden))
     return shown
+
+
+def typed_command(arguments: Sequence[str]) -> str:
+    """The command line of this program as it is typed, without secrets.
+
+    Args:
+        arguments: As in `sys.argv`: `python -m secateur` has the path of a file as the first one.
+    """
+    program, *rest = arguments
+    typed = ["-m", Path(program).parent.name] if Path(program).name == "__main__.py" else [program]
+    return shlex.join(["python", *typed, *without_secrets(rest)])
 
 
 class UsageError(ValueError):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich import get_console
@@ -22,6 +23,22 @@ Advance = Callable[[int], None]
 
 FIRST_SECONDS, EVERY_SECONDS = 10.0, 30.0
 """Time until the first line of a phase in a log, and from one line to the next."""
+
+_PART: ContextVar[str] = ContextVar("part", default="")
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Tell with every phase inside a `with` block to which part of the work it belongs.
+
+    Args:
+        name: Such as `pruned, 2 of 3`; it follows the name of the phase in brackets.
+    """
+    before = _PART.set(name)
+    try:
+        yield
+    finally:
+        _PART.reset(before)
 
 
 def tracked(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
@@ -49,6 +66,7 @@ def phase(name: str, total: int | None = None) -> Iterator[Advance]:
         total: How much there is to do, in any unit; None if nobody knows.
     """
     console = get_console()
+    name = f"{name} ({within})" if (within := _PART.get()) else name
     if not _tells():
         yield lambda amount: None
     elif console.is_terminal:

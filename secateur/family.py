@@ -6,7 +6,6 @@ As a command: `python -m secateur family --help`.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from secateur import named_callbacks
 from secateur.program import train
-from secateur.pruning.commands import CommandParser, UsageError, without_secrets
+from secateur.pruning.commands import CommandParser, UsageError, typed_command
 from secateur.pruning.export.ranks import speed_settings
 from secateur.pruning.export.stages import Origin
 from secateur.pruning.files.base_model import BaseModel
@@ -167,7 +166,7 @@ def _measured(run: TrainCLI, folders: Mapping[str, Path]) -> Report:
 def _publish(report: Report, run: TrainCLI, facts: Mapping[str, str], root: Path) -> None:
     """Write the report into the folder of the family, and show it."""
     module: Any = run.model
-    command = shlex.join(["python", *without_secrets(sys.argv)])
+    command = typed_command(sys.argv)
     origin = Origin(module.base, module.base_folder, module.base_fingerprint, command)
     told = {"base model": origin.described(), "fingerprint of the base": origin.fingerprint}
     told |= {**facts, "command": origin.shown_command, **origin.versions()}

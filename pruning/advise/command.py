@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from secateur.pruning.advise.methods import BATCH, Setting, advise
+from secateur.pruning.advise.methods import BATCH, Setting, advise, comparison
 from secateur.pruning.advise.probe import measure_losses, measure_times
 from secateur.pruning.advise.target import Fits, Keep, Latency, Wish
 from secateur.pruning.commands import CommandParser, device_here, read_text
@@ -29,13 +29,16 @@ where the figure comes from, the time and the memory of the run, and the command
 promised that was not measured: expected losses are intervals, and how much training recovers on
 your model is not known before it is tried.
 
+The text should be like what the model will be used for: the commands that are printed prune on it.
+Keep another text of that kind to compare the results on.
+
 Zeros in single weights (PruneWeights) are not among the methods: they save neither memory nor time
 unless your server has kernels for them.
 
 examples:
-  python -m secateur advise path/to/model --text held_out.txt --keep 0.6
-  python -m secateur advise path/to/model --text held_out.txt --fits 8GB --context 32768
-  python -m secateur advise path/to/model --text held_out.txt --latency 0.7
+  python -m secateur advise path/to/model --text train.txt --keep 0.6
+  python -m secateur advise path/to/model --text train.txt --fits 8GB --context 32768
+  python -m secateur advise path/to/model --text train.txt --latency 0.7
 """
 _UNITS = {"": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _WINDOWS = 16  # half of them choose, half of them measure
@@ -58,7 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = CommandParser("advise", _HELP)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of the model, or a hub id")
-    add("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 texts")
+    add(
+        "--text",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="texts to prune on, UTF-8",
+    )
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument("--keep", type=float, help="fraction of the FLOPs of the blocks, in (0, 1)")
     wish.add_argument("--fits", type=num_bytes, metavar="SIZE", help="memory, such as 8GB")
@@ -77,13 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [str(path) for path in args.text if not path.is_file()]:
         parser.error(f"--text {missing[0]} is no file")
     with parser.naming():
-        lines = told(BaseModel(args.model, "MODEL"), args.text, asked, args)
-    for line in lines:
-        Console(soft_wrap=True, highlight=False).print(line, markup=False)
+        for line in told(BaseModel(args.model, "MODEL"), args.text, asked, args):
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
 
 
-def told(base: BaseModel, texts: Sequence[Path], wish: Wish, args: argparse.Namespace) -> list[str]:
-    """Measure, and write what there is to say, line by line.
+def told(
+    base: BaseModel, texts: Sequence[Path], wish: Wish, args: argparse.Namespace
+) -> Iterator[str]:
+    """Measure, and write what there is to say, line by line as it is known.
 
     Args:
         base: The model.
@@ -99,9 +110,26 @@ def told(base: BaseModel, texts: Sequence[Path], wish: Wish, args: argparse.Name
     ids: list[int] = base.tokenizer()(text, verbose=False)["input_ids"]
     windows_NT = cut_windows(ids, window_tokens)[:_WINDOWS]
     model, dtype = base.load(device=args.device), base.dtype_of()
+    threads = torch.get_num_threads()
+    yield (
+        f"{base.name}: {count(model).parameters:,} parameters, "
+        f"{file_bytes(base.folder) / 1e6:,.0f} MB on disk, {model.device.type}, "
+        f"{threads} thread{'s' if threads > 1 else ''}."
+    )
     times = measure_times(model, windows_NT)
+    yield (
+        f"Measured here: 1000 tokens take {1e3 * times.forward:.2f} s forward, "
+        f"{1e3 * times.backward:.2f} s forward and backward."
+    )
     keep = wish.keep(base.config, dtype, times)
+    yield f"Wanted: {wish.said(keep)}."
+    yield from wish.also(base.config, dtype)
+    yield "Now it is pruned by each method once, in memory."
     losses = measure_losses(model, windows_NT, keep)
+    yield (
+        f"Perplexity of the dense model: {losses.dense_perplexity:.2f} on {len(windows_NT) // 2} "
+        f"windows of {window_tokens} tokens."
+    )
     run = Run(
         dtype=dtype,
         batch_size=BATCH,
@@ -111,18 +139,10 @@ def told(base: BaseModel, texts: Sequence[Path], wish: Wish, args: argparse.Name
     )
     files = " ".join(map(str, texts))
     asked = Setting(str(base.name), files, base.config, run, keep)
-    lines = [
-        f"{base.name}: {count(model).parameters:,} parameters, "
-        f"{file_bytes(base.folder) / 1e6:,.0f} MB on disk, {model.device.type}, "
-        f"{torch.get_num_threads()} threads.",
-        f"Measured here: perplexity {losses.dense_perplexity:.2f} on {len(windows_NT) // 2} "
-        f"windows of {window_tokens} tokens; 1000 tokens take {1e3 * times.forward:.2f} s "
-        f"forward, {1e3 * times.backward:.2f} s forward and backward.",
-        f"Wanted: {wish.said(keep)}.",
-        *wish.also(base.config, dtype),
-    ]
-    for number, advice in enumerate(advise(asked, times, losses), start=1):
-        lines += ["", f"{number}. {advice.title}"]
-        lines += [f"   {name + ':':<9}{value}" for name, value in advice.facts.items()]
-        lines.append(f"   command: {advice.command}")
-    return lines
+    advised = advise(asked, times, losses)
+    for number, advice in enumerate(advised, start=1):
+        yield from ("", f"{number}. {advice.title}")
+        yield from (f"   {name + ':':<9}{value}" for name, value in advice.facts.items())
+        yield f"   command: {advice.command}"
+    yield from ("", "Then compare what you made, on text that no run has read:")
+    yield f"   {comparison(str(base.name), advised)}"

@@ -6,8 +6,9 @@ pruning had here, scaled by what the method made of it in docs/, to that loss un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -21,6 +22,9 @@ BATCH = 8
 """Windows of a step of the commands."""
 _DEPTH_WINDOWS = 32
 _MASK_STEPS, _SETTLED_SHARE = 1000, 0.3
+_BLOCKS, _UNIFORM, _WIDTHS, _LEARNED_WIDTHS = (
+    f"runs/{name}" for name in ("blocks", "uniform", "widths", "learned")
+)
 # docs/disp.md: time of ranking and refit, and of steps, over a forward and backward pass.
 _RANK_AND_REFIT_STEPS, _MASK_STEP, _SETTLED_STEP = 107, 1.11, 1.8
 # docs/disp.md, kept 0.5, excess over that of masks alone: 0.164 and 0.160 of 0.357.
@@ -35,11 +39,13 @@ class Advice:
 
     Args:
         title: The method.
+        folder: Where its run puts everything.
         facts: What remains, loss, time, memory: name to words.
         command: What to type.
     """
 
     title: str
+    folder: str
     facts: Mapping[str, str]
     command: str
 
@@ -62,13 +68,14 @@ class Setting:
     run: Run
     keep: float
 
-    def command(self, recipe: str, *settings: str) -> str:
-        """A line for a shell that runs a recipe."""
+    def command(self, recipe: str, folder: str, *settings: str) -> str:
+        """A line for a shell that runs a recipe and leaves its results in a folder of their own."""
         lines = [
             f"python -m secateur fit --config configs/{recipe}",
             f"--model.base {self.model} --data.train {self.text}",
             f"--data.window_tokens {self.run.window_tokens} --data.batch_size {BATCH}",
             *settings,
+            f"--trainer.default_root_dir {folder}",
         ]
         return " \\\n    ".join(lines)
 
@@ -86,6 +93,12 @@ def advise(asked: Setting, times: Times, losses: Losses) -> list[Advice]:
     return [*shorter, *stock, *_widths(asked, times, losses)]
 
 
+def comparison(model: str, advice: Sequence[Advice]) -> str:
+    """The command that measures what the runs made, on text that none of them has read."""
+    made = [f"{Path(one.folder).name}={one.folder}/model" for one in advice]
+    return f"python -m secateur compare dense={model} {' '.join(made)} --text OTHER_TEXT --speed"
+
+
 def _blocks(asked: Setting, times: Times, losses: Losses) -> Advice:
     num_blocks, gone = asked.config.num_hidden_layers, len(losses.removed)
     # Greedy search scores the blocks that are left, each by the passes through those behind it.
@@ -93,6 +106,7 @@ def _blocks(asked: Setting, times: Times, losses: Losses) -> Advice:
     seconds = passes * _DEPTH_WINDOWS * asked.run.window_tokens * times.forward
     return Advice(
         f"Remove {gone} of {num_blocks} blocks",
+        _BLOCKS,
         {
             "remains": f"a stock {asked.config.model_type} of {num_blocks - gone} blocks, which "
             "every server of the family runs",
@@ -108,6 +122,7 @@ def _blocks(asked: Setting, times: Times, losses: Losses) -> Advice:
         },
         asked.command(
             "depth/prune_only.yaml",
+            _BLOCKS,
             f"--callbacks.PruneBlocks.target.fraction {gone / num_blocks:.4f}",
             f"--callbacks.PruneBlocks.calibration_windows {_DEPTH_WINDOWS}",
         ),
@@ -117,6 +132,7 @@ def _blocks(asked: Setting, times: Times, losses: Losses) -> Advice:
 def _uniform(asked: Setting, times: Times, loss: float) -> Advice:
     return Advice(
         f"Narrow all MLPs alike, to {asked.keep:.1%} of the blocks with attention whole",
+        _UNIFORM,
         {
             "remains": f"a stock {asked.config.model_type} with a smaller MLP, which every server "
             "of the family runs",
@@ -127,6 +143,7 @@ def _uniform(asked: Setting, times: Times, loss: float) -> Advice:
         },
         asked.command(
             "widths/importance.yaml",
+            _UNIFORM,
             f"--callbacks.PruneWidths.budget.keep {asked.keep:.4f}",
             "--callbacks.PruneWidths.budget.uniform true",
         ),
@@ -151,6 +168,7 @@ def _widths(asked: Setting, times: Times, losses: Losses) -> list[Advice]:
     return [
         Advice(
             f"Narrow the blocks to {asked.keep:.1%} by importance, and refit them",
+            _WIDTHS,
             remains
             | {
                 "loss": _loss(losses.widths, _REFIT, cut_by, "docs/disp.md, importance and refit"),
@@ -159,11 +177,14 @@ def _widths(asked: Setting, times: Times, losses: Losses) -> list[Advice]:
                 "memory": _memory(asked),
             },
             asked.command(
-                "widths/importance.yaml", f"--callbacks.PruneWidths.budget.keep {asked.keep:.4f}"
+                "widths/importance.yaml",
+                _WIDTHS,
+                f"--callbacks.PruneWidths.budget.keep {asked.keep:.4f}",
             ),
         ),
         Advice(
             f"Learn which widths stay, {asked.keep:.1%} of the blocks, in {_MASK_STEPS} steps",
+            _LEARNED_WIDTHS,
             remains
             | {
                 "loss": _loss(losses.widths, _LEARNED, cut_by, "docs/disp.md, after 1000 steps"),
@@ -174,6 +195,7 @@ def _widths(asked: Setting, times: Times, losses: Losses) -> list[Advice]:
             },
             asked.command(
                 "disp.yaml",
+                _LEARNED_WIDTHS,
                 f"--model.budget.keep {asked.keep:.4f}",
                 f"--trainer.max_steps {_MASK_STEPS}",
             ),

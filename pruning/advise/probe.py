@@ -22,7 +22,7 @@ from secateur.pruning.export.cut import cut
 from secateur.pruning.families import family_of
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.plan import plan_from_indices
-from secateur.pruning.progress import tracked
+from secateur.pruning.progress import part, tracked
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_gradient import Fisher
@@ -124,10 +124,12 @@ def measure_losses(model: PreTrainedModel, windows_NT: Int[Tensor, "N T"], keep:
         removed = search(model, choosing_NT, BlockFraction(1 - keep)).blocks
     with bypassed(model, removed):
         blocks = perplexity(model, measuring_NT)
-    widths = _narrowed(model, Budget(keep=keep), choosing_NT, measuring_NT)
+    with part("all widths"):
+        widths = _narrowed(model, Budget(keep=keep), choosing_NT, measuring_NT)
     alike, uniform = Budget(keep=keep, uniform=True), None
     if _reachable(model, alike):
-        uniform = _narrowed(model, alike, choosing_NT, measuring_NT) - dense.mean_nll
+        with part("all MLPs alike"):
+            uniform = _narrowed(model, alike, choosing_NT, measuring_NT) - dense.mean_nll
     return Losses(
         dense.value,
         tuple(removed),

@@ -24,6 +24,7 @@ from secateur.pruning.depth.scores import BlockScore, BlockScores
 from secateur.pruning.depth.target import Fractions, Target, fractions
 from secateur.pruning.depth.units import Unit, Units, WholeBlocks
 from secateur.pruning.measure.perplexity import perplexity
+from secateur.pruning.progress import part
 
 _log = logging.getLogger(__name__)
 _FEW_BLOCKS = 10
@@ -237,19 +238,30 @@ class Greedy(Search):
         config = model.config
         units = self.units.of(model)
         candidates, messages = self.check(config, units, target)
-        dense = scores = self.score(model, windows_NT, units)
+        count = self._expected(candidates, units, config, target)
+        with part(f"removal 1 of {count}"):
+            dense = scores = self.score(model, windows_NT, units)
         removed: list[Unit] = []
         while True:
             left = [unit for unit in candidates if unit not in removed]
             removed.append(sparing(ranking(scores, left), scores.units)[0])
             if target.reached(target.sizes(config, removed)):
                 break
-            with bypassed(model, removed):
+            number = len(removed) + 1
+            with bypassed(model, removed), part(f"removal {number} of {max(count, number)}"):
                 scores = self.score(model, windows_NT, self.units.of(model))
         chosen = BlockChoice(
             tuple(removed), dense, fractions(config, removed), None, tuple(messages)
         )
         return self._compared(model, windows_NT, measured(model, windows_NT, chosen), target)
+
+    @staticmethod
+    def _expected(
+        candidates: Sequence[Unit], units: Sequence[Unit], config: PreTrainedConfig, target: Target
+    ) -> int:
+        """How many removals reach the target if the first candidates go; exact for equal units."""
+        sizes = target.sizes(config, sparing(candidates, units))
+        return next(n for n in range(1, len(sizes) + 1) if target.reached(sizes[:n]))
 
     def _compared(
         self,

@@ -84,14 +84,14 @@ def _facts(origin: Origin) -> dict[str, str]:
     facts["steps"] = f"{origin.steps:,}"
     if command := origin.shown_command:
         facts["command"] = command
-    facts["cost of this process so far"] = process_cost()
+    facts["cost of this process"] = process_cost()
     return facts | origin.versions()
 
 
 def _told(made: Any) -> str:
     """Settings and results in one line; long lists are left to report.json."""
     if isinstance(made, Mapping):
-        return ", ".join(f"{name} {_told(value)}" for name, value in made.items())
+        return ", ".join(f"{name}: {_told(value)}" for name, value in made.items())
     if isinstance(made, Sequence) and not isinstance(made, str):
         return "; ".join(map(_told, made)) if len(made) <= 100 else f"{len(made)} entries"
     return f"{made:.4g}" if isinstance(made, float) else str(made)

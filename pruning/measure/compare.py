@@ -141,7 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "folders", nargs="+", type=_named, metavar="NAME=FOLDER", help="models, the dense one first"
     )
-    add("--text", nargs="+", type=_named, required=True, metavar="NAME=FILE", help="UTF-8 texts")
+    add(
+        "--text",
+        nargs="+",
+        type=_named,
+        required=True,
+        metavar="NAME=FILE",
+        help="UTF-8 texts; NAME= may go",
+    )
     add("--task", nargs="+", type=_named, default=[], metavar="NAME=FILE", help="questions, JSONL")
     add("--window-tokens", type=int, default=256, help="tokens of a window (default: 256)")
     add("--windows", type=int, help="first windows of every text (default: all)")

@@ -100,6 +100,7 @@ class Page:
             groups=list(_grouped(rows)),
             conditions=self.report.caption(),
             tasks=any(row.zero_shot for row in models),
+            held_back="validation" in models[0].perplexity,
             timed=any(row.speed for row in models),
             zeros=any((row.zeros or 0) > A_ZERO for row in models),
             questions=list(_questions(self.report)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from secateur.pruning.measure.sizes import count, file_bytes, memory_bytes, zero
 from secateur.pruning.measure.speed import Speed, measure_speed
 from secateur.pruning.measure.verdict import Grade, Verdict, judge
 from secateur.pruning.measure.zero_shot import Question, zero_shot
+from secateur.pruning.progress import part
 
 _SIDE_BY_SIDE = 4  # columns of models that fit a terminal
 _IN_BRIEF = ("model", "perplexity", "excess", "kept in blocks", "prefill", "decode")
@@ -121,7 +123,11 @@ class Report:
     def caption(self) -> str:
         """Under which conditions it was measured, in one line."""
         conditions = {"context_tokens": self.context_tokens, **self.conditions}
-        return ", ".join(f"{name} {value}" for name, value in conditions.items())
+        lengths = {
+            f"predicted tokens of {text}": f"{found.num_predictions:,}"
+            for text, found in self.rows[0].perplexity.items()
+        }
+        return ", ".join(f"{name} {value}" for name, value in (lengths | conditions).items())
 
     def _cells_of(self, row: Row, figures: Mapping[str, Any]) -> dict[str, str]:
         """Title to cell, in the order of the lines; what was not measured is missing."""
@@ -218,28 +224,31 @@ def measure(
         names = ("batch_size", "prompt_tokens", "new_tokens")
         speed = {**(speed or {}), **{name: getattr(latency, name) for name in names}}
     speeds = measure_speed(models, **speed) if speed is not None else {}
-    rows = [
-        Row(
-            name=name,
-            perplexity={
-                text: perplexity(model, windows_NT, batch_size)
-                for text, windows_NT in texts.items()
-            },
-            counts=count(model),
-            speed=speeds.get(name),
-            file_bytes=file_bytes(folders[name]) if name in folders else None,
-            zero_shot={
-                task: zero_shot(model, questions) for task, questions in (tasks or {}).items()
-            },
-            memory_bytes=memory_bytes(model),
-            zeros=zero_fraction(model),
-            generation=generate(model, tokenizer, prompts) if prompts else None,
-            predicted_seconds=(
-                {} if latency is None else {p: latency.seconds(model, p) for p in PHASES}
-            ),
-        )
-        for name, model in models.items()
-    ]
+    rows = []
+    for number, (name, model) in enumerate(models.items(), start=1):
+        with part(f"{name}, {number} of {len(models)}"):
+            rows.append(
+                Row(
+                    name=name,
+                    perplexity={
+                        text: perplexity(model, windows_NT, batch_size)
+                        for text, windows_NT in texts.items()
+                    },
+                    counts=count(model),
+                    speed=speeds.get(name),
+                    file_bytes=file_bytes(folders[name]) if name in folders else None,
+                    zero_shot={
+                        task: zero_shot(model, questions)
+                        for task, questions in (tasks or {}).items()
+                    },
+                    memory_bytes=memory_bytes(model),
+                    zeros=zero_fraction(model),
+                    generation=generate(model, tokenizer, prompts) if prompts else None,
+                    predicted_seconds=(
+                        {} if latency is None else {p: latency.seconds(model, p) for p in PHASES}
+                    ),
+                )
+            )
     first = next(iter(models.values()))
     device = next(first.parameters()).device.type
     conditions: dict[str, Any] = {
@@ -248,6 +257,8 @@ def measure(
     }
     if device == "cpu":
         conditions["threads"] = torch.get_num_threads()
+        if speeds:  # times of a busy machine are doubtful, and nobody else can tell
+            conditions["load"] = f"{os.getloadavg()[0]:.1f} of {os.cpu_count()} cores"
     if latency is not None:
         conditions["table of times from"] = latency.measured_on
     context = max(windows_NT.shape[1] for windows_NT in texts.values())

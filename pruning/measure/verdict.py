@@ -80,6 +80,18 @@ def _loops_anew(dense: Row, made: Row) -> bool:
     return made.generation.broken and not dense.generation.broken
 
 
+def _loops_more(dense: Row, made: Row) -> str:
+    """How many of the answers go round in circles, in words; empty if no more than dense ones."""
+    if dense.generation is None or made.generation is None:
+        return ""
+    theirs, ours = (
+        sum(answer.loops for answer in own.answers) for own in (dense.generation, made.generation)
+    )
+    if ours <= theirs:
+        return ""
+    return f"{ours} of {len(made.generation.answers)} answers loop ({theirs} of {dense.name})"
+
+
 def _grade(nats: float, loops: bool) -> Grade:
     if loops or not nats < math.log(2):  # so that a NaN has collapsed
         return Grade.COLLAPSED
@@ -96,6 +108,8 @@ def _quality(dense: Row, made: Row, grade: Grade, loops: bool) -> str:
         f"accuracy {_percent(made.zero_shot[task])} against {_percent(found)} on {task}"
         for task, found in dense.zero_shot.items()
     ]
+    if turns := _loops_more(dense, made):
+        parts.append(turns)
     if loops:
         parts.append("and it repeats itself when it generates: it is broken")
     figures = ", ".join(parts)

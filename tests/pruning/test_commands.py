@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.pruning.commands import CommandParser, without_secrets
+from secateur.pruning.commands import CommandParser, typed_command, without_secrets
 
 TOKEN = "hf_" + "aB3" * 12
 SECRETS = {
@@ -46,6 +46,15 @@ def test_a_secret_may_follow_its_name() -> None:
 @pytest.mark.parametrize("typed", PLAIN)
 def test_what_is_no_secret_is_shown(typed: str) -> None:
     assert without_secrets([typed]) == [typed]
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [("/somewhere/secateur/__main__.py", "-m secateur"), ("train.py", "train.py")],
+)
+def test_a_command_is_shown_as_it_is_typed(program: str, shown: str) -> None:
+    found = typed_command([program, "fit", "--model.base", "my model", "--token=abc"])
+    assert found == f"python {shown} fit --model.base 'my model' '--token=***'"
 
 
 def test_errors_name_settings_as_they_are_typed() -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from secateur.pruning import progress
-from secateur.pruning.progress import Lines, duration, phase, tracked
+from secateur.pruning.progress import Lines, duration, part, phase, tracked
 
 
 class Clock:
@@ -44,6 +44,20 @@ def test_a_short_phase_leaves_no_line_and_an_unknown_total_no_time_left() -> Non
     clock.now += 3
     lines.advance(1)
     assert told == ["Reading: 12 s so far."]
+
+
+def test_a_phase_tells_the_part_of_the_work_that_it_belongs_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "get_console", lambda: Console(file=out, width=80))
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    for number in (1, 2):
+        with part(f"removal {number} of 2"):
+            list(tracked("ab", "Scoring"))
+    list(tracked("ab", "Refitting"))
+    told = [line.split(":")[0] for line in out.getvalue().splitlines() if "done" in line]
+    assert told == ["Scoring (removal 1 of 2)", "Scoring (removal 2 of 2)", "Refitting"]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

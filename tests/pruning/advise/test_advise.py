@@ -129,6 +129,8 @@ def test_every_method_tells_what_remains_where_figures_come_from_and_what_to_typ
     for advice, recipe in zip(found, recipes, strict=True):
         assert (Path(__file__).parents[3] / "configs" / f"{recipe}.yaml").is_file()
         assert f"configs/{recipe}.yaml" in advice.command
+        assert advice.command.endswith(f"--trainer.default_root_dir {advice.folder}")
+    assert len({advice.folder for advice in found}) == 4  # no run replaces what another one made
 
 
 def test_a_loss_that_is_no_loss_is_not_scaled() -> None:
@@ -158,13 +160,16 @@ def test_the_command_measures_and_tells(tmp_path: Path, capsys: pytest.CaptureFi
     main([*arguments, "--keep", "0.6"])
     said = " ".join(capsys.readouterr().out.split())
     for part in (
-        "Measured here: perplexity",
+        "Measured here: 1000 tokens take",
+        "Perplexity of the dense model:",
         "60.0% of the FLOPs of the blocks stay",
         "1. Remove 2 of 4 blocks",
         "2. Narrow all MLPs alike",
         "3. Narrow the blocks to 60.0%",
         "4. Learn which widths stay",
         f"--model.base {base} --data.train {text}",
+        f"compare dense={base} blocks=runs/blocks/model uniform=runs/uniform/model "
+        "widths=runs/widths/model learned=runs/learned/model --text OTHER_TEXT --speed",
     ):
         assert part in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import io
 import logging
 import math
 from dataclasses import dataclass
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from secateur.pruning import progress
 from secateur.pruning.depth import (
     AngularDistance,
     BlockChoice,
@@ -244,6 +247,18 @@ def test_greedy_scores_again_and_names_the_better_set(caplog: pytest.LogCaptureF
     assert one_shot.perplexity < min(tried.values())
     assert "which is better" in caplog.messages[-1]
     assert Greedy(Perplexity())(model, windows_NT, Blocks(2)).better is None
+
+
+def test_a_log_counts_the_removals_of_a_greedy_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "get_console", lambda: Console(file=out, width=80))
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    Greedy(Perplexity())(tiny_llama(num_hidden_layers=4), tokens(2, 10), BlockFraction(0.5))
+    told = [line for line in out.getvalue().splitlines() if "done" in line and "Scoring" in line]
+    assert [line.split(":")[0] for line in told] == [
+        "Scoring blocks by Perplexity (removal 1 of 2)",
+        "Scoring blocks by Perplexity (removal 2 of 2)",
+    ]
 
 
 def test_halves_make_whole_blocks() -> None:

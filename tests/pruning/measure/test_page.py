@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -76,6 +77,13 @@ def test_verdict_figures_answers_and_conditions_are_there() -> None:
     ):
         assert said in text
     assert "lm-eval" not in text  # no task was asked
+
+
+def test_text_of_the_run_itself_is_told_apart() -> None:
+    assert "pruned model may lose far more" not in page()  # its text is called stories
+    own = report()
+    rows = [replace(r, perplexity={"validation": r.perplexity["stories"]}) for r in own.rows]
+    assert "pruned model may lose far more" in Page("t", replace(own, rows=rows)).render()
 
 
 def test_one_validation_is_no_picture() -> None:

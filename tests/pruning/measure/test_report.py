@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,7 @@ def test_markdown_shows_everything_that_was_measured() -> None:
         "| peak memory, MB | 2 |  |",
         "| weights on disk, MB |  | 2.40 |",
         "",
-        "context_tokens 10, device cpu",
+        "predicted tokens of stories 10, context_tokens 10, device cpu",
     ]
 
 
@@ -200,7 +202,10 @@ def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
     assert dense.perplexity["a"].num_predictions == 33
     assert dense.speed is not None
     assert result.context_tokens == 12
-    assert result.conditions == {"device": "cpu", "dtype": "float32", "threads": 1, **speed}
+    told = dict(result.conditions)
+    assert re.fullmatch(rf"\d+\.\d of {os.cpu_count()} cores", told.pop("load"))
+    assert told == {"device": "cpu", "dtype": "float32", "threads": 1, **speed}
+    assert "load" not in measure(models, texts).conditions  # without times it says nothing
     assert dense.zeros == 0
     assert dense.memory_bytes == memory_bytes(models["dense"])
     # Of two equal questions with other labels, one is right whatever the model says.

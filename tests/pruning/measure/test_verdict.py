@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from secateur.pruning.measure.generation import Generation
+from secateur.pruning.measure.generation import Answer, Generation
 from secateur.pruning.measure.perplexity import MeasuredPerplexity
 from secateur.pruning.measure.row import Row
 from secateur.pruning.measure.sizes import Counts
@@ -81,3 +81,24 @@ def test_a_model_that_loops_where_the_dense_one_does_not_has_collapsed(
     found = judge(dense, made, 10)
     assert found.grade is grade
     assert ("it is broken" in found.quality) is not dense_loops
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [(0, 2, "2 of 4 answers loop (0 of dense)"), (1, 2, "2 of 4 answers loop"), (2, 2, None)],
+)
+def test_answers_that_loop_are_counted_where_dense_ones_do_not(
+    theirs: int, ours: int, words: str | None
+) -> None:
+    def answered(looping: int) -> Generation:
+        answers = tuple(Answer("q", "a", 0.0, number < looping) for number in range(4))
+        return Generation(answers, 0.0, False, True)
+
+    found = judge(
+        row("dense", 10.0, generation=answered(theirs)),
+        row("pruned", 12.0, generation=answered(ours)),
+        10,
+    )
+    assert found.grade is Grade.WORSE
+    assert ("answers loop" in found.quality) is (words is not None)
+    assert words is None or words in found.quality
