@@ -29,6 +29,8 @@ _BLOCKS, _UNIFORM, _WIDTHS, _LEARNED_WIDTHS = (
 _RANK_AND_REFIT_STEPS, _MASK_STEP, _SETTLED_STEP = 107, 1.11, 1.8
 # docs/disp.md, kept 0.5, excess over that of masks alone: 0.164 and 0.160 of 0.357.
 _REFIT, _LEARNED = 0.164 / 0.357, 0.160 / 0.357
+# docs/choose.md, a decision: after the refit, over what `advise` measured of the same model before.
+_REFIT_ALIKE = 0.628 / 2.56
 # docs/depth.md, after 3 of 8 blocks on c4: ln(129.73 / 109.27) over ln(213.23 / 109.27).
 _GREEDY = 0.1717 / 0.6685
 
@@ -114,7 +116,7 @@ def _blocks(asked: Setting, times: Times, losses: Losses) -> Advice:
                 losses.blocks,
                 _GREEDY,
                 "blocks chosen by influence",
-                "docs/depth.md, refit",
+                "docs/depth.md, refit (LLaMA of 7 M parameters)",
             ),
             "run": f"about {duration(seconds)} of scoring, {passes:.0f} passes over "
             f"{_DEPTH_WINDOWS} windows; then refit, export and report",
@@ -136,8 +138,12 @@ def _uniform(asked: Setting, times: Times, loss: float) -> Advice:
         {
             "remains": f"a stock {asked.config.model_type} with a smaller MLP, which every server "
             "of the family runs",
-            "loss": f"{loss:+.2f} nats per token measured here before the refit; what the refit "
-            "makes of it on such a model is not measured anywhere",
+            "loss": _loss(
+                loss,
+                _REFIT_ALIKE,
+                "MLPs narrowed alike, not refitted",
+                "docs/choose.md, a decision (llama of 135 M parameters)",
+            ),
             "run": f"about {duration(_ranked(asked, times))}, as for the next method",
             "memory": _memory(asked),
         },
@@ -171,7 +177,12 @@ def _widths(asked: Setting, times: Times, losses: Losses) -> list[Advice]:
             _WIDTHS,
             remains
             | {
-                "loss": _loss(losses.widths, _REFIT, cut_by, "docs/disp.md, importance and refit"),
+                "loss": _loss(
+                    losses.widths,
+                    _REFIT,
+                    cut_by,
+                    "docs/disp.md, importance and refit (LLaMA of 7 M parameters)",
+                ),
                 "run": f"about {duration(ranked)}, {_RANK_AND_REFIT_STEPS} forward and backward "
                 "passes; nothing is trained",
                 "memory": _memory(asked),
@@ -187,7 +198,12 @@ def _widths(asked: Setting, times: Times, losses: Losses) -> list[Advice]:
             _LEARNED_WIDTHS,
             remains
             | {
-                "loss": _loss(losses.widths, _LEARNED, cut_by, "docs/disp.md, after 1000 steps"),
+                "loss": _loss(
+                    losses.widths,
+                    _LEARNED,
+                    cut_by,
+                    "docs/disp.md, after 1000 steps (LLaMA of 7 M parameters)",
+                ),
                 "run": f"about {duration(learned)}: {_MASK_STEPS} steps of {BATCH} windows, "
                 "ranking and refit",
                 "memory": f"{peak:.1f} GB for a step, predicted from the configuration; "
@@ -210,7 +226,7 @@ def _loss(measured: float, scale: float, how: str, source: str) -> str:
         return f"{found}; less than that is not expected"
     return (
         f"{found}; {scale * measured:.2f} to {measured:.2f} expected, the lower end scaled as in "
-        f"{source} (LLaMA of 7 M parameters)"
+        f"{source}"
     )
 
 

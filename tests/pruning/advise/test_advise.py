@@ -118,7 +118,8 @@ def test_every_method_tells_what_remains_where_figures_come_from_and_what_to_typ
     assert "stock llama of 2 blocks" in blocks.facts["remains"]
     assert "+0.50 nats per token measured here" in blocks.facts["loss"]
     assert "0.13 to 0.50 expected" in blocks.facts["loss"]
-    assert "+0.75 nats per token measured here before the refit" in alike.facts["loss"]
+    assert "0.18 to 0.75 expected" in alike.facts["loss"]  # 0.75 x 0.628 / 2.56
+    assert "docs/choose.md" in alike.facts["loss"]
     assert "budget.uniform true" in alike.command
     assert "0.11 to 0.25 expected" in narrowed.facts["loss"]  # 0.25 x 0.164 / 0.357
     # 2.5 + 2 passes of 32 windows; 107 and 107 + 1000 (0.7 x 1.11 + 0.3 x 1.8) steps of 8 windows.
