@@ -78,7 +78,9 @@ def _metrics(root: Path) -> list[dict[str, str]]:
 
 def _facts(origin: Origin) -> dict[str, str]:
     facts = {"base model": origin.described(), "fingerprint of the base": origin.fingerprint}
-    facts |= {name: _told(made) for name, made in origin.provenance.items()}
+    methods = origin.provenance
+    parts = [own for made in methods.values() if isinstance(made, Mapping) for own in made.values()]
+    facts |= {name: _told(made) for name, made in methods.items() if made not in parts}
     if origin.training:
         facts["training"] = _told(origin.training)
     facts["steps"] = f"{origin.steps:,}"
@@ -91,7 +93,8 @@ def _facts(origin: Origin) -> dict[str, str]:
 def _told(made: Any) -> str:
     """Settings and results in one line; long lists are left to report.json."""
     if isinstance(made, Mapping):
-        return ", ".join(f"{name}: {_told(value)}" for name, value in made.items())
+        told = {name: _told(value).removeprefix(f"{name} ") for name, value in made.items()}
+        return ", ".join(f"{name}: {value}" for name, value in told.items())
     if isinstance(made, Sequence) and not isinstance(made, str):
         return "; ".join(map(_told, made)) if len(made) <= 100 else f"{len(made)} entries"
     return f"{made:.4g}" if isinstance(made, float) else str(made)
