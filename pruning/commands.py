@@ -145,15 +145,19 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def read_text(path: Path, option: str = "--text") -> str:
-    """Read a file of text.
+    """Read a file of text, or all files `*.txt` of a folder in the order of their names.
 
     Args:
-        path: The file.
+        path: The file or folder.
         option: The option that names it, for the message.
 
     Raises:
-        ValueError: It cannot be read, or is not UTF-8.
+        ValueError: It cannot be read, is not UTF-8, or is a folder without such files.
     """
+    if path.is_dir():
+        if not (files := sorted(path.glob("*.txt"))):
+            raise ValueError(f"`{option}` {path} holds no files *.txt; name the files themselves.")
+        return "\n\n".join(read_text(file, option) for file in files)
     try:
         return path.read_text("utf-8")
     except OSError as error:

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="texts to prune on, UTF-8",
+        help="UTF-8 texts to prune on, or folders of *.txt",
     )
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument("--keep", type=float, help="fraction of the FLOPs of the blocks, in (0, 1)")
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked = Fits(args.fits, args.context)
     else:
         asked = Latency(args.latency)
-    if missing := [str(path) for path in args.text if not path.is_file()]:
-        parser.error(f"--text {missing[0]} is no file")
+    if missing := [str(path) for path in args.text if not path.exists()]:
+        parser.error(f"--text {missing[0]} does not exist")
     with parser.naming():
         for line in told(BaseModel(args.model, "MODEL"), args.text, asked, args):
             Console(soft_wrap=True, highlight=False).print(line, markup=False)

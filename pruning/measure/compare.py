@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=_named,
         required=True,
         metavar="NAME=FILE",
-        help="UTF-8 texts; NAME= may go",
+        help="UTF-8 texts or folders of *.txt; NAME= may go",
     )
     add("--task", nargs="+", type=_named, default=[], metavar="NAME=FILE", help="questions, JSONL")
     add("--window-tokens", type=int, default=256, help="tokens of a window (default: 256)")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from secateur.pruning.commands import CommandParser, typed_command, without_secrets
+from secateur.pruning.commands import CommandParser, read_text, typed_command, without_secrets
 
 TOKEN = "hf_" + "aB3" * 12
 SECRETS = {
@@ -67,3 +69,15 @@ def test_errors_name_settings_as_they_are_typed() -> None:
         parser.naming(num_windows="--windows", folder="OUT"),
     ):
         raise ValueError("`window_tokens` and `num_windows`, for `out` and `dtype`, or `folder`")
+
+
+def test_text_is_a_file_or_the_files_of_a_folder(tmp_path: Path) -> None:
+    for name, text in (("b.txt", "two"), ("a.txt", "one"), ("c.json", "{}")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_text(tmp_path / "c.json") == "{}"
+    assert read_text(tmp_path) == "one\n\ntwo"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="`--text` .*none holds no files"):
+        read_text(tmp_path / "none")
+    with pytest.raises(ValueError, match="`--text` .*missing cannot be read"):
+        read_text(tmp_path / "missing")

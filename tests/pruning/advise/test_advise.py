@@ -174,7 +174,7 @@ def test_the_command_measures_and_tells(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert part in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    with pytest.raises(ValueError, match="--text .*missing.txt is no file"):
+    with pytest.raises(ValueError, match="--text .*missing.txt does not exist"):
         main([str(base), "--text", str(tmp_path / "missing.txt"), "--keep", "0.6"])
     with pytest.raises(ValueError, match="one of the arguments --keep --fits --latency"):
         main(arguments)

@@ -57,7 +57,7 @@ def test_folders_side_by_side(inputs: Path, capsys: pytest.CaptureFixture[str]) 
         (["--device", "meta"], "'meta' is not a device here"),
         (["--json", "base"], "--json: base is a folder; name a file"),
         (["--text", "base/model.safetensors"], "`--text` .* is not UTF-8 text .*; convert it"),
-        (["--text", "base"], "`--text` base cannot be read: Is a directory"),
+        (["--text", "base"], "`--text` base holds no files"),
         (["--task", "text.txt"], "is not a question"),
         (["--task", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--text", "a=text.txt", "a=text.txt"], "two text are called a"),
