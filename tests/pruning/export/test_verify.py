@@ -10,8 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from secateur.pruning.export import verify
+from secateur.pruning.export.cut import cut
 from secateur.pruning.export.rewrite import prune_checkpoint
-from secateur.pruning.export.verify import ExportError, verify_export
+from secateur.pruning.export.verify import (
+    ExportError,
+    record,
+    rounding_noise,
+    verify_cut,
+    verify_export,
+)
 from secateur.pruning.files.headers import WEIGHTS
 from secateur.pruning.files.model_folder import CONFIG, MARK
 from secateur.pruning.plan import Plan
@@ -135,3 +142,35 @@ def test_a_large_model_is_compared_in_its_own_type(
     tamper(tmp_path / "small", "model.layers.2.mlp_out.index", 23)
     with pytest.raises(ExportError, match="block 2"):
         verify_export(live, plan, tmp_path / "small", WINDOWS_BT)
+
+
+def cut_in_bfloat16(path: Path) -> tuple[Any, Plan, Any]:
+    """A dense model in bfloat16, a plan, and the model that it leaves, in memory."""
+    plan = uneven_plan(tiny_folder(path), with_gains=False)
+    live: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    return live, plan, cut(live, plan)
+
+
+def test_a_cut_in_memory_is_compared_in_float32(tmp_path: Path) -> None:
+    """In bfloat16 a deep model can differ by more than any fixed number of roundings."""
+    live, plan, narrow = cut_in_bfloat16(tmp_path)
+    assert verify_cut(live, plan, narrow, WINDOWS_BT) < 1e-4
+    with torch.no_grad():
+        narrow.get_parameter("model.layers.2.mlp.down_proj.weight")[0, 0] += 0.25
+    with pytest.raises(ExportError, match="block 2"):
+        verify_cut(live, plan, narrow, WINDOWS_BT)
+
+
+def test_roundings_are_allowed_as_far_as_a_model_amplifies_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "FLOAT32_PARAMETERS", 0)
+    live, plan, narrow = cut_in_bfloat16(tmp_path)
+    assert verify_cut(live, plan, narrow, WINDOWS_BT) > 0
+    said = record(live, WINDOWS_BT)[0]
+    small, large = (rounding_noise(live, said, kind) for kind in (torch.float16, torch.bfloat16))
+    assert 0 < small < large
+    with torch.no_grad():
+        narrow.get_parameter("model.layers.2.mlp.down_proj.weight").mul_(4)
+    with pytest.raises(ExportError, match="block 2"):
+        verify_cut(live, plan, narrow, WINDOWS_BT)
