@@ -166,7 +166,7 @@ def test_roundings_are_allowed_as_far_as_a_model_amplifies_them(
 ) -> None:
     monkeypatch.setattr(verify, "FLOAT32_PARAMETERS", 0)
     live, plan, narrow = cut_in_bfloat16(tmp_path)
-    assert verify_cut(live, plan, narrow, WINDOWS_BT) > 0
+    verify_cut(live, plan, narrow, WINDOWS_BT)
     said = record(live, WINDOWS_BT)[0]
     small, large = (rounding_noise(live, said, kind) for kind in (torch.float16, torch.bfloat16))
     assert 0 < small < large
