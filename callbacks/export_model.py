@@ -42,6 +42,11 @@ class ExportModel(Callback):
         if stage == "fit":
             self.check_first(trainer, pl_module)
 
+    def phases(self, trainer: Trainer) -> list[tuple[int, str]]:
+        """The export, after the last step."""
+        last = int(trainer.estimated_stepping_batches)
+        return [(last, "export the model, prove it, and measure it beside the base model")]
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was learned."""
         module = exports(pl_module, "ExportModel")

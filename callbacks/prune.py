@@ -62,6 +62,14 @@ class Prune(Callback, ABC):
         """
         self.pruned(module).check_removals(trainer.strategy)
 
+    def phases(self, trainer: Trainer) -> list[tuple[int, str]]:
+        """The pruning: before the first step, or while the model trains."""
+        return [(0, f"prune by {self.name}, {self.when(trainer)}")]
+
+    def when(self, trainer: Trainer) -> str:
+        """When this callback prunes, in words."""
+        return "before the first step"
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -137,6 +137,11 @@ class PruneBlocks(Prune):
         self.compensation = compensation
         self._total = 0  # units to remove in total
 
+    def when(self, trainer: Trainer) -> str:
+        if isinstance(self.removals, AtOnce):
+            return super().when(trainer)
+        return f"as `removals` {self.removals!r} says"
+
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
         super().check_first(trainer, module)
         if self.compensation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich import get_console
 
 from secateur.callbacks._after_step import AfterStep
 from secateur.pruning.progress import EVERY_SECONDS, FIRST_SECONDS, duration
+from secateur.pruning.protocols import HasPhases
 
 _FLUSH_SECONDS = 60.0
 
@@ -18,17 +20,37 @@ _FLUSH_SECONDS = 60.0
 class ShowProgress(AfterStep):
     """Write a line every half minute where no bar is seen; write metrics to disk every minute.
 
+    Before a run begins, its phases are listed, and after the first seconds of training when those
+    that come later begin.
+
     A line has the step, the figures of the progress bar (loss, fraction kept) and the time that is
     left of training, by the mean time of the steps so far. Metrics are written with every
     checkpoint, too: a run that is killed leaves what they were. The command line adds this callback
     by itself.
     """
 
+    def __init__(self) -> None:
+        self._phases: list[tuple[int, str]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """List the phases of the run."""
+        if not math.isfinite(trainer.estimated_stepping_batches):  # what needs an end refuses it
+            return
+        tell: list[Any] = [*trainer.callbacks, pl_module]  # type: ignore[attr-defined]
+        phases = [
+            phase for one in tell if isinstance(one, HasPhases) for phase in one.phases(trainer)
+        ]
+        self._phases = sorted(phases, key=lambda phase: phase[0])
+        if phases:
+            lines = [f"  {place}. {text}" for place, (_, text) in enumerate(self._phases, start=1)]
+            rank_zero_info("\n".join(["Phases of this run:", *lines]))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the clock."""
         self._begun = now = time.monotonic()
         self._first = self._step = trainer.global_step
         self._next_line, self._next_flush = now + FIRST_SECONDS, now + _FLUSH_SECONDS
+        self._told = False
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell, and write, if it is time."""
@@ -37,6 +59,9 @@ class ShowProgress(AfterStep):
             self._next_line = now + EVERY_SECONDS
             if trainer.progress_bar_callback is None or not get_console().is_terminal:
                 rank_zero_info(self._line(trainer, now - self._begun))
+            if not self._told and (ahead := self._ahead(now - self._begun)):
+                rank_zero_info(f"At the pace of these steps, {ahead}.")
+            self._told = True
         if now >= self._next_flush:
             self._next_flush = now + _FLUSH_SECONDS
             self._flush(trainer)
@@ -50,6 +75,18 @@ class ShowProgress(AfterStep):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write all metrics before the export, which draws them."""
         self._flush(trainer)
+
+    def _ahead(self, passed: float) -> str:
+        """When the later phases begin; of those that begin at the same step the first one."""
+        begins: dict[int, int] = {}
+        for place, (step, _) in enumerate(self._phases, start=1):
+            if step > self._step:
+                begins.setdefault(step, place)
+        pace = passed / (self._step - self._first)
+        return ", ".join(
+            f"phase {place} begins in {duration(pace * (step - self._step))}"
+            for step, place in begins.items()
+        )
 
     def _line(self, trainer: Trainer, passed: float) -> str:
         total = int(trainer.estimated_stepping_batches)

@@ -151,6 +151,12 @@ class CausalLM(PrunableModel):
                 "`export_dtype` is the type of the exported weights."
             )
 
+    def phases(self, trainer: Any) -> list[tuple[int, str]]:
+        """The training."""
+        steps = int(trainer.estimated_stepping_batches)
+        what = "all weights" if self.lora is None else "low-rank updates"
+        return [(0, f"train {what} for {steps} steps")] if steps else []
+
     def on_fit_start(self) -> None:
         """Load the teacher on the device of the model."""
         if self._teacher is not None and self._teacher.model is not None:

@@ -150,6 +150,23 @@ class SettlingModel(GatedModel):
             )
         return steps
 
+    def phases(self, trainer: Any) -> list[tuple[int, str]]:
+        """The ranking, the learning of masks, the cut, and the training of the cut model."""
+        masks, settle = self.mask_steps, self.settle
+        rest = int(trainer.estimated_stepping_batches) - masks
+        found = []
+        if self.learning.start is not None:
+            found.append((0, f"rank gates by {type(self.learning.start.score).__name__}"))
+        if masks:
+            found.append((0, f"learn masks for {masks} steps"))
+        if settle is not None and self._cuts:
+            refit = f", refit it on {settle.refit_windows} windows" if settle.refit else ""
+            found.append((masks, f"cut the model{refit}"))
+        if settle is not None and rest:
+            kind = type(settle.train if self._cuts else Gains()).__name__
+            found.append((masks, f"train {kind} for {rest} steps"))
+        return found
+
     def settle_now(self) -> None:
         """Learn masks no longer: they settle before the next step, and as many steps follow as were
         planned after that.

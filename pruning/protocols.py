@@ -69,6 +69,14 @@ class ChecksFirst(Protocol):
         """Raise ValueError if the callback could not do its work in this run."""
 
 
+@runtime_checkable
+class HasPhases(Protocol):
+    """A module or a callback that tells, before a run begins, what it is going to do."""
+
+    def phases(self, trainer: Any) -> list[tuple[int, str]]:
+        """First optimiser step and description of each phase, in order."""
+
+
 def learns_masks(module: object, needed_by: str) -> LearnsMasks:
     """The module itself, if it learns masks.
 

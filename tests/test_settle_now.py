@@ -58,7 +58,7 @@ def test_a_signal_settles_the_masks_and_the_rest_follows_as_planned(
     record = {"at_step": 3, "settled_at": 3, "max_steps_before": 12, "max_steps": 6}
     assert Plan.load(tmp_path / "run" / "plan").provenance["shortened"] == [record]
     assert '"settled_at": 3' in (tmp_path / "run" / "model" / "README.md").read_text("utf-8")
-    assert "settled_at 3" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "settled_at: 3" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
     # The gates rest from step 3 on; the settled model's rate warms up (a tenth of three steps is
     # less than one) and falls to 0 along a cosine.
