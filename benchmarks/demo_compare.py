@@ -16,7 +16,7 @@ All are measured on the validation text of the runs.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,7 @@ def main() -> None:
     data.setup()
     dense = AutoModelForCausalLM.from_pretrained(base)
     learned = Plan.load(run / "plan")
-    masks = replace(learned, gains=None)
-    plans = {"masks alone": masks} | {name: ranked(dense, learned, name) for name in SCORES}
+    plans = {"masks alone": learned} | {name: ranked(dense, learned, name) for name in SCORES}
     folders = {"dense": base} | {name: args.demo / own / "model" for name, own in RUNS.items()}
     for name, plan in plans.items():
         folders[name] = run / "compare" / name.replace(" ", "_")
@@ -91,10 +90,12 @@ def main() -> None:
         plot_widths(plan, run / "plots" / f"widths_{folders[name].name}.png")
 
     text_WT = calibration_windows(data, REFIT_WINDOWS, 0, "demo_compare")
-    models: dict[str, Any] = {"dense": dense, "masks alone": None}
-    models |= {"refitted": refitted(dense, masks, text_WT)} | dict.fromkeys([*RUNS, *SCORES])
-    for name in models.keys() & (folders.keys() - {"dense"}):
-        models[name] = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True)
+    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    models = {
+        "dense": dense,
+        "masks alone": load(folders["masks alone"]),
+        "refitted": refitted(dense, learned, text_WT),
+    } | {name: load(folders[name]) for name in (*RUNS, *SCORES)}
     prompt = args.window_tokens // 2
     windows = data.validation_set
     report = measure(

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.data import (
@@ -33,9 +32,11 @@ from benchmarks.disp_quality import FIRST_WINDOWS, excess
 from benchmarks.disp_step import plain_step
 from secateur.modules.rate_schedule import rate_of_settled
 from secateur.modules.settling import AllWeights
+from secateur.modules.teacher import predicted_tokens, predicting_states
 from secateur.pruning.blocks.refit import refit
 from secateur.pruning.export.cut import cut
 from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.losses import LossWeights, head_of, token_losses
 from secateur.pruning.measure.perplexity import perplexity
 from secateur.pruning.plan import plan_from_indices
 from secateur.pruning.sites import find_sites
@@ -128,9 +129,17 @@ class Bench:
         schedule = LambdaLR(optimizer, lambda step: rate_of_settled(step, 0, steps))
         for own_BT in text_WT.chunk(steps):
             with torch.no_grad():
-                target_NV = self.dense(own_BT).logits.flatten(0, 1).log_softmax(-1)
-            found_NV = narrow(own_BT).logits.flatten(0, 1).log_softmax(-1)
-            F.kl_div(found_NV, target_NV, reduction="batchmean", log_target=True).backward()
+                teacher_ND = predicting_states(self.dense, own_BT)
+            losses = token_losses(
+                predicting_states(narrow, own_BT),
+                predicted_tokens(own_BT),
+                head_of(narrow),
+                teacher_ND=teacher_ND,
+                teacher_head=head_of(self.dense),
+                weights=LossWeights(0.0, 1.0),
+                parameters=[*narrow.get_output_embeddings().parameters()],
+            )
+            losses.total.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

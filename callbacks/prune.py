@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.callbacks._output import check_folder
 from secateur.pruning.files.settings import refuse_other
 from secateur.pruning.protocols import TrainsWeights, calibration_windows, trains_weights
+from secateur.pruning.weights.gradually import Gradually
 
 
 class Prune(Callback, ABC):
@@ -30,6 +31,9 @@ class Prune(Callback, ABC):
     Raises:
         ValueError: A setting is outside its range.
     """
+
+    gradually: Gradually | None = None
+    """How what is pruned grows while the model trains; None if it does not grow in this way."""
 
     def __init__(
         self, calibration_windows: int, held_back_windows: int, calibration_seed: int, folder: str
@@ -68,7 +72,10 @@ class Prune(Callback, ABC):
 
     def when(self, trainer: Trainer) -> str:
         """When this callback prunes, in words."""
-        return "before the first step"
+        if self.gradually is None:
+            return "before the first step"
+        last = self.gradually.last_step(int(trainer.estimated_stepping_batches))
+        return f"every {self.gradually.every_n_steps} steps until step {last}"
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

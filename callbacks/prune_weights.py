@@ -130,12 +130,6 @@ class PruneWeights(AfterStep, Prune):
         self._held: HeldMasks | None = None
         self._trial: TemporaryDirectory[str] | None = None
 
-    def when(self, trainer: Trainer) -> str:
-        if self.gradually is None:
-            return super().when(trainer)
-        last = self.gradually.last_step(int(trainer.estimated_stepping_batches))
-        return f"every {self.gradually.every_n_steps} steps until step {last}"
-
     def check_first(self, trainer: Trainer, module: LightningModule) -> None:
         """Check at once that recipe, model and strategy are compatible.
 

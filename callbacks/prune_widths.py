@@ -109,12 +109,6 @@ class PruneWidths(Prune):
                 "`search` out, or choose a score such as Fisher."
             )
 
-    def when(self, trainer: Trainer) -> str:
-        if self.gradually is None:
-            return super().when(trainer)
-        last = self.gradually.last_step(int(trainer.estimated_stepping_batches))
-        return f"every {self.gradually.every_n_steps} steps until step {last}"
-
     def settings(self) -> dict[str, Any]:
         return {
             "budget": repr(self.budget),

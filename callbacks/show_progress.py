@@ -36,6 +36,7 @@ class ShowProgress(AfterStep):
         """List the phases of the run."""
         if not math.isfinite(trainer.estimated_stepping_batches):  # what needs an end refuses it
             return
+        # Lightning gives a trainer its callbacks at run time, which types do not show.
         tell: list[Any] = [*trainer.callbacks, pl_module]  # type: ignore[attr-defined]
         phases = [
             phase for one in tell if isinstance(one, HasPhases) for phase in one.phases(trainer)
@@ -50,18 +51,18 @@ class ShowProgress(AfterStep):
         self._begun = now = time.monotonic()
         self._first = self._step = trainer.global_step
         self._next_line, self._next_flush = now + FIRST_SECONDS, now + _FLUSH_SECONDS
-        self._told = False
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell, and write, if it is time."""
         now = time.monotonic()
         if now >= self._next_line:
+            is_first = self._next_line == self._begun + FIRST_SECONDS
             self._next_line = now + EVERY_SECONDS
+            pace = (now - self._begun) / (self._step - self._first)
             if trainer.progress_bar_callback is None or not get_console().is_terminal:
-                rank_zero_info(self._line(trainer, now - self._begun))
-            if not self._told and (ahead := self._ahead(now - self._begun)):
+                rank_zero_info(self._line(trainer, pace))
+            if is_first and (ahead := self._ahead(pace)):
                 rank_zero_info(f"At the pace of these steps, {ahead}.")
-            self._told = True
         if now >= self._next_flush:
             self._next_flush = now + _FLUSH_SECONDS
             self._flush(trainer)
@@ -76,21 +77,22 @@ class ShowProgress(AfterStep):
         """Write all metrics before the export, which draws them."""
         self._flush(trainer)
 
-    def _ahead(self, passed: float) -> str:
-        """When the later phases begin; of those that begin at the same step the first one."""
+    def _ahead(self, pace: float) -> str:
+        """When the later phases begin, by the seconds of a step; of those that begin at the same
+        step the first one.
+        """
         begins: dict[int, int] = {}
         for place, (step, _) in enumerate(self._phases, start=1):
             if step > self._step:
                 begins.setdefault(step, place)
-        pace = passed / (self._step - self._first)
         return ", ".join(
             f"phase {place} begins in {duration(pace * (step - self._step))}"
             for step, place in begins.items()
         )
 
-    def _line(self, trainer: Trainer, passed: float) -> str:
+    def _line(self, trainer: Trainer, pace: float) -> str:
         total = int(trainer.estimated_stepping_batches)
-        left = passed / (self._step - self._first) * (total - self._step)
+        left = pace * (total - self._step)
         figures = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
         return ", ".join([f"Step {self._step} of {total}", *figures, f"{duration(left)} left."])
 

@@ -161,7 +161,7 @@ class SettlingModel(GatedModel):
             found.append((0, f"learn masks for {masks} steps"))
         if settle is not None and self._cuts:
             refit = f", refit it on {settle.refit_windows} windows" if settle.refit else ""
-            found.append((masks, f"cut the model{refit}"))
+            found.append((masks, f"cut the model{refit}{'' if rest else ', at the export'}"))
         if settle is not None and rest:
             kind = type(settle.train if self._cuts else Gains()).__name__
             found.append((masks, f"train {kind} for {rest} steps"))

@@ -78,7 +78,7 @@ def _metrics(root: Path) -> list[dict[str, str]]:
 
 def _facts(origin: Origin) -> dict[str, str]:
     facts = {"base model": origin.described(), "fingerprint of the base": origin.fingerprint}
-    methods = origin.provenance
+    methods = origin.provenance  # what one method tells of another is told there
     parts = [own for made in methods.values() if isinstance(made, Mapping) for own in made.values()]
     facts |= {name: _told(made) for name, made in methods.items() if made not in parts}
     if origin.training:
@@ -93,6 +93,7 @@ def _facts(origin: Origin) -> dict[str, str]:
 def _told(made: Any) -> str:
     """Settings and results in one line; long lists are left to report.json."""
     if isinstance(made, Mapping):
+        # Under `refit`, "refit kept" says the name again.
         told = {name: _told(value).removeprefix(f"{name} ") for name, value in made.items()}
         return ", ".join(f"{name}: {value}" for name, value in told.items())
     if isinstance(made, Sequence) and not isinstance(made, str):

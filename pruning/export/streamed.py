@@ -145,15 +145,12 @@ def verify_recorded(
         narrow = max(dtype, stored, key=lambda kind: torch.finfo(kind).eps)
         largest = max(1.0, *(float(answer.logits_BtV.abs().max()) for answer in said))
 
-        def limit_at(scale: float) -> float:
-            exact = narrow == torch.float32
-            return tolerance * largest if exact else ROUNDINGS * torch.finfo(narrow).eps * scale
-
+        share = tolerance if narrow == torch.float32 else ROUNDINGS * torch.finfo(narrow).eps
         return compare_recorded(
             said,
             saved,
             "trained one",
-            limit_at,
+            share * largest,
             lambda _: "Export it again: `--ckpt_path last`.",
         )
 

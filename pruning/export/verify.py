@@ -177,7 +177,7 @@ def _largest_difference(
         said,
         exported,
         original,
-        lambda _: limit,
+        limit,
         lambda share: _first_difference(dense, exported, windows_BT, share, blocks),
     )
 
@@ -223,6 +223,9 @@ def rounding_noise(model: PreTrainedModel, said: Said, dtype: torch.dtype) -> fl
         model: The model.
         said: Its logits for complete windows.
         dtype: The type that is rounded to.
+
+    Returns:
+        The largest change, in the units of logits, 0 or more.
     """
     draw, unit = torch.Generator().manual_seed(0), torch.finfo(dtype).eps
 
@@ -246,7 +249,7 @@ def compare_recorded(
     said: Sequence[Said],
     exported: PreTrainedModel,
     original: str,
-    limit_at: Callable[[float], float],
+    limit: float,
     first_difference: Callable[[float], str],
 ) -> float:
     """The largest absolute difference between the logits of a model and recorded logits.
@@ -255,7 +258,7 @@ def compare_recorded(
         said: Result of `record` for the other model; this one gets the same tokens.
         exported: The model.
         original: Name of the other one, for the message.
-        limit_at: From the largest logit (1 or more) to the allowed difference.
+        limit: Allowed difference of two logits, above 0.
         first_difference: Function that describes where the models first differ by more than a
             fraction of the largest entry.
 
@@ -267,7 +270,6 @@ def compare_recorded(
         cached = {"past_key_values": cache, "use_cache": True} if place else {}
         theirs_BtV = exported(ours.tokens_Bt, **cached).logits
         scale = max(1.0, float(ours.logits_BtV.abs().max()))
-        limit = limit_at(scale)
         difference = float((ours.logits_BtV.float() - theirs_BtV.float()).abs().max())
         if not difference <= limit:  # so that a NaN fails
             raise ExportError(

@@ -55,7 +55,7 @@ class Report:
 
     def table(self) -> Table:
         """The report as a table for a terminal, a column per model; more than four models have a
-        line each, with the figures of `_IN_BRIEF` only.
+        line each, with quality, kept fraction and times only.
         """
         lines = self.cells()
         if len(self.rows) > _SIDE_BY_SIDE:
