@@ -34,12 +34,12 @@ from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.losses import LossWeights, TokenLosses, head_of, token_losses
 from secateur.pruning.plan import Plan, plan_from_indices
 from secateur.pruning.protocols import calibration_windows
-from secateur.pruning.sites import Site, split
+from secateur.pruning.sites import Site, masks_of, split
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.gates import GateSampler, Stream
 from secateur.pruning.widths.hypernetwork import Hypernetwork
-from secateur.pruning.widths.learning import GateLearning, Importance, masks_of
+from secateur.pruning.widths.learning import GateLearning, Importance
 from secateur.pruning.widths.policy_gradient import Draw
 from secateur.pruning.widths.sizes import nested_cuts
 

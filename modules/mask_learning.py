@@ -322,6 +322,6 @@ class MaskLearning(SettlingModel):
         start = self.learning.start
         return (
             self.learning.gradient.back_propagates
-            or (start is not None and start.score.back_propagates)
+            or (start is not None and start.back_propagates)
             or (self.settle is not None and self.settle.fraction > 0)
         )

@@ -177,7 +177,22 @@ def widths_table(sites: Sequence[Site], widths: Sequence[int]) -> str:
     )
 
 
-def split(vector_N: Tensor, sites: list[Site]) -> tuple[Tensor, ...]:
+def split(vector_N: Tensor, sites: Sequence[Site]) -> tuple[Tensor, ...]:
     """Cut a vector over all N gates of a model into one vector per site."""
     parts: tuple[Tensor, ...] = vector_N.split([site.size for site in sites])
     return parts
+
+
+def masks_of(kept: Sequence[Tensor], sites: Sequence[Site]) -> Tensor:
+    """Return 1 for kept entries and 0 for others, float32: one vector over all N gates.
+
+    Args:
+        kept: Indices of the kept entries of every site.
+        sites: The sites, in order.
+    """
+    return torch.cat(
+        [
+            torch.zeros(site.size).index_fill(0, index_W, 1.0)
+            for site, index_W in zip(sites, kept, strict=True)
+        ]
+    )

@@ -22,6 +22,7 @@ _HOMES = {
     "pruning.files.base_model": ("BaseModel",),
     "pruning.widths.budget": ("Budget",),
     "pruning.widths.evolution": ("Evolution",),
+    "pruning.widths.exchange": ("Exchange",),
     "pruning.widths.feature_statistics": ("Fluctuation", "WandaWidth"),
     "pruning.widths.gate_gradient": ("Fisher", "GateGradient"),
     "pruning.widths.gate_taylor": ("GateTaylor",),

@@ -37,11 +37,10 @@ from transformers import PreTrainedModel
 from secateur.pruning.measure.perplexity import window_nll
 from secateur.pruning.modes import evaluation
 from secateur.pruning.progress import tracked
-from secateur.pruning.sites import Site, find_sites, split
+from secateur.pruning.sites import Site, find_sites, masks_of, split
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking, WidthSearch
-from secateur.pruning.widths.learning import masks_of
 from secateur.pruning.widths.scores import WidthScore
 
 _OFFSET = 0.15  # standard deviation of a step of an offset; ranks are in [-1, 1)

@@ -9,7 +9,8 @@ The same model, text and settings give the same result. A search can be resumed 
 Expected on a LLaMA of 7 M parameters at half of the block FLOPs: excess on held-out training text
 0.50 nats in 16 rounds by `Fisher`, 0.72 in one.
 
-Legend: N = all gates, S = sites, W = calibration windows, T = tokens of a window.
+Legend: N = all gates, S = sites, W = calibration windows, R = those that a search reads, T = tokens
+of a window.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +27,7 @@ from transformers import PreTrainedModel
 
 from secateur.pruning.costs import CostModel
 from secateur.pruning.progress import tracked
-from secateur.pruning.sites import Site, find_sites
+from secateur.pruning.sites import Site, find_sites, masks_of
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.scores import GateScore, WidthScore
 
@@ -102,13 +104,7 @@ def close_worst(
     open_N = ranking.closed_in_N == 0
     ranked_N = scores_N.where(open_N, scores_N[open_N].min() - 1)  # last in their sites
     chosen = budget.finalise(ranked_N, sites, table, most_S=width_S)
-    chosen_N = torch.cat(
-        [
-            torch.zeros(site.size, dtype=torch.bool).index_fill(0, index_W, True)
-            for site, index_W in zip(sites, chosen, strict=True)
-        ]
-    )
-    closed_now_N = open_N & ~chosen_N
+    closed_now_N = open_N & (masks_of(chosen, sites) == 0)
     return Ranking(
         rounds=ranking.rounds + 1,
         closed_in_N=ranking.closed_in_N.masked_fill(closed_now_N, ranking.rounds + 1),
@@ -117,7 +113,14 @@ def close_worst(
 
 
 class WidthSearch(ABC):
-    """How the gates of a model are ranked within a budget."""
+    """How the gates of a model are ranked within a budget.
+
+    Attributes:
+        back_propagates: Whether the search itself, whatever the score, needs the memory of a
+            backward pass through the model.
+    """
+
+    back_propagates: ClassVar[bool] = False
 
     @abstractmethod
     def windows_read(self, score: WidthScore) -> int:
@@ -144,7 +147,7 @@ class WidthSearch(ABC):
                 finite.
         """
 
-    def text(self, score: WidthScore, windows_WT: Int[Tensor, "W T"] | None) -> Int[Tensor, "W T"]:
+    def text(self, score: WidthScore, windows_WT: Int[Tensor, "W T"] | None) -> Int[Tensor, "R T"]:
         """Return the windows that a search reads.
 
         Raises:

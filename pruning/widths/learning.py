@@ -9,7 +9,7 @@ Legend: N = all gates, S = sites, I = entries of a site.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.pruning.losses import LossWeights
-from secateur.pruning.sites import Site
 from secateur.pruning.widths.budget import log_ratio_penalty
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gates import GateSampler, Stream
@@ -191,6 +190,11 @@ class Importance:
         if self.seed < 0:
             raise ValueError(f"`seed` must be 0 or more, got {self.seed}.")
 
+    @property
+    def back_propagates(self) -> bool:
+        """Whether the ranking needs the memory of a backward pass through the model."""
+        return self.score.back_propagates or self.search.back_propagates
+
 
 @dataclass(frozen=True)
 class GateLearning:
@@ -227,13 +231,3 @@ def _split_at_budget(scores_N: Tensor, on_budget: OnBudget) -> tuple[Tensor, Ten
     hard_N = on_budget(scores_N).to(scores_N)
     place = min(int(hard_N.sum()), len(hard_N) - 1)
     return hard_N, scores_N.sort(descending=True).values[place]
-
-
-def masks_of(kept: Sequence[Tensor], sites: Sequence[Site]) -> Float[Tensor, " N"]:
-    """Return 1 for kept entries and 0 for others, all sites one after the other."""
-    return torch.cat(
-        [
-            torch.zeros(site.size).index_fill(0, index_W, 1.0)
-            for site, index_W in zip(sites, kept, strict=True)
-        ]
-    )

@@ -29,6 +29,7 @@ from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.evolution import Evolution
+from secateur.pruning.widths.exchange import Exchange
 from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
 from secateur.pruning.widths.gate_taylor import GateTaylor
@@ -44,10 +45,14 @@ pytestmark = NOISE
 
 AXES = (WidthScore, TrainingScore, WidthSearch, Refit)
 RANKING = GradualRanking(rounds=2, batches_per_round=1, batch_size=4)
-SEARCHED = Evolution(RANKING, 2, 3, 2, windows=4, text_windows=8, held_back_windows=4)
+SEARCHES = {
+    Evolution: Evolution(RANKING, 2, 3, 2, windows=4, text_windows=8, held_back_windows=4),
+    Exchange: Exchange(RANKING, rounds=3, batches_per_round=1, changes=0.2),
+}
 ROWS: dict[type, tuple[WidthScore | TrainingScore, Refit | None]] = {
     GradualRanking: (WidthMagnitude(), None),
     Evolution: (WidthMagnitude(), None),
+    Exchange: (WidthMagnitude(), None),
     RandomOrder: (RandomOrder(3), None),
     WidthMagnitude: (WidthMagnitude(), None),
     GateGradient: (GateGradient(), None),
@@ -84,7 +89,7 @@ def callback(method: type) -> PruneWidths:
     return PruneWidths(
         Budget(KEEP),
         score,
-        SEARCHED if method is Evolution else GradualRanking() if trains(method) else RANKING,
+        GradualRanking() if trains(method) else SEARCHES.get(method, RANKING),
         compensation=refit,
         gradually=Gradually(1, over=0.5),
         calibration_windows=48,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.pruning.sites import Site, find_sites
+from secateur.pruning.sites import Site, find_sites, masks_of
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.evolution import (
     Candidate,
@@ -16,7 +16,6 @@ from secateur.pruning.widths.evolution import (
     mutate,
 )
 from secateur.pruning.widths.gradual_ranking import GradualRanking
-from secateur.pruning.widths.learning import masks_of
 from secateur.pruning.widths.width_magnitude import RandomOrder, WidthMagnitude
 from tests.tiny import VOCABULARY, tiny_llama
 
