@@ -56,6 +56,7 @@ from secateur.pruning.measure.zero_shot import read_questions, zero_shot
 from secateur.pruning.plan import Plan, plan_from_indices, plan_without
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.exchange import Exchange
 from secateur.pruning.widths.gate_gradient import Fisher
 from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking
 
@@ -65,8 +66,8 @@ TASKS = {"piqa": "piqa_val", "arc_easy": "arc_easy_test", "hellaswag": "hellaswa
 # windows: gates are kept if P(keep) is 0.5 or more (0.488 of the parameters).
 REFERENCE = {"c4": 134.8, "wikitext2": 221.1}
 REFERENCE_KEPT, REFERENCE_STEPS, REFERENCE_STEP = 0.5, 200, 1.13  # plain steps of a step
-# 16 rounds of 8 windows take as long as 32 plain steps.
-SEARCH = GradualRanking(rounds=16, batches_per_round=2, batch_size=BATCH_SIZE)
+# 16 rounds of ranking and 16 of exchanges, of 8 windows each, take as long as 70 plain steps.
+SEARCH = Exchange(GradualRanking(16, 2, BATCH_SIZE), rounds=16, batches_per_round=2)
 REFIT_WINDOWS = 128
 
 
@@ -190,6 +191,12 @@ class Bench:
         return narrow.eval()
 
 
+def _as_setting(search: Exchange) -> str:
+    """A search, as it is typed."""
+    own = {name: getattr(search, name) for name in ("rounds", "batches_per_round")}
+    return json.dumps(own | {"start": vars(search.start)})
+
+
 def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[str]) -> float:
     """Run the command line once; return its cost in plain steps."""
     clock = callback(
@@ -212,8 +219,7 @@ def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[
             "--trainer.enable_progress_bar=false",
             f"--model.base={folder}",
             f"--model.budget.keep={keep}",
-            f"--model.learning.start.search.batches_per_round={SEARCH.batches_per_round}",
-            f"--model.learning.start.search.batch_size={SEARCH.batch_size}",
+            f"--model.learning.start.search={_as_setting(SEARCH)}",
             f"--data.train={data_folder() / 'text' / 'c4_masktrain.json'}",
             f"--data.validation={data_folder() / 'text' / 'c4_heldout.json'}",
             f"--data.window_tokens={WINDOW_TOKENS}",

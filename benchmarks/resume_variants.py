@@ -94,9 +94,11 @@ _TWO_OF_FOUR = ("pattern=NM", "pattern.n=2", "pattern.m=4")
 _SPARSE_GPT = ("score=ObsSaliency", "compensation=SparseGPTSweep")
 _WIDTHS = (
     "budget.keep=0.6",
+    "search.start.rounds=2",
+    "search.start.batches_per_round=1",
+    "search.start.batch_size=4",
     "search.rounds=2",
     "search.batches_per_round=1",
-    "search.batch_size=4",
     "calibration_windows=40",
     "held_back_windows=8",
 )

@@ -42,6 +42,7 @@ from secateur.pruning.plan import plan_from_indices
 from secateur.pruning.sites import find_sites
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.evolution import Evolution
+from secateur.pruning.widths.exchange import Exchange
 from secateur.pruning.widths.feature_statistics import Fluctuation, WandaWidth
 from secateur.pruning.widths.gate_gradient import Fisher, GateGradient
 from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
@@ -58,6 +59,7 @@ METHODS: dict[str, tuple[WidthScore, WidthSearch]] = {
     "gate_gradient": (GateGradient(), ROUNDS),
     "fisher_once": (Fisher(), ONCE),
     "fisher": (Fisher(), ROUNDS),
+    "exchange": (Fisher(), Exchange(ROUNDS)),
     "evolution": (WandaWidth(), Evolution(ONCE)),
     "fisher_evolution": (Fisher(), Evolution(ROUNDS, text_windows=512)),
 }

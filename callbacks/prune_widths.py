@@ -32,8 +32,9 @@ from secateur.pruning.protocols import TrainsWeights
 from secateur.pruning.sites import find_sites
 from secateur.pruning.weights.gradually import Gradually
 from secateur.pruning.widths.budget import Budget
+from secateur.pruning.widths.exchange import Exchange
 from secateur.pruning.widths.gate_gradient import Fisher
-from secateur.pruning.widths.gradual_ranking import GradualRanking, WidthSearch
+from secateur.pruning.widths.gradual_ranking import WidthSearch
 from secateur.pruning.widths.scores import WidthScore
 from secateur.pruning.widths.training_score import TrainingScore
 
@@ -57,7 +58,7 @@ class PruneWidths(Prune):
             `LoRATaylor`, which are read off the training steps, gates close at every rise of
             `gradually`, and the model is cut at the last.
         search: How entries are ranked: in rounds, each of which removes the lowest-ranked
-            (`GradualRanking`), or such a ranking improved by `Evolution`.
+            (`GradualRanking`), or such a ranking improved by `Exchange` or `Evolution`.
         compensation: Refits the kept weights; None leaves them unchanged.
         gradually: How the widths shrink while the model trains; all at once before the first step
             if not given, for which scores of training steps come too late.
@@ -75,7 +76,7 @@ class PruneWidths(Prune):
         self,
         budget: Budget,
         score: WidthScore | TrainingScore | None = None,
-        search: WidthSearch = GradualRanking(),  # noqa: B008 (frozen)
+        search: WidthSearch = Exchange(),  # noqa: B008 (frozen)
         compensation: Refit | None = Refit(),  # noqa: B008 (frozen)
         gradually: Gradually | None = None,
         calibration_windows: int = 256,
@@ -103,7 +104,7 @@ class PruneWidths(Prune):
                 f"`score` {name} is read off training steps and needs `gradually`; set "
                 "`gradually.every_n_steps`, or choose a score such as Fisher."
             )
-        if self.search != GradualRanking():
+        if self.search != Exchange():
             raise ValueError(
                 f"`search` ranks on calibration windows, which `score` {name} does not read; leave "
                 "`search` out, or choose a score such as Fisher."

@@ -26,9 +26,11 @@ CALLBACKS = ("AnnealSparsity", "TrackBudget", "PlotWidths", "SaveCheckpoint", "E
 
 # A ranking, a refit and a guard on as little text as these tests have.
 QUICK = (
+    "--model.learning.start.search.start.rounds=2",
+    "--model.learning.start.search.start.batches_per_round=1",
+    "--model.learning.start.search.start.batch_size=4",
     "--model.learning.start.search.rounds=2",
     "--model.learning.start.search.batches_per_round=1",
-    "--model.learning.start.search.batch_size=4",
     "--model.settle.refit_windows=40",
     "--model.settle.held_back_windows=8",
 )

@@ -21,7 +21,13 @@ SMALL: dict[str, dict[str, dict[str, object]]] = {
     "disp.yaml": {},
     "widths/importance.yaml": {
         "PruneWidths": LITTLE_TEXT
-        | {"search.rounds": 2, "search.batches_per_round": 1, "search.batch_size": 4}
+        | {
+            "search.start.rounds": 2,
+            "search.start.batches_per_round": 1,
+            "search.start.batch_size": 4,
+            "search.rounds": 2,
+            "search.batches_per_round": 1,
+        }
     },
     "widths/lora_prune.yaml": {
         "PruneWidths": LITTLE_TEXT | {"gradually.every_n_steps": 1, "gradually.over": 0.6}

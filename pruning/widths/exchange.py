@@ -145,7 +145,7 @@ class Exchange(WidthSearch):
     start: GradualRanking = field(default_factory=GradualRanking)
     rounds: int = 24
     batches_per_round: int = 4
-    weight: float = 0.3
+    weight: float = 0.15
     changes: float = 0.04
 
     def __post_init__(self) -> None:

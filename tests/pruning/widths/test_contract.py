@@ -89,7 +89,7 @@ def callback(method: type) -> PruneWidths:
     return PruneWidths(
         Budget(KEEP),
         score,
-        GradualRanking() if trains(method) else SEARCHES.get(method, RANKING),
+        Exchange() if trains(method) else SEARCHES.get(method, RANKING),
         compensation=refit,
         gradually=Gradually(1, over=0.5),
         calibration_windows=48,
