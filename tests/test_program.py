@@ -159,7 +159,7 @@ IN_WIDTHS = {
     "budget={kep: 0.7}": "`--callbacks.PruneWidths.budget.kep` is not a setting of Budget.",
     "score.alpha=1": "`--callbacks.PruneWidths.score.alpha` is not a setting of Fisher",
     "search.rounds=a": "`--callbacks.PruneWidths.search.rounds` must be a whole number, got 'a'",
-    "search.score.x=1": "`--callbacks.PruneWidths.search.score` is not a setting of GradualRank",
+    "search.score.x=1": "`--callbacks.PruneWidths.search.score` is not a setting of Exchange",
 }
 
 

@@ -43,7 +43,7 @@ from tests.runs import NOISE, make_inputs
 
 pytestmark = NOISE
 PENALTY = GateLearning(Penalty(), start=None)  # as in the paper: from open gates, by a penalty
-QUICK = GateLearning(start=Importance(search=GradualRanking(2, 1, 4)))
+QUICK = GateLearning(start=Importance(search=GradualRanking(2, 1, 4), scale=4.0))
 FEW = {"refit_windows": 40, "held_back_windows": 8}
 Make = Callable[..., MaskLearning]
 
@@ -543,7 +543,7 @@ def test_the_gradient_on_budget_is_that_of_quadratic_losses(power: int) -> None:
     total_N = torch.zeros(gates)
     for step in range(draws):
         logits_N = first_N.clone().requires_grad_()
-        gates_N = ExactBudget().draw(sampler, logits_N, Stream(step), best).gates_N
+        gates_N = ExactBudget(1.0).draw(sampler, logits_N, Stream(step), best).gates_N
         total_N += torch.autograd.grad((gates_N**power).sum(), logits_N)[0]
     p_N = first_N.sigmoid()
     found, expected = (x_N.view(40, -1).mean(1) for x_N in (total_N / draws, p_N * (1 - p_N)))
