@@ -125,7 +125,7 @@ def test_every_method_tells_what_remains_where_figures_come_from_and_what_to_typ
     # 2.5 + 2 passes of 32 windows; 210 and 210 + 1000 (0.7 x 1.11 + 0.3 x 1.8) steps of 8 windows.
     assert "about 2 s of scoring" in blocks.facts["run"]
     assert "about 1 min 21 s," in narrowed.facts["run"]
-    assert "about 9 min 47 s:" in learned.facts["run"]
+    assert "about 9 min 46 s:" in learned.facts["run"]
     recipes = ("depth/prune_only", "widths/importance", "widths/importance", "disp")
     for advice, recipe in zip(found, recipes, strict=True):
         assert (Path(__file__).parents[3] / "configs" / f"{recipe}.yaml").is_file()
