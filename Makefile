@@ -49,7 +49,7 @@ demo: setup
 REAL := from benchmarks.smollm2 import smollm2_folder; print(smollm2_folder())
 
 demo-real: setup
-	@echo "Two to six minutes on two cores, and 93 MB to download the first time."
+	@echo "About five minutes on two cores, and 93 MB to download the first time."
 	$(RUN) -m benchmarks.demo_text runs/demo
 	base="$$($(RUN) -c '$(REAL)')" && $(RUN) train.py fit \
 		--config configs/small/smollm2.yaml --data.train runs/demo/text --model.base "$$base"
