@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ class Recipe:
 # Masks by importance, and a model that trains in steps of one window. A refit on as little text as
 # this time allows does harm to masks that were exchanged.
 SETTLED = ("--data.batch_size=1", "--model.settle.refit=null", "--model.settle.fraction=1")
-# As many steps as fit, with ranking and refit, into the time of the reference's 200.
+# As many steps as fit, with ranking and exchanges, into the time of the reference's 200; of masks
+# alone as many as it takes.
 RECIPES = {
     "masks": Recipe(200, ("--model.settle=null",)),
     "frozen": Recipe(370, SETTLED),
@@ -188,12 +189,6 @@ class Bench:
         return narrow.eval()
 
 
-def _as_setting(search: Exchange) -> str:
-    """A search, as it is typed."""
-    own = {name: getattr(search, name) for name in ("rounds", "batches_per_round")}
-    return json.dumps(own | {"start": vars(search.start)})
-
-
 def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[str]) -> float:
     """Run the command line once; return its cost in plain steps."""
     clock = callback(
@@ -216,7 +211,7 @@ def learn(folder: str, keep: float, recipe: Recipe, root: Path, extra: Sequence[
             "--trainer.enable_progress_bar=false",
             f"--model.base={folder}",
             f"--model.budget.keep={keep}",
-            f"--model.learning.start.search={_as_setting(SEARCH)}",
+            f"--model.learning.start.search={json.dumps(asdict(SEARCH))}",
             f"--data.train={data_folder() / 'text' / 'c4_masktrain.json'}",
             f"--data.validation={data_folder() / 'text' / 'c4_heldout.json'}",
             f"--data.window_tokens={WINDOW_TOKENS}",

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +40,7 @@ from secateur.pruning.progress import tracked
 from secateur.pruning.sites import Site, find_sites, masks_of, split
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking, WidthSearch
+from secateur.pruning.widths.gradual_ranking import Improvement, Ranking
 from secateur.pruning.widths.scores import WidthScore
 
 _OFFSET = 0.15  # standard deviation of a step of an offset; ranks are in [-1, 1)
@@ -157,7 +157,7 @@ def cross(one: Genome, other: Genome, sites: Sequence[Site], generator: torch.Ge
 
 
 @dataclass(frozen=True)
-class Evolution(WidthSearch):
+class Evolution(Improvement):
     """Improve a ranking by evolution.
 
     Args:
@@ -175,7 +175,6 @@ class Evolution(WidthSearch):
         ValueError: A setting is outside its range.
     """
 
-    start: GradualRanking = field(default_factory=GradualRanking)
     generations: int = 20
     children: int = 40
     parents: int = 10
@@ -193,15 +192,13 @@ class Evolution(WidthSearch):
     def windows_read(self, score: WidthScore) -> int:
         return max(self.start.windows_read(score), self.text_windows) + self.held_back_windows
 
-    def choose(
+    def improve(
         self,
         model: PreTrainedModel,
         budget: Budget,
-        score: WidthScore,
-        windows_WT: Int[Tensor, "W T"] | None = None,
+        ranking: Ranking,
+        windows_WT: Int[Tensor, "W T"],
     ) -> Ranking:
-        text_WT = self.text(score, windows_WT)
-        ranking = self.start.choose(model, budget, score, text_WT[: self.start.windows_read(score)])
         family, rank_N = budget.family(model.config), ranking.positions_N()
         sites, table = find_sites(model, family), budget.cost.table(model, family)
 
@@ -220,9 +217,9 @@ class Evolution(WidthSearch):
 
         try:
             with evaluation(model):
-                steps = self.evolve(express, loss, rank_N, sites, text_WT)
+                steps = self.evolve(express, loss, rank_N, sites, windows_WT)
                 last = list(tracked(steps, "Evolving widths", self.generations))[-1]
-                held_WT = text_WT[-self.held_back_windows :]
+                held_WT = windows_WT[-self.held_back_windows :]
                 best = compared(last.parents, loss, held_WT)[0]
         finally:
             hooks.remove()

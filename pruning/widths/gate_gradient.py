@@ -27,7 +27,7 @@ window, B = windows of a batch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from secateur.pruning.families import Family
 from secateur.pruning.measure.perplexity import window_nll
 from secateur.pruning.modes import evaluation, frozen
-from secateur.pruning.sites import Site
+from secateur.pruning.sites import Site, find_sites
 from secateur.pruning.widths.gate_hooks import GateHooks
 from secateur.pruning.widths.scores import WidthScore, scores_per_cost
 
@@ -69,6 +69,31 @@ def gate_gradients(
     return torch.cat([gradient_B1I.squeeze(1) for gradient_B1I in gradients], dim=1).cpu()
 
 
+def gradients_of_windows(
+    model: PreTrainedModel,
+    family: Family,
+    gates: Sequence[Tensor],
+    windows_WT: Int[Tensor, "W T"],
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """Yield the gradients at all gates batch by batch, shape (B, N), see `gate_gradients`.
+
+    Args:
+        model: The dense model; it is not changed.
+        family: The row of its family, with the sites that have gates.
+        gates: Gates at which the gradient is computed: one vector of shape (I,) per site.
+        windows_WT: Token ids of calibration text.
+        batch_size: Windows per forward pass, 1 or more.
+    """
+    hooks = GateHooks(model, family)
+    try:
+        with evaluation(model), frozen(model):
+            for windows_BT in windows_WT.split(batch_size):
+                yield gate_gradients(model, hooks, gates, windows_BT)
+    finally:
+        hooks.remove()
+
+
 @dataclass(frozen=True)
 class _WindowGradients(WidthScore):
     """A score that averages a function of the gate gradients over windows."""
@@ -89,15 +114,9 @@ class _WindowGradients(WidthScore):
         batch_size: int = 8,
     ) -> Float[Tensor, " N"]:
         text_WT = self.text(windows_WT)
-        hooks = GateHooks(model, family)
-        try:
-            gates = gates or [torch.ones(site.size) for site in hooks.sites]
-            total_N = torch.zeros(sum(site.size for site in hooks.sites))
-            with evaluation(model), frozen(model):
-                for windows_BT in text_WT.split(batch_size):
-                    total_N += self.of(gate_gradients(model, hooks, gates, windows_BT)).sum(0)
-        finally:
-            hooks.remove()
+        gates = gates or [torch.ones(site.size) for site in find_sites(model, family)]
+        batches = gradients_of_windows(model, family, gates, text_WT, batch_size)
+        total_N = sum((self.of(own_BN).sum(0) for own_BN in batches), torch.zeros(()))
         return self.finite(total_N / len(text_WT))
 
     def scores(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -245,3 +245,45 @@ class GradualRanking(WidthSearch):
         """Run all rounds; see `steps`."""
         rounds = self.steps(model, budget, score, windows_WT)
         return list(tracked(rounds, f"Ranking widths by {type(score).__name__}", self.rounds))[-1]
+
+
+@dataclass(frozen=True)
+class Improvement(WidthSearch):
+    """A search that improves the ranking of another one.
+
+    Args:
+        start: The search that makes the ranking.
+    """
+
+    start: GradualRanking = field(default_factory=GradualRanking)
+
+    @abstractmethod
+    def improve(
+        self,
+        model: PreTrainedModel,
+        budget: Budget,
+        ranking: Ranking,
+        windows_WT: Int[Tensor, "W T"],
+    ) -> Ranking:
+        """Improve a ranking.
+
+        Args:
+            model: The dense model; it is not changed.
+            budget: Budget that the open gates meet, before and after.
+            ranking: The ranking.
+            windows_WT: Token ids of all windows that the search reads, those of the ranking first.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+
+    def choose(
+        self,
+        model: PreTrainedModel,
+        budget: Budget,
+        score: WidthScore,
+        windows_WT: Int[Tensor, "W T"] | None = None,
+    ) -> Ranking:
+        text_WT = self.text(score, windows_WT)
+        ranking = self.start.choose(model, budget, score, text_WT[: self.start.windows_read(score)])
+        return self.improve(model, budget, ranking, text_WT)

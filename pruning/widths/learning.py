@@ -176,6 +176,7 @@ class Importance:
         search: Search that ranks them.
         scale: Logits start between -scale and scale, above 0; noise has a standard deviation of
             1.8, and so exchanges the gates in a part of the ranking that shrinks with the scale.
+            It suits `ExactBudget`; gates that `Penalty` has to move start from null instead.
         seed: Seed of the draw of windows, 0 or more.
 
     Raises:

@@ -97,17 +97,38 @@ class WidthScore(GateScore, ABC):
         return windows_WT
 
     def finite(self, values_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return values that are finite.
+        """Return values that are finite; see `finite`."""
+        return finite(values_N, type(self).__name__)
 
-        Raises:
-            ValueError: One is not.
-        """
-        if not bool(values_N.isfinite().all()):
-            raise ValueError(
-                f"{type(self).__name__} found values that are not finite; load the model in "
-                "float32 or bfloat16, or look at its weights."
-            )
-        return values_N
+
+def finite(values_N: Float[Tensor, " N"], method: str) -> Float[Tensor, " N"]:
+    """Return values that are finite.
+
+    Args:
+        values_N: One value per gate.
+        method: Name of the score or search that found them, for the error.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if not bool(values_N.isfinite().all()):
+        raise ValueError(
+            f"{method} found values that are not finite; load the model in float32 or bfloat16, or "
+            "look at its weights."
+        )
+    return values_N
+
+
+def costs_of_gates(sites: Sequence[Site], marginal_S: Float[Tensor, " S"]) -> Float[Tensor, " N"]:
+    """Cost of one more entry of the site of every gate, float64 and above 0.
+
+    Args:
+        sites: The sites, in order.
+        marginal_S: Cost of one more entry of every site, see `CostModel.marginal`.
+    """
+    size_S = torch.tensor([site.size for site in sites])
+    tiny = torch.finfo(torch.float32).tiny
+    return marginal_S.double().clamp_min(tiny).repeat_interleave(size_S)
 
 
 def scores_per_cost(
@@ -120,10 +141,8 @@ def scores_per_cost(
         sites: The sites, in order.
         marginal_S: Cost of one more entry of every site.
     """
-    size_S = torch.tensor([site.size for site in sites])
     tiny = torch.finfo(torch.float32).tiny
-    cost_N = marginal_S.double().clamp_min(tiny).repeat_interleave(size_S)
-    return values_N.double().clamp_min(tiny).log() - cost_N.log()
+    return values_N.double().clamp_min(tiny).log() - costs_of_gates(sites, marginal_S).log()
 
 
 def refuse_parts(sites: Sequence[Site]) -> None:

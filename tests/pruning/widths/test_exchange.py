@@ -5,12 +5,14 @@ import torch
 
 from secateur.pruning.families import family_of
 from secateur.pruning.measure.perplexity import window_nll
+from secateur.pruning.modes import frozen
 from secateur.pruning.sites import find_sites, masks_of, split
 from secateur.pruning.widths.budget import Budget
 from secateur.pruning.widths.exchange import Exchange, exchanged, values_of_gates
-from secateur.pruning.widths.gate_gradient import Fisher
+from secateur.pruning.widths.gate_gradient import Fisher, gate_gradients
 from secateur.pruning.widths.gate_hooks import GateHooks
-from secateur.pruning.widths.gradual_ranking import GradualRanking
+from secateur.pruning.widths.gradual_ranking import GradualRanking, Ranking
+from secateur.pruning.widths.scores import costs_of_gates
 from secateur.pruning.widths.width_magnitude import RandomOrder
 from tests.pruning.widths.test_gradual_ranking import BUDGETS, WINDOWS_WT, cost
 from tests.tiny import tiny_llama
@@ -19,20 +21,35 @@ SEARCH = Exchange(GradualRanking(1, 1, 4), rounds=6, batches_per_round=2, change
 
 
 def test_the_values_of_the_worked_case() -> None:
-    found_N = values_of_gates(torch.tensor([[-0.4, -0.2]]), torch.tensor([1.0, 0.0]), tokens=2)
-    torch.testing.assert_close(found_N, torch.tensor([0.56, 0.16]).double())
+    mean_N = torch.tensor([-0.4, -0.2])
+    found_N = values_of_gates(mean_N, mean_N.square(), torch.tensor([1.0, 0.0]), tokens=2)
+    torch.testing.assert_close(found_N, torch.tensor([0.56, 0.16]))
 
 
-def test_values_are_exact_for_a_quadratic_loss_in_either_state() -> None:
-    # L(m) = a m + h m^2 / 2; with one token per window, gradients with the mean of the true one
-    # and mean square h have windows around it.
-    a, h = -0.3, 0.5
-    for mask in (1.0, 0.0):
-        gradient = a + h * mask
-        spread = (h - gradient**2) ** 0.5
-        gradients_WN = torch.tensor([[gradient + spread], [gradient - spread]]).double()
-        value_N = values_of_gates(gradients_WN, torch.tensor([mask]), tokens=1)
-        torch.testing.assert_close(value_N, torch.tensor([-a - h / 2]).double())
+@pytest.mark.parametrize("mask", [1.0, 0.0])
+def test_values_are_exact_for_a_quadratic_loss_in_either_state(mask: float) -> None:
+    a, h = -0.3, 0.5  # L(m) = a m + h m^2 / 2
+    mean_N, square_N = torch.tensor([a + h * mask]), torch.tensor([h])
+    value_N = values_of_gates(mean_N, square_N, torch.tensor([mask]), tokens=1)
+    torch.testing.assert_close(value_N, torch.tensor([-a - h / 2]))
+
+
+def test_values_on_windows_are_those_of_their_gradients() -> None:
+    model, search = tiny_llama(), Exchange(GradualRanking(1, 1, 4), rounds=1, weight=1.0)
+    hooks = GateHooks(model)
+    gates = [torch.ones(site.size) for site in hooks.sites]
+    with frozen(model):
+        gradients_WN = gate_gradients(model, hooks, gates, WINDOWS_WT).double()
+    hooks.remove()
+    half_N = WINDOWS_WT.shape[1] * gradients_WN.square().mean(0) / 2
+    (ranking,) = search.steps(model, Budget(1.0), Ranking.start(hooks.sites), WINDOWS_WT)
+    marginal_S = (
+        Budget()
+        .cost.table(model)
+        .marginal(torch.tensor([float(site.size) for site in hooks.sites]))
+    )
+    expected_N = (half_N - gradients_WN.mean(0)) / costs_of_gates(hooks.sites, marginal_S)
+    torch.testing.assert_close(ranking.scores_N, expected_N, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BUDGETS)
