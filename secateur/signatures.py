@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -77,8 +78,11 @@ def _signature(kind: Any) -> dict[str, inspect.Parameter]:
 
 def hints_of(kind: Any) -> dict[str, Any]:
     """The types of the settings of a class, by name; empty if they are not known."""
+    # The types of inherited fields are written in the modules of their own classes, which the
+    # `__init__` of a dataclass does not know.
+    from_init = inspect.isclass(kind) and not is_dataclass(kind)
     try:
-        return get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+        return get_type_hints(kind.__init__ if from_init else kind)
     except NameError:  # of a type that is imported for checkers only
         return {}
 

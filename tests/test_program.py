@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -13,12 +14,16 @@ import pytest
 import torch
 import yaml
 
+import secateur.callbacks
+import secateur.modules
 from secateur import program, yaml_text
 from secateur.command_line import TrainCLI
 from secateur.mistakes import explain
 from secateur.pruning.commands import UsageError
 from secateur.pruning.files.checkpoints import seal, write_whole
 from secateur.pruning.files.settings import refuse_other
+from secateur.pruning.widths.exchange import Exchange
+from secateur.signatures import hints_of, objects_of, parameters_of, subclasses_of
 from secateur.trainer_settings import check_trainer
 from tests.runs import NOISE, learn_masks, make_inputs
 
@@ -172,6 +177,26 @@ def test_settings_inside_a_callback_are_told_by_its_name(
     said = refused(line, ["fit", f"--config={recipe}", *FILLED, named])
     assert re.search(message.replace("?", r"\?"), said), said
     assert "trainer.callbacks" not in said
+
+
+def classes_of_settings() -> Iterator[type]:
+    """All classes of this library that a configuration can name, however deep."""
+    named = [(secateur.callbacks, name) for name in secateur.callbacks.__all__]
+    named += [(secateur.modules, name) for name in secateur.modules.__all__]
+    todo, seen = [getattr(*each) for each in named], set[type]()
+    while todo:
+        for kind in subclasses_of(todo.pop()):
+            if kind not in seen and kind.__module__.startswith("secateur."):
+                seen.add(kind)
+                todo += [found for hint in hints_of(kind).values() for found in objects_of(hint)]
+                yield kind
+
+
+def test_types_of_all_settings_are_known() -> None:
+    """Also of those that a class inherits from another module."""
+    classes = [*classes_of_settings()]
+    assert Exchange in classes
+    assert all(set(parameters_of(kind)) <= set(hints_of(kind)) for kind in classes)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
