@@ -87,18 +87,18 @@ def kill(seed: int, arguments: list[str], folder: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_killed_runs_end_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Within a step, twice; while a checkpoint is written, twice; while the model is exported."""
-    figures = measure(tmp_path, kills=5, max_steps=6)
+    """Within a step, while a checkpoint is written, and while the model is exported."""
+    figures = measure(tmp_path, kills=3, max_steps=6)
     assert figures["different_plans"] == figures["different_models"] == 0
     # A moment drawn for one phase may fall into the next where the machine is slower or faster.
-    assert sum(figures[f"killed_in_{phase}"] for phase in PHASES) == 5
+    assert sum(figures[f"killed_in_{phase}"] for phase in PHASES) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_killed_runs_of_other_kinds_end_as_uninterrupted_ones(tmp_path: Path) -> None:
-    """Three of the variants, and an export at three places; the benchmark has them all."""
-    names = ["masks of a narrow base, settled", "zeros gradually, low rank", "widths gradually"]
+    """Two of the variants, and an export at three places; the benchmark has them all."""
+    names = ["masks of a narrow base, settled", "zeros gradually, low rank"]
     figures = measure_variants(tmp_path, names)
     assert figures["different"] == []
     assert figures["different_plans"] == figures["different_models"] == 0
@@ -157,7 +157,7 @@ def test_sigterm_while_libraries_load_waits_for_the_first_step_under_srun_only(
 
 
 def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
-    """All steps are tried, epoch boundaries and validations included, in one process."""
+    """From within an epoch and from its end, and from validations, in one process."""
     make_inputs(tmp_path)
     write_text(tmp_path / "text.json", documents=5)
     settings = ["--trainer.val_check_interval=3", "--trainer.logger=false"]
@@ -165,7 +165,7 @@ def test_every_checkpoint_leads_to_the_same_plan(tmp_path: Path) -> None:
     run = [*learn_masks(tmp_path, tmp_path / "run", 8, callbacks), *settings]
     call([*run, *with_callbacks(["SaveCheckpoint"], every_n_steps=1), "--trainer.callbacks.keep=9"])
     whole = content(tmp_path / "run" / "plan")
-    for step in range(1, 8):
+    for step in (2, 3, 5, 7):
         root = tmp_path / f"from_{step}"
         path = tmp_path / "run" / "checkpoints" / f"step={step}.ckpt"
         resumed = call([*run, f"--trainer.default_root_dir={root}", f"--ckpt_path={path}"])

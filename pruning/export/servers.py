@@ -105,7 +105,7 @@ class VLLM(Server):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if HEADS in {name for widths in config.get("block_widths") or () for name in widths}:
             raise ValueError(
-                f"{self.name} takes one number of heads for all blocks from config.json, and blocks "
+                f"{self.name} takes one number of heads for all blocks from config.json, and some "
                 f"of {folder} have others; serve it with llama.cpp, or prune heads with "
                 "`budget.uniform: true` (Llama, Mistral, Qwen3, Gemma)."
             )

@@ -51,7 +51,7 @@ def test_masked_equals_exported(family: str, which: str, tmp_path: Path) -> None
     with hooks.applied(plan.gates(), plan.gains):
         expected_BTV = dense(TOKENS_BT).logits
     assert expected_BTV.std() > 0.1
-    torch.testing.assert_close(small(TOKENS_BT).logits, expected_BTV, atol=1e-4, rtol=0)
+    torch.testing.assert_close(small(TOKENS_BT).logits, expected_BTV, atol=1e-3, rtol=0)
     # Token by token, beyond the sliding windows, in every kind of cache.
     for cache in (
         DynamicCache(),
@@ -60,7 +60,7 @@ def test_masked_equals_exported(family: str, which: str, tmp_path: Path) -> None
     ):
         for begin, end in ((0, 6), *((t, t + 1) for t in range(6, 14))):
             found_BtV = small(TOKENS_BT[:, begin:end], past_key_values=cache).logits
-            torch.testing.assert_close(found_BtV, expected_BTV[:, begin:end], atol=1e-4, rtol=0)
+            torch.testing.assert_close(found_BtV, expected_BTV[:, begin:end], atol=1e-3, rtol=0)
             assert int(cache.get_seq_length()) == end
     # Counted by walking the modules, as the table promised.
     counts, widths_S = count(small), torch.tensor(plan.widths).double()

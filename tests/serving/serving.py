@@ -32,7 +32,6 @@ NEW_TOKENS, CHUNK = 24, 32
 EVERY = [f"{family}, {kind}" for family in FAMILIES for kind in PLANS]
 
 
-
 def vllm_error(name: str) -> str | None:
     """Part of the message with which vLLM stops at a model; None if it is supported."""
     family, kind = name.split(", ")

@@ -140,7 +140,7 @@ def test_a_silent_half_adds_nothing(part: Any, pair: Pair) -> None:
         for begin, end in ((0, 4), (4, 5), (5, 9)):
             given = {"past_key_values": cache, "use_cache": True}
             logits_BtV = pair.dense(windows_BT[:, begin:end], **given).logits
-            torch.testing.assert_close(logits_BtV, uncached_BTV[:, begin:end], atol=1e-4, rtol=0)
+            torch.testing.assert_close(logits_BtV, uncached_BTV[:, begin:end], atol=1e-3, rtol=0)
     handle = projection.register_forward_hook(lambda module, args, output: output * 0)
     expected_BTV = pair.dense(windows_BT).logits
     handle.remove()

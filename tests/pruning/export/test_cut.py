@@ -44,7 +44,7 @@ def test_the_cut_model_is_the_masked_one(family: str, variant: str, tmp_path: Pa
     model = tiny_model(family, **overrides)
     for plan in plans(base):
         expected_BTV, narrow = masked(model, plan), cut(model, plan)
-        torch.testing.assert_close(narrow(TOKENS_BT).logits, expected_BTV, atol=1e-4, rtol=0)
+        torch.testing.assert_close(narrow(TOKENS_BT).logits, expected_BTV, atol=1e-3, rtol=0)
         assert (type(narrow) is type(model)) == (plan.stock_widths() is not None)
         assert narrow.config._attn_implementation == model.config._attn_implementation
 

@@ -94,7 +94,7 @@ def test_a_registered_attention_gets_every_call_and_every_keyword(folder: Path) 
     base.set_attn_implementation("of_a_test")
     other_BTD = base(TOKENS_BT, mark=7).last_hidden_state
     assert seen == [(layer, 7) for layer in range(4)]
-    torch.testing.assert_close(other_BTD, plain_BTD, atol=1e-4, rtol=0)
+    torch.testing.assert_close(other_BTD, plain_BTD, atol=1e-3, rtol=0)
 
 
 def test_a_language_model_adds_a_head_and_nothing_else(folder: Path) -> None:
@@ -207,4 +207,4 @@ def test_it_compiles_in_one_graph(folder: Path) -> None:
     torch.compiler.reset()
     compiled: Any = torch.compile(small, fullgraph=True, backend="aot_eager")
     found_BTV = compiled(TOKENS_BT, use_cache=False).logits
-    torch.testing.assert_close(found_BTV, small(TOKENS_BT).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found_BTV, small(TOKENS_BT).logits, atol=1e-3, rtol=0)
