@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from secateur.modules.settling import AllWeights, Gains, LowRank, Trained
-from tests.runs import NOISE, call, make_inputs
+from tests.runs import NOISE, QUICK, call, make_inputs
 
 pytestmark = NOISE
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -110,6 +110,7 @@ def test_a_small_recipe_runs(recipe_name: str, tmp_path: Path) -> None:
         "--trainer.log_every_n_steps=1",
         "--trainer.enable_progress_bar=false",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
+        *(QUICK if recipe["model"]["class_path"] == "MaskLearning" else ()),
     ]
     settings += [
         f"--callbacks.{callback}.{setting}={value}"
