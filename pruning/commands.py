@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +26,9 @@ _KNOWN = re.compile(
     r"|xox[abp]-[\w-]{10,}|AKIA[0-9A-Z]{16}"
 )
 _HIDDEN = "***"
+
+JSON, PAGE = (b"{", b"["), (b"<!doctype html>",)
+"""What files that are written with `new_file` begin with."""
 
 
 def without_secrets(arguments: Iterable[str]) -> list[str]:
@@ -181,15 +184,32 @@ def device_here(text: str) -> str:
     return text
 
 
-def new_file(text: str) -> Path:
-    """A file to write.
+def new_file(starts: tuple[bytes, ...]) -> Callable[[str], Path]:
+    """The type of an argument that names a file to write.
 
-    Raises:
-        ArgumentTypeError: Its folder does not exist, or it is a folder.
+    A file that exists may be replaced if it is of the same kind, or empty, and no part of a model.
+
+    Args:
+        starts: What files of the kind begin with, one of them.
+
+    Returns:
+        A function from the argument to the path. It raises an ArgumentTypeError if the folder does
+        not exist, the path is a folder, or the file is not to be replaced.
     """
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.absolute().parent}")
-    return path
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+        if not path.absolute().parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.absolute().parent}")
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                same = file.read(max(map(len, starts))).startswith(starts)
+            if not same or (starts == JSON and path.with_name("config.json").exists()):
+                raise argparse.ArgumentTypeError(
+                    f"{path} exists and is not a file of this command; name another or remove it"
+                )
+        return path
+
+    return parse

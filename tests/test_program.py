@@ -564,6 +564,7 @@ def test_what_a_checkpoint_lacks_is_told_as_such() -> None:
         ("gguf /no/such out.gguf", "`FOLDER` '/no/such' does not exist", 1),
         ("gguf BASE /no/such/out.gguf", "there is no folder /no/such", 2),
         ("serve-check /no/such", "`FOLDER` '/no/such' does not exist", 1),
+        ("repair /no/such", "`FOLDER` '/no/such' does not exist", 1),
         ("serve-check BASE --at-once 0", "`--at-once` must be 1 or more, got 0", 1),
     ],
 )

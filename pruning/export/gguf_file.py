@@ -409,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = CommandParser("gguf", _HELP)
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=Path, help="model folder: config, safetensors, tokenizer")
-    add("out", metavar="OUT", type=new_file, help="the GGUF file, replaced if it exists")
+    add("out", metavar="OUT", type=new_file((b"GGUF",)), help="new GGUF file, or one to replace")
     add("--type", choices=TYPES, default="f16", help="type of the weights (default: f16)")
     args = parser.parse_args(arguments)
     with parser.naming():

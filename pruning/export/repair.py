@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from secateur.pruning.commands import CommandParser
+from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.files.fingerprint import fingerprint
 from secateur.pruning.files.model_folder import (
     CONFIG,
@@ -43,6 +44,7 @@ def repair(folder: str | Path) -> list[str]:
         ValueError: The folder is not a pruned model.
     """
     folder = Path(folder)
+    BaseModel(folder, "folder").judge()
     if not is_ours(folder):
         raise ValueError(
             f"`folder` {folder} is not a model cut by a plan: it lacks {CONFIG}, a plan, or "

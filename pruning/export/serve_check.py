@@ -9,6 +9,7 @@ As a command: `python -m secateur serve-check --help`.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from secateur.pruning.commands import CommandParser, new_file
+from secateur.pruning.commands import JSON, CommandParser, new_file
 from secateur.pruning.export.servers import SERVERS, Answer, Server, running
 from secateur.pruning.files.base_model import BaseModel
 
@@ -77,8 +78,8 @@ def serve_check(
         requests: Numbers of simultaneous requests to measure, each 1 or more.
 
     Raises:
-        ValueError: `dtype` is unknown, a number is below 1, the folder cannot be loaded, or no
-            server is installed.
+        ValueError: `dtype` is unknown, a number is below 1, the folder cannot be loaded, `python`
+            cannot be run, or no server is installed.
     """
     folder, python = Path(folder), Path(python)
     if dtype not in _TYPES:
@@ -86,6 +87,8 @@ def serve_check(
     if min(requests, default=0) < 1:
         raise ValueError(f"`requests` must be 1 or more, got {min(requests, default=0)}.")
     BaseModel(folder, "folder").judge()
+    if shutil.which(python) is None:
+        raise ValueError(f"`python` {python} is not a program; name the interpreter with servers.")
     installed = [server for server in SERVERS if _has(python, server)]
     if not installed:
         names = "; ".join(f"{server.name}: {server.install}" for server in SERVERS)
@@ -236,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--python", type=Path, default=Path(sys.executable), help="interpreter with the servers")
     add("--dtype", default="float32", choices=_TYPES, help="type of all (default: float32)")
     add("--at-once", type=int, nargs="+", default=[1, 4], metavar="N", help="requests at once")
-    add("--json", type=new_file, metavar="FILE", help="write the figures as JSON, too")
+    add("--json", type=new_file(JSON), metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(arguments)
     with parser.naming(requests="--at-once"):
         found = serve_check(args.folder, args.python, args.dtype, args.at_once)

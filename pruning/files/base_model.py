@@ -367,7 +367,8 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
             ) from error
         if Path(name).is_dir() and not any(map(any, map(Path(name).glob, _TOKENIZERS))):
             raise ValueError(
-                f"{name} holds no tokenizer, no {' or '.join(_TOKENIZERS)}."
+                f"{name} holds no tokenizer, no {' or '.join(_TOKENIZERS)}; "
+                "save that of the model it was made from into it."
             ) from error
         raise ValueError(f"{name} has no readable tokenizer: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from secateur.pruning.commands import CommandParser, device_here, new_file, read_text
+from secateur.pruning.commands import JSON, PAGE, CommandParser, device_here, new_file, read_text
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.generation import prompts_for
 from secateur.pruning.measure.latency_table import read_table
@@ -167,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="run Python files of the tokenizer of the first model",
     )
-    add("--json", type=new_file, help="write the figures to this file")
-    add("--html", type=new_file, help="write a page with figures and answers to this file")
+    add("--json", type=new_file(JSON), help="write the figures to this file")
+    add("--html", type=new_file(PAGE), help="write a page with figures and answers to this file")
     args = parser.parse_args(arguments)
     for what in ("folders", "text", "task"):
         names = [name for name, _ in getattr(args, what)]

@@ -6,13 +6,12 @@ As a command: `python -m secateur latency --help`. How: `secateur.pruning.measur
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from secateur.pruning.commands import CommandParser
+from secateur.pruning.commands import JSON, CommandParser, new_file
 from secateur.pruning.files.base_model import BaseModel
 from secateur.pruning.measure.latency_bench import Bench, Measurement
 from secateur.pruning.measure.latency_table import LatencyTable
@@ -90,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = CommandParser("latency", _HELP)
     add, usual = parser.add_argument, Measurement()
     add("model", metavar="MODEL", help="folder of the model, or a hub id")
-    add("--output", type=Path, required=True, metavar="FILE", help="where the table goes, JSON")
+    where = new_file(JSON)
+    add("--output", type=where, required=True, metavar="FILE", help="where the table goes, JSON")
     add("--prompt-tokens", type=int, default=usual.prompt_tokens, help="of a prefill (%(default)s)")
     add("--new-tokens", type=int, default=usual.new_tokens, help="decoded behind it (%(default)s)")
     add("--batch-size", type=int, default=usual.batch_size, help="sequences (%(default)s)")
@@ -103,8 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--cpu-time", action="store_true", help="processor time, of one thread of a CPU")
     add("--seed", type=int, default=usual.seed, help="of widths, order and weights (%(default)s)")
     args = parser.parse_args(arguments)
-    if not args.output.absolute().parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.absolute().parent}")
     base = BaseModel(args.model, "MODEL")
     how = Measurement(
         prompt_tokens=args.prompt_tokens,

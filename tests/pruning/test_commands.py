@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
-from secateur.pruning.commands import CommandParser, read_text, typed_command, without_secrets
+from secateur.pruning.commands import (
+    JSON,
+    PAGE,
+    CommandParser,
+    new_file,
+    read_text,
+    typed_command,
+    without_secrets,
+)
 
 TOKEN = "hf_" + "aB3" * 12
 SECRETS = {
@@ -81,3 +90,24 @@ def test_text_is_a_file_or_the_files_of_a_folder(tmp_path: Path) -> None:
         read_text(tmp_path / "none")
     with pytest.raises(ValueError, match="`--text` .*missing cannot be read"):
         read_text(tmp_path / "missing")
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    page.write_bytes(PAGE[0] + b"<html>")
+    assert new_file(PAGE)(str(page)) == page  # that of a former call
+    for before in (None, b"", b'{"a": 1}'):
+        if before is not None:
+            out.write_bytes(before)
+        assert new_file(JSON)(str(out)) == out
+    for path in (page, out):
+        with pytest.raises(ArgumentTypeError, match="is not a file of this command"):
+            new_file((b"GGUF",))(str(path))
+    (tmp_path / "config.json").write_bytes(b"{}")  # of a model, then
+    for path in (out, tmp_path / "config.json"):
+        with pytest.raises(ArgumentTypeError, match="name another or remove it"):
+            new_file(JSON)(str(path))
+    with pytest.raises(ArgumentTypeError, match="is a folder"):
+        new_file(JSON)(str(tmp_path))
+    with pytest.raises(ArgumentTypeError, match="there is no folder"):
+        new_file(JSON)(str(tmp_path / "none" / "out"))

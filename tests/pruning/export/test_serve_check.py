@@ -111,6 +111,8 @@ def test_without_a_server_the_packages_are_named(tmp_path: Path) -> None:
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     python.chmod(0o755)
     base = tiny_folder(tmp_path / "base")
+    with pytest.raises(ValueError, match="`python` /no/such is not a program"):
+        serve_check(base, "/no/such")
     with pytest.raises(ValueError, match=r"has none of the servers.*xllamacpp"):
         main([str(base), "--python", str(python)])
     with pytest.raises(ValueError, match="`dtype` must be one of float32, bfloat16, float16, got"):
