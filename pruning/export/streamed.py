@@ -79,8 +79,8 @@ def verify_streamed(
         folder: The exported model.
         windows_BT: Token ids, at least 2 per window.
         device: Device of both computations.
-        tolerance: Largest difference of two logits, above 0. With gains that were folded into
-            weights of a narrow type, it is that of `secateur.pruning.export.verify.verify_export`.
+        tolerance: Largest difference of two logits, as for
+            `secateur.pruning.export.verify.verify_export`.
 
     Returns:
         The largest absolute difference of two logits.

@@ -155,6 +155,8 @@ def test_a_cut_in_memory_is_compared_in_float32(tmp_path: Path) -> None:
     """In bfloat16 a deep model can differ by more than any fixed number of roundings."""
     live, plan, narrow = cut_in_bfloat16(tmp_path)
     assert verify_cut(live, plan, narrow, WINDOWS_BT) < 1e-4
+    # A model may amplify its roundings beyond any tolerance.
+    assert verify_cut(live, plan, narrow, WINDOWS_BT, tolerance=1e-12) > 1e-12
     with torch.no_grad():
         narrow.get_parameter("model.layers.2.mlp.down_proj.weight")[0, 0] += 0.25
     with pytest.raises(ExportError, match="block 2"):
