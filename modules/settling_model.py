@@ -196,7 +196,7 @@ class SettlingModel(GatedModel):
         """Choose the final masks; cut and refit the model if it can be cut."""
         self._settled_at = self.global_step
         reschedule(self.trainer)  # it may be sooner than schedules have expected
-        masks_N, which = self._better_masks()
+        masks_N, self._notes = self._better_masks()
         self.settled_N.copy_(masks_N.bool())
         if self.settle is None:
             return
@@ -211,7 +211,7 @@ class SettlingModel(GatedModel):
             narrow, notes = cut_and_refitted(self.model, plan, self.settle, *text)
             news = notes, narrow.state_dict() if self.trainer.world_size > 1 else None
         notes, weights = self.trainer.strategy.broadcast(news)
-        self._notes = which | notes
+        self._notes |= notes
         rank_zero_info(f"The masks have settled: {_shown(self._notes)}.")
         if narrow is None:
             narrow = cut(self.model, plan)
@@ -220,17 +220,17 @@ class SettlingModel(GatedModel):
 
     def _better_masks(self) -> tuple[Tensor, dict[str, Any]]:
         """The learned masks, or those of the initial ranking if they have the lower perplexity on
-        the windows held back; and the comparison for the report. Of several sizes the mean decides,
+        windows held back; and the comparison for the report. Of several sizes the mean decides,
         so that all are cut from the same ranking.
         """
-        if self.settle is None or self._ranked_N is None:
+        if self._ranked_N is None:
             return self._masks(), {}
         cuts = {"learned": self._cut(self._cpu_logits()), "ranking": self._cut(self._ranked_N)}
         if all(map(torch.equal, cuts["learned"].values(), cuts["ranking"].values())):
             return cuts["learned"][self.budget.keep], {}
         found: dict[str, float] = {}
         if self.trainer.is_global_zero:
-            held_WT, _ = self._settling_text(self.settle)
+            held_WT, _ = self._settling_text(self.settle or Settle())
             for name, masks in cuts.items():
                 each = list(masks.values())
                 found[name] = perplexity_of_masks(self.model, self.hooks, each, held_WT)
@@ -323,11 +323,11 @@ class SettlingModel(GatedModel):
         windows = self._data.validation_set
         windows_NT = torch.stack([windows[place] for place in range(len(windows))])
         device, base = self.trainer.strategy.root_device, self.base_folder
+        if not self._has_settled and (self._cuts or (self.settle is None and not self.divided)):
+            self._settle()  # no step was left to settle in; all ranks agree on the masks
         if not self.divided and not self.trainer.is_global_zero:
             return
         if self.settle is not None and self._cuts:
-            if not self._has_settled:
-                self._settle()  # no step was left to settle in
             self._judge_training(self.settle)
         plan = self.plan()
         masks = {"masks": dict(plan.provenance)}

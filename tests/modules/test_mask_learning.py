@@ -550,9 +550,10 @@ def test_the_gradient_on_budget_is_that_of_quadratic_losses(power: int) -> None:
     torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("settles", [True, False])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_learned_masks_are_kept_only_if_they_are_better_than_the_ranking(
-    inputs: Path, data: TextData, tmp_path: Path, sign: float
+    inputs: Path, data: TextData, tmp_path: Path, sign: float, settles: bool
 ) -> None:
     """With the sign turned, what is learned is the ranking upside down."""
 
@@ -563,9 +564,11 @@ def test_learned_masks_are_kept_only_if_they_are_better_than_the_ranking(
                 trainer.save_checkpoint(tmp_path / "turned.ckpt")
 
     def run(to: str, **kwargs: Any) -> MaskLearning:
-        settle = Settle(fraction=0.5, **FEW)
+        settle = Settle(fraction=0.5, **FEW) if settles else None
         module = MaskLearning(str(inputs / "base"), learning=QUICK, settle=settle)
         trainer(tmp_path / to, Turn(), max_steps=4, limit_val_batches=0).fit(module, data, **kwargs)
+        if not settles:
+            module.export(tmp_path / to / "model", "the command")
         return module
 
     module = run("whole")
