@@ -21,7 +21,8 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make test-cluster  runs on a local SLURM of two nodes, from Debian packages"
-	@echo "make test-serving  exported models in vLLM and llama.cpp, in .venv-serving"
+	@echo "make test-serving  exported models in vLLM and llama.cpp, in .venv-serving;"
+	@echo "                   ONLY='-m \"not slow\"' leaves most families out"
 	@echo "make test-oldest  exported models with the oldest transformers, and with version 4"
 	@echo "make check      format, lint, types, direction of imports"
 	@echo "make site       the documentation as a site, in site/"
@@ -99,7 +100,7 @@ test-cluster: setup
 
 test-serving: setup
 	tests/serving/install
-	$(RUN) -m pytest -o faulthandler_timeout=3600 tests/serving/serving.py
+	$(RUN) -m pytest -o faulthandler_timeout=3600 tests/serving/serving.py $(ONLY)
 
 check: setup
 	$(RUN) -m ruff format --check .

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,18 @@ ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("SECATEUR_SERVING", ROOT / ".venv-serving" / "bin" / "python"))
 PROMPTS = [[1], [1, 5, 6], [1, 7, 8, 9, 200, 33, 12], [1, *range(10, 70)]]
 NEW_TOKENS, CHUNK = 24, 32
-EVERY = [f"{family}, {kind}" for family in FAMILIES for kind in PLANS]
+
+
+def rows(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; models of most families are slow, and the gate leaves them out."""
+    quick = ("llama", "gemma2", "opt")
+    return [
+        name if name.split(", ")[0] in quick else pytest.param(name, marks=pytest.mark.slow)
+        for name in names
+    ]
+
+
+EVERY = rows(f"{family}, {kind}" for family in FAMILIES for kind in PLANS)
 
 
 def vllm_error(name: str) -> str | None:
@@ -64,9 +76,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def vllm(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What vLLM says to all prompts, by model."""
-    return ask_vllm(folders, tmp_path_factory.mktemp("vllm"))
+def vllm(
+    folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> dict[str, Any]:
+    """What vLLM says to all prompts, by model, for the models of all selected tests."""
+    tests: list[Any] = [item for item in request.session.items if "vllm" in item.fixturenames]
+    names = {test.callspec.params["name"] for test in tests}
+    asked = {name: folder for name, folder in folders.items() if name in names}
+    asked |= {own: folders[own] for own in map(built_in, names) if own in folders}
+    return ask_vllm(asked, tmp_path_factory.mktemp("vllm"))
 
 
 def ask_vllm(folders: dict[str, Path], place: Path, eager: bool = True) -> dict[str, Any]:
@@ -138,7 +158,7 @@ def test_vllm(name: str, folders: dict[str, Path], vllm: dict[str, Any]) -> None
         assert_equal(said, folders[name])
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", rows(BUILT_IN))
 def test_what_vllm_has_built_in(name: str, folders: dict[str, Path], vllm: dict[str, Any]) -> None:
     assert_equal(vllm[built_in(name)], folders[name])
 
