@@ -202,7 +202,7 @@ class SettlingModel(GatedModel):
             return
         if isinstance(self.settled, MaskedGains):
             self.settled.gates = split(masks_N, self.sites)
-            self._notes = {"refit": "not made: the base model is packed or sharded"}
+            self._notes |= {"refit": "not made: the base model is packed or sharded"}
             return
         plan, narrow = self.plan(), None
         news: Any = None
@@ -212,7 +212,7 @@ class SettlingModel(GatedModel):
             news = notes, narrow.state_dict() if self.trainer.world_size > 1 else None
         notes, weights = self.trainer.strategy.broadcast(news)
         self._notes |= notes
-        rank_zero_info(f"The masks have settled: {_shown(self._notes)}.")
+        rank_zero_info(f"The masks have settled: {_shown(notes)}.")
         if narrow is None:
             narrow = cut(self.model, plan)
             narrow.load_state_dict(weights)
@@ -236,8 +236,10 @@ class SettlingModel(GatedModel):
                 found[name] = perplexity_of_masks(self.model, self.hooks, each, held_WT)
         found = self.trainer.strategy.broadcast(found)
         best = min(found, key=lambda name: found[name])
-        notes = {f"perplexity_masks_{name}": value for name, value in found.items()}
-        return cuts[best][self.budget.keep], notes | {"masks": best}
+        notes: dict[str, Any] = {f"perplexity_masks_{name}": value for name, value in found.items()}
+        notes |= {"masks": best}
+        rank_zero_info(f"Learned masks or their ranking, whichever is better: {_shown(notes)}.")
+        return cuts[best][self.budget.keep], notes
 
     def _settling_text(self, settle: Settle) -> tuple[Tensor, Tensor]:
         """The windows held back and those to refit on, always the same, int64 of shape (W, T)."""

@@ -187,7 +187,8 @@ def device_here(text: str) -> str:
 def new_file(starts: tuple[bytes, ...]) -> Callable[[str], Path]:
     """The type of an argument that names a file to write.
 
-    A file that exists may be replaced if it is of the same kind, or empty, and no part of a model.
+    A file that exists may be replaced if it is empty, or of the same kind and not in the folder of
+    a model.
 
     Args:
         starts: What files of the kind begin with, one of them.
@@ -206,9 +207,9 @@ def new_file(starts: tuple[bytes, ...]) -> Callable[[str], Path]:
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
                 same = file.read(max(map(len, starts))).startswith(starts)
-            if not same or (starts == JSON and path.with_name("config.json").exists()):
+            if not same or path.with_name("config.json").exists():
                 raise argparse.ArgumentTypeError(
-                    f"{path} exists and is not a file of this command; name another or remove it"
+                    f"{path} exists and may not be of this command; name another or remove it"
                 )
         return path
 

@@ -102,8 +102,7 @@ def verify_streamed(
                 exported,
                 windows_BT.to(device),
                 "masked one",
-                plan.gains is None or stored == torch.float32,
-                stored,
+                torch.float32 if plan.gains is None else stored,
                 tolerance,
                 plan.kept_blocks(),
             )

@@ -74,7 +74,7 @@ def verify_export(
     stored = BaseModel(Path(folder)).dtype_of()
     # Gains are rounded with the weights that they are folded into, but not as gates.
     rounded = small and plan.gains is not None and model.dtype == stored != torch.float32
-    exact = small and (plan.gains is None or model.dtype == torch.float32 or rounded)
+    exact = small and (plan.gains is None or rounded)
     dense = _in_float32(model) if small else model
     if rounded:
         _fold_gains(dense, plan, stored)
@@ -87,8 +87,7 @@ def verify_export(
             exported,
             windows_BT,
             "masked one",
-            exact,
-            model.dtype,
+            torch.float32 if exact else model.dtype,
             tolerance,
             plan.kept_blocks(),
         )
@@ -122,7 +121,7 @@ def verify_saved(
         raise ExportError(f"The saved model has {found} parameters and the trained one {wanted}.")
     with evaluation(live):
         return _largest_difference(
-            live, saved, windows_BT.to(live.device), "trained one", small, model.dtype, tolerance
+            live, saved, windows_BT.to(live.device), "trained one", live.dtype, tolerance
         )
 
 
@@ -156,8 +155,7 @@ def verify_cut(
             smaller,
             windows_BT.to(dense.device),
             "masked one",
-            small or model.dtype == torch.float32,
-            model.dtype,
+            dense.dtype,
             tolerance,
             plan.kept_blocks(),
         )
@@ -169,14 +167,23 @@ def _largest_difference(
     exported: PreTrainedModel,
     windows_BT: Int[Tensor, "B T"],
     original: str,
-    exact: bool,
     dtype: torch.dtype,
     tolerance: float,
     blocks: Sequence[int] | None = None,
 ) -> float:
-    """Compare two models, see `compare_recorded`; `blocks` are those that the second one has."""
+    """Compare two models, see `compare_recorded`.
+
+    Args:
+        dense: The model that is right.
+        exported: The model to test.
+        windows_BT: Token ids.
+        original: Name of the first one, for the message.
+        dtype: The narrowest type that either rounds to.
+        tolerance: Allowed difference of two logits if that is float32, and roundings move less.
+        blocks: Blocks of the first model that the second one has; None stands for all.
+    """
     said = record(dense, windows_BT)
-    noise = rounding_noise(dense, said[0], torch.float32 if exact else dtype)
+    noise, exact = rounding_noise(dense, said[0], dtype), dtype == torch.float32
     return compare_recorded(
         said,
         exported,

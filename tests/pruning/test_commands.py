@@ -101,7 +101,7 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
             out.write_bytes(before)
         assert new_file(JSON)(str(out)) == out
     for path in (page, out):
-        with pytest.raises(ArgumentTypeError, match="is not a file of this command"):
+        with pytest.raises(ArgumentTypeError, match="may not be of this command"):
             new_file((b"GGUF",))(str(path))
     (tmp_path / "config.json").write_bytes(b"{}")  # of a model, then
     for path in (out, tmp_path / "config.json"):

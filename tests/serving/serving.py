@@ -84,8 +84,8 @@ def vllm(
     """What vLLM says to all prompts, by model, for the models of all selected tests."""
     tests: list[Any] = [item for item in request.session.items if "vllm" in item.fixturenames]
     names = {test.callspec.params["name"] for test in tests}
+    names |= {*map(built_in, names)}
     asked = {name: folder for name, folder in folders.items() if name in names}
-    asked |= {own: folders[own] for own in map(built_in, names) if own in folders}
     return ask_vllm(asked, tmp_path_factory.mktemp("vllm"))
 
 
